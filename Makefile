@@ -1,0 +1,53 @@
+# make demo, make test, make lint: each makes the environment it needs.
+#   TORCH_VERSION=2.11.0 make demo     another PyTorch (2.9 or newer)
+#   PYTHON=python3.12 make test        another Python (3.10 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+TRANSFORMERS_VERSION ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSION))
+
+.PHONY: demo test test-common test-gpu lint format clean
+
+demo: $(VENV)/train.done
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest -n 2 tests
+
+test-common: $(VENV)/test.done
+	$(BIN)/python -m pytest -n 2 -m common tests
+
+test-gpu: $(VENV)/test.done
+	$(BIN)/python -m pytest -m gpu tests
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/test.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build
+
+# torch first and by its exact version, so that nothing that depends on it brings another one along.
+$(VENV)/torch.done:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==$(TORCH_VERSION)
+	touch $@
+
+$(VENV)/train.done: $(VENV)/torch.done pyproject.toml
+	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train]'
+	touch $@
+
+# recurrentgemma is DeepMind's code, which the tests compare with; its own dependencies are JAX, which they do not need.
+$(VENV)/test.done: $(VENV)/train.done
+	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train,test]'
+	$(PIP) --no-deps recurrentgemma
+	touch $@
