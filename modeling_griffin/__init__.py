@@ -1,0 +1,48 @@
+"""Griffin for Transformers: importing this package registers the model with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_griffin import GriffinConfig
+from .lambda_init import LAMBDA_INITS, register_lambda_init
+from .modeling_griffin import (
+    GriffinForCausalLM,
+    GriffinForSequenceClassification,
+    GriffinForTokenClassification,
+    GriffinModel,
+    GriffinPreTrainedModel,
+    decay_parameter_names,
+)
+from .rg_lru_scan import rg_lru_scan
+
+
+AutoConfig.register(GriffinConfig.model_type, GriffinConfig, exist_ok=True)
+GriffinConfig.register_for_auto_class()
+for auto_class, model_class in {
+    AutoModel: GriffinModel,
+    AutoModelForCausalLM: GriffinForCausalLM,
+    AutoModelForSequenceClassification: GriffinForSequenceClassification,
+    AutoModelForTokenClassification: GriffinForTokenClassification,
+}.items():
+    auto_class.register(GriffinConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
+del auto_class, model_class
+
+
+__all__ = [
+    "LAMBDA_INITS",
+    "GriffinConfig",
+    "GriffinForCausalLM",
+    "GriffinForSequenceClassification",
+    "GriffinForTokenClassification",
+    "GriffinModel",
+    "GriffinPreTrainedModel",
+    "decay_parameter_names",
+    "register_lambda_init",
+    "rg_lru_scan",
+]

@@ -1,0 +1,192 @@
+"""The configuration of a Griffin or Hawk model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .hub import CompleteConfigMixin
+from .lambda_init import find_lambda_init
+from .recurrent_gemma import griffin_config_from_recurrent_gemma
+
+
+# Two recurrent blocks, one attention block: the paper, section 3.
+LAYER_PATTERN = ("linear_attention", "linear_attention", "sliding_attention")
+LAYER_TYPES = ("linear_attention", "sliding_attention")
+
+
+@strict
+class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
+    r"""Shapes and choices of a Griffin model (De et al. 2024, arXiv 2402.19427). Bad values raise at construction.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: width D of the residual stream.
+        intermediate_size: width of each of the two branches of the gated MLP; None means 3 * hidden_size (the paper).
+        num_hidden_layers: residual blocks.
+        layer_types: `"linear_attention"` (an RG-LRU block) or `"sliding_attention"` (local attention) for each layer;
+            None repeats two recurrent blocks and one attention block. All `"linear_attention"` is Hawk.
+        num_attention_heads, num_key_value_heads, head_dim: of the local attention; one key-value head is MQA.
+            head_dim None means hidden_size // num_attention_heads.
+        attention_window_size: keys a query sees, itself included; at least 2. `sliding_window` is an alias.
+        lru_width: channels C of the RG-LRU (the paper's D_RNN); None means hidden_size.
+        num_gate_blocks: diagonal blocks of each of the two gates; must divide lru_width.
+        conv1d_width: taps of the temporal convolution.
+        rg_lru_c: the exponent c of the recurrence, > 0.
+        lambda_init: name of the initialisation of Λ, a key of `LAMBDA_INITS`.
+        lambda_init_bounds: (low, high) handed to it, 0 < low < high < 1.
+        final_logit_softcapping: logits become cap * tanh(logits / cap); None leaves them. 30.0 in RecurrentGemma.
+        scale_embeddings: multiply embeddings (`inputs_embeds` too) by sqrt(hidden_size) rounded to bfloat16; True in
+            RecurrentGemma.
+        rope_parameters: `rope_theta` (10000) and `partial_rotary_factor` (0.5) of the rotary embedding; what is left
+            out keeps its default.
+
+    Example:
+        >>> config = GriffinConfig(hidden_size=768, lru_width=1024, num_attention_heads=6, lambda_init="uniform")
+        >>> model = GriffinForCausalLM(config)
+    """
+
+    model_type = "griffin"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"sliding_window": "attention_window_size"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 1
+    head_dim: int | None = None
+    attention_window_size: int = 1024
+    attention_dropout: float | int = 0.0
+    lru_width: int | None = None
+    num_gate_blocks: int = 16
+    conv1d_width: int = 4
+    rg_lru_c: float | int = 8.0
+    lambda_init: str = "uniform"
+    lambda_init_bounds: list[float | int] | tuple[float | int, ...] = (0.9, 0.999)
+    hidden_activation: str = "gelu_pytorch_tanh"
+    rms_norm_eps: float = 1e-6
+    final_logit_softcapping: float | int | None = None
+    scale_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        if "sliding_window" in kwargs:
+            self.attention_window_size = kwargs.pop("sliding_window")
+        _check_sizes(self)
+        if self.intermediate_size is None:
+            self.intermediate_size = 3 * self.hidden_size
+        if self.lru_width is None:
+            self.lru_width = self.hidden_size
+        if self.layer_types is None:
+            self.layer_types = [LAYER_PATTERN[i % len(LAYER_PATTERN)] for i in range(self.num_hidden_layers)]
+        if self.head_dim is None:
+            if "sliding_attention" in self.layer_types:
+                _check_divides(self, "num_attention_heads", "hidden_size")
+            self.head_dim = max(1, self.hidden_size // self.num_attention_heads)
+        self.lambda_init_bounds = list(self.lambda_init_bounds)  # as JSON gives it back
+        rotary = {name: kwargs.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in kwargs}
+        self.rope_parameters = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,  # Differs: from the paper, which does not say; DeepMind's code rotates half
+            **rotary,
+            **(self.rope_parameters or {}),
+        }
+        # Called here too, so that a user sees a ValueError and not the wrapper that `@strict` puts around it.
+        self.validate_architecture()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_recurrent_gemma(cls, config) -> "GriffinConfig":
+        """The same shapes and choices as a RecurrentGemmaConfig; its window of W is W + 1 keys in DeepMind's code."""
+        return griffin_config_from_recurrent_gemma(config, cls)
+
+    def validate_architecture(self):
+        """Raises ValueError with the field, its value and what is allowed. Run at construction and at saving."""
+        _check_sizes(self)
+        _check_divides(self, "num_gate_blocks", "lru_width")
+        _check_layer_types(self)
+        _check_lambda_init(self)
+        if "sliding_attention" in self.layer_types:
+            _check_divides(self, "num_key_value_heads", "num_attention_heads")
+            _check_rotary(self)
+        if self.hidden_activation not in ACT2FN:
+            raise ValueError(f"hidden_activation = {self.hidden_activation!r}: allowed are {sorted(ACT2FN)}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id = {self.pad_token_id}: allowed are None and 0 to vocab_size - 1 = {self.vocab_size - 1}"
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout = {self.attention_dropout}: allowed is [0, 1)")
+        for field in ("rg_lru_c", "rms_norm_eps", "final_logit_softcapping"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{field} = {value}: allowed are numbers above 0")
+
+
+def _check_sizes(config: GriffinConfig) -> None:
+    # The stock cache keeps the last window - 1 keys, and "the last 0" means all of them.
+    least = {"attention_window_size": 2}
+    for field in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "attention_window_size", "lru_width", "num_gate_blocks", "conv1d_width"),
+    ):
+        value = getattr(config, field)
+        if value is not None and value < least.get(field, 1):
+            raise ValueError(f"{field} = {value}: allowed are whole numbers from {least.get(field, 1)}")
+
+
+def _check_divides(config: GriffinConfig, divisor: str, field: str) -> None:
+    if getattr(config, field) % getattr(config, divisor):
+        raise ValueError(
+            f"{divisor} = {getattr(config, divisor)}: allowed are divisors of {field} = {getattr(config, field)}"
+        )
+
+
+def _check_layer_types(config: GriffinConfig) -> None:
+    for index, layer_type in enumerate(config.layer_types):
+        if layer_type not in LAYER_TYPES:
+            raise ValueError(f"layer_types[{index}] = {layer_type!r}: allowed are {' and '.join(LAYER_TYPES)}")
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types has {len(config.layer_types)} entries: allowed are num_hidden_layers = "
+            f"{config.num_hidden_layers} of them, or None for the repeated pattern"
+        )
+
+
+def _check_lambda_init(config: GriffinConfig) -> None:
+    # A saved model names its class; its weights are drawn already, and who loads it need not know how.
+    if not config.architectures:
+        find_lambda_init(config.lambda_init)
+    bounds = config.lambda_init_bounds
+    if len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < 1:
+        raise ValueError(f"lambda_init_bounds = {bounds}: allowed are two numbers with 0 < low < high < 1")
+
+
+def _check_rotary(config: GriffinConfig) -> None:
+    rope_type, theta, factor = (
+        config.rope_parameters[key] for key in ("rope_type", "rope_theta", "partial_rotary_factor")
+    )
+    if rope_type != "default":
+        # The window bounds every distance, so that scaled rotations have nothing to extend.
+        raise ValueError(f"rope_parameters['rope_type'] = {rope_type!r}: allowed is 'default'")
+    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+        raise ValueError(f"rope_parameters['rope_theta'] = {theta!r}: allowed are numbers above 0")
+    if not isinstance(factor, int | float):
+        raise ValueError(f"rope_parameters['partial_rotary_factor'] = {factor!r}: allowed are numbers in (0, 1]")
+    if not 0 < factor <= 1 or int(config.head_dim * factor) % 2 or int(config.head_dim * factor) == 0:
+        raise ValueError(
+            f"rope_parameters['partial_rotary_factor'] = {factor}: allowed are numbers in (0, 1] that rotate an even, "
+            f"positive number of the head_dim = {config.head_dim} dimensions"
+        )
+
+
+__all__ = ["GriffinConfig"]

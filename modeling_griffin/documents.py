@@ -1,0 +1,264 @@
+"""Where documents start and which tokens are padding: read once a forward pass, used by every layer.
+
+A document starts at a token that is not padding and has position 0, or is the first real token of its row. Padding
+starts nothing. The recurrence forgets its state there, the convolution does not look behind it, the attention neither.
+
+Legend: B batch, T time (the tokens of this forward pass), S tokens that the cache has seen, W attention window.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.utils.import_utils import is_tracing
+
+
+class Documents(NamedTuple):
+    """start (B, T) bool: a document starts here. real (B, T) bool: not padding; None when no token is.
+
+    packed: some document stands behind another one of its row. False spares the convolution and the attention their
+    masks; while PyTorch traces, values cannot be read and it is True.
+    """
+
+    start: torch.Tensor
+    real: torch.Tensor | None
+    packed: bool
+
+
+def read_layout(
+    config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None
+) -> tuple[torch.Tensor | None, torch.Tensor, Documents]:
+    """From a user's arguments to the attention mask, the positions (B, T) and the documents that all layers share.
+
+    Arguments as in `GriffinModel.forward`; attention_mask may also be what `masks_for_generate` returned.
+    """
+    shape, device = inputs_embeds.shape[:2], inputs_embeds.device
+    attention_mask, position_ids, cu_seq_lens_q, seq_idx = (
+        argument.to(device) if isinstance(argument, torch.Tensor) else argument
+        for argument in (attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+    )
+    past_length = _tokens_in_cache(config, past_key_values)
+    boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
+    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+        position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
+        documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
+        return attention_mask.get("sliding_attention"), position_ids, documents
+    _check_attention_mask(config, attention_mask, past_length, shape)
+    position_ids = read_position_ids(attention_mask, position_ids, boundaries, past_length, shape, device)
+    documents = read_documents(attention_mask, position_ids, past_length, shape[1])
+    attention_mask = attention_mask_for_documents(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
+    )
+    return attention_mask, position_ids, documents
+
+
+def masks_for_generate(
+    config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+) -> dict[str, torch.Tensor | None]:
+    """What `generate` prepares outside a compiled forward pass: the masks, and where documents start."""
+    mask, _, documents = read_layout(config, inputs_embeds, attention_mask, position_ids, past_key_values)
+    return {"sliding_attention": mask, "linear_attention": documents.real, "document_start": documents.start}
+
+
+def read_documents(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past_length: int, length: int
+) -> Documents:
+    """Finds starts and padding of the current T tokens.
+
+    Args:
+        attention_mask: (B, S + T), 0 for padding; or None.
+        position_ids: (B, T), positions within the document.
+        past_length: S; of a Hawk's cache only whether it is above 0 counts.
+        length: T.
+    """
+    if attention_mask is None:
+        real = None
+        seen = past_length + 1 + torch.arange(length, device=position_ids.device)
+        seen = seen.expand(position_ids.shape[0], -1)
+    else:
+        mask = attention_mask.bool()
+        real = mask[:, mask.shape[1] - length :]
+        seen = mask.cumsum(-1)[:, mask.shape[1] - length :]
+    first_of_row = seen == 1  # `seen` counts the real tokens of the row up to each token, itself included
+    start = (position_ids == 0) | first_of_row
+    start = start if real is None else start & real
+    if is_tracing(start):
+        return Documents(start, real, packed=True)
+    if real is not None and bool(real.all()):
+        real = None
+    behind_another = position_ids < seen - 1  # fewer real tokens in its document so far than in its row
+    behind_another = behind_another if real is None else behind_another & real
+    return Documents(start, real, packed=bool(behind_another.any()))
+
+
+def read_position_ids(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    boundaries: torch.Tensor | None,
+    past_length: int,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> torch.Tensor:
+    """(B, T) positions within each document: as given, else from the packing, the padding, or the cache's length.
+
+    Raises ValueError when `position_ids` contradict `boundaries`, see `packing_boundaries`.
+    """
+    batch, length = shape
+    packed_ids = None if boundaries is None else _positions_in_packing(boundaries, attention_mask)
+    if position_ids is not None:
+        if position_ids.shape not in ((batch, length), (1, length), (length,)):
+            raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: allowed is {tuple(shape)}")
+        position_ids = position_ids.expand(batch, -1)
+        if packed_ids is not None and not is_tracing(position_ids):
+            _check_packing(position_ids, packed_ids, attention_mask, past_length)
+        return position_ids
+    if packed_ids is not None:
+        if past_length:
+            raise ValueError("cu_seq_lens_q or seq_idx with tokens in the cache: allowed is only with position_ids too")
+        return packed_ids
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, attention_mask.shape[1] - length :]
+    return torch.arange(length, device=device).expand(batch, -1) + past_length
+
+
+def _positions_in_packing(boundaries: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T): real tokens between each token and the boundary before it."""
+    real = torch.ones_like(boundaries) if attention_mask is None else attention_mask[:, -boundaries.shape[1] :]
+    before = real.long().cumsum(-1) - real.long()
+    return before - torch.where(boundaries, before, 0).cummax(dim=1).values
+
+
+def _check_packing(position_ids, packed_ids, attention_mask, past_length: int) -> None:
+    contradicts = (position_ids == 0) != (packed_ids == 0)
+    if attention_mask is not None:
+        contradicts = contradicts & attention_mask[:, -contradicts.shape[1] :].bool()
+    if contradicts[:, min(past_length, 1) :].any():  # behind a filled cache the first token may go on with a document
+        raise ValueError(
+            "position_ids contradict cu_seq_lens_q or seq_idx: allowed are positions that are 0 exactly where a "
+            "document starts, or no position_ids"
+        )
+
+
+def packing_boundaries(
+    cu_seq_lens_q: torch.Tensor | None, seq_idx: torch.Tensor | None, shape: tuple[int, int]
+) -> torch.Tensor | None:
+    """(B, T) bool, True at the first token of each packed document; None when neither argument is given.
+
+    Args:
+        cu_seq_lens_q: (documents + 1,) int, where each document of the one row starts, and the end.
+        seq_idx: (B, T) int, the number of the document each token belongs to.
+    """
+    if seq_idx is not None:
+        if seq_idx.shape != shape:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}: allowed is that of the tokens, {tuple(shape)}")
+        return torch.cat([torch.ones_like(seq_idx[:, :1], dtype=torch.bool), seq_idx[:, 1:] != seq_idx[:, :-1]], dim=1)
+    if cu_seq_lens_q is not None:
+        if shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q comes with a batch of {shape[0]} rows: allowed is one flattened row")
+        _check_offsets(cu_seq_lens_q, shape[1])
+        starts = torch.zeros(shape[1] + 1, dtype=torch.bool, device=cu_seq_lens_q.device)
+        return starts.index_fill(0, cu_seq_lens_q.long(), True)[None, :-1]  # the last entry is the row's end
+    return None
+
+
+def _check_offsets(cu_seq_lens_q: torch.Tensor, length: int) -> None:
+    if cu_seq_lens_q.dim() != 1:
+        raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens_q.shape)}: allowed is (documents + 1,)")
+    if is_tracing(cu_seq_lens_q):
+        return
+    offsets = cu_seq_lens_q.tolist()
+    if offsets[:1] != [0] or offsets[-1] != length or offsets != sorted(offsets):
+        raise ValueError(
+            f"cu_seq_lens_q = {offsets}: allowed are offsets that rise from 0 to the row's {length} tokens"
+        )
+
+
+def attention_mask_for_documents(
+    config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values,
+    position_ids: torch.Tensor,
+    documents: Documents,
+):
+    """The sliding-window mask in the form the chosen attention wants, with documents kept apart, cache or not.
+
+    Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
+    not handed over: they would make the stock function renumber the tokens that ours counts.
+
+    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk.
+    """
+    if "sliding_attention" not in config.layer_types:
+        return None
+    visible = None
+    if documents.packed:
+        visible = _same_document(attention_mask, past_key_values, position_ids, documents)
+    return create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=visible,
+    )
+
+
+def _same_document(attention_mask, past_key_values, position_ids, documents) -> Callable:
+    """Mask function: among the row's real tokens, the key does not come before the start of the query's document."""
+    length = position_ids.shape[1]
+    query_offset, slots = 0, length
+    if past_key_values is not None:
+        layer = past_key_values.is_sliding.index(True)
+        query_offset = past_key_values.get_query_offset(layer)
+        slots = sum(past_key_values.get_mask_sizes(length, layer))
+    if attention_mask is None:
+        number = torch.arange(max(slots, query_offset + length), device=position_ids.device)
+        number = number.expand(position_ids.shape[0], -1)
+    else:
+        number = attention_mask.long().cumsum(-1) - 1
+        number = torch.nn.functional.pad(number, (0, max(0, slots - number.shape[1])))
+
+    query_number = number[:, query_offset : query_offset + length]
+    started = torch.where(documents.start, query_number, -1).cummax(dim=1).values
+    # A document that started before this forward pass did so `position` real tokens ago.
+    first = torch.where(started >= 0, started, query_number - position_ids)
+
+    def same_document(batch_idx, head_idx, q_idx, kv_idx):
+        return number[batch_idx, kv_idx] >= first[batch_idx, q_idx - query_offset]
+
+    return same_document
+
+
+def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
+    """Tokens the cache has seen. A Hawk's cache does not count them: 1 stands for "some", enough to know of a start."""
+    if past_key_values is None:
+        return 0
+    layers = len(past_key_values.layers) if isinstance(past_key_values, Cache) else None
+    if layers != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values, a {type(past_key_values).__name__}, has {layers} layers: allowed are caches made for "
+            "this model, for example DynamicCache(config=model.config)"
+        )
+    if "sliding_attention" in config.layer_types:
+        return past_key_values.get_seq_length()
+    return int(past_key_values.has_previous_state())
+
+
+def _check_attention_mask(config, attention_mask, past_length: int, shape: tuple[int, int]) -> None:
+    if attention_mask is None:
+        return
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is (batch, past + current tokens); a "
+            "recurrence cannot follow a mask of query-key pairs. For packed documents pass position_ids"
+        )
+    known = "sliding_attention" in config.layer_types or past_length == 0
+    width = attention_mask.shape[1]
+    if attention_mask.shape[0] != shape[0] or (
+        width != past_length + shape[1] if known else width < past_length + shape[1]
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is ({shape[0]}, past + current tokens) "
+            f"with {past_length if known else 'the'} past and {shape[1]} current tokens"
+        )

@@ -1,0 +1,556 @@
+"""Griffin and Hawk (De et al. 2024, arXiv 2402.19427) as Transformers models.
+
+Names follow Transformers at the surface and the paper inside the layers. Where the paper is silent or differs, the code
+follows DeepMind's released RecurrentGemma; each such place is marked `Differs:`.
+
+Legend: B batch, T time, D hidden size, C RG-LRU channels, H heads, K head dimension, W attention window, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .causal_conv1d import CausalConv1d
+from .configuration_griffin import GriffinConfig
+from .documents import Documents, masks_for_generate, read_layout
+from .hub import CompleteModelMixin
+from .lambda_init import find_lambda_init
+from .recurrent_gemma import load_recurrent_gemma
+from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
+
+
+class GriffinRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), in float32.
+
+    Differs: the paper does not say how the scale is stored; DeepMind's code stores scale - 1, so that 0 is neutral.
+    """
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x * (1.0 + self.weight.float())).type_as(hidden_states)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class GriffinRotaryEmbedding(nn.Module):
+    """cos and sin (B, T, K * partial_rotary_factor) of the rotary embedding (Su et al. 2021).
+
+    No buffers: frequencies are computed in float32 at each call, so that casting the model does not round them.
+    """
+
+    def __init__(self, config: GriffinConfig):
+        super().__init__()
+        self.theta = config.rope_parameters["rope_theta"]
+        # Differs: the paper does not say how much of a head is rotated; DeepMind's code rotates the first half.
+        self.dim = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        exponents = torch.arange(0, self.dim, 2, device=x.device, dtype=torch.float32) / self.dim
+        angles = position_ids[..., None].float() * self.theta**-exponents
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first dimensions of each head by cos, sin (B, T, R) and leaves the others; x (B, H, T, K)."""
+    cos, sin = cos[:, None], sin[:, None]
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, kept), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention that returns its weights. query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K)."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class GriffinAttention(nn.Module):
+    """Local multi-query attention over the last W tokens (section 2.3)."""
+
+    def __init__(self, config: GriffinConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.attention_window_size
+        self.is_causal = True
+
+        query_width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = residual_output(query_width, config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        documents: Documents | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        per_head = (*input_shape, -1, self.head_dim)
+        query = rotate(self.q_proj(hidden_states).view(per_head).transpose(1, 2), *position_embeddings)
+        key = rotate(self.k_proj(hidden_states).view(per_head).transpose(1, 2), *position_embeddings)
+        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+
+class GriffinRecurrentBlock(nn.Module):
+    """Two branches: convolution and RG-LRU, and a GeLU gate; merged by a product (section 2.4)."""
+
+    def __init__(self, config: GriffinConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.linear_x = nn.Linear(config.hidden_size, config.lru_width)
+        self.linear_y = nn.Linear(config.hidden_size, config.lru_width)
+        self.linear_out = residual_output(config.lru_width, config)
+        self.conv_1d = CausalConv1d(config.lru_width, config.conv1d_width)
+        self.rg_lru = RGLRU(config.lru_width, config.num_gate_blocks, config.rg_lru_c)
+        self.act_fn = ACT2FN[config.hidden_activation]
+
+    def forward(
+        self, hidden_states: torch.Tensor, documents: Documents, past_key_values: Cache | None = None, **kwargs
+    ) -> tuple[torch.Tensor, None]:
+        conv_state, state = self._read_states(past_key_values)
+        y = self.act_fn(self.linear_y(hidden_states))
+        x = self.linear_x(hidden_states)
+        x, conv_state = self.conv_1d(x, conv_state, documents.start if documents.packed else None, documents.real)
+        x, state = self.rg_lru(x, documents.start, documents.real, state)
+        if past_key_values is not None:
+            past_key_values.update_conv_state(conv_state, self.layer_idx)
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        return self.linear_out(x * y), None
+
+    def _read_states(self, past_key_values: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Convolution state (B, C, conv1d_width) and recurrent state (B, C) float32, or None before the first token."""
+        if past_key_values is None or not past_key_values.has_previous_state(self.layer_idx):
+            return None, None
+        layer = past_key_values.layers[self.layer_idx]
+        # Cloned, because the cache writes in place and the backward pass still needs what was read.
+        return layer.conv_states[0].clone(), layer.recurrent_states[0].clone()
+
+
+class GriffinMLP(nn.Module):
+    """Gated MLP: GeLU(x W_gate) * (x W_up), then down (section 2.2)."""
+
+    def __init__(self, config: GriffinConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = residual_output(config.intermediate_size, config)
+        self.act_fn = ACT2FN[config.hidden_activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def residual_output(in_features: int, config: GriffinConfig) -> nn.Linear:
+    """A projection that writes to the residual stream: its initial variance shrinks with depth (DeepMind's code)."""
+    linear = nn.Linear(in_features, config.hidden_size)
+    linear.init_variance_scale = 2.0 / config.num_hidden_layers
+    return linear
+
+
+TEMPORAL_BLOCKS = {"linear_attention": GriffinRecurrentBlock, "sliding_attention": GriffinAttention}
+
+
+class GriffinDecoderLayer(GradientCheckpointingLayer):
+    """The residual block: norm, temporal mixing, residual; norm, MLP, residual (section 2.1)."""
+
+    def __init__(self, config: GriffinConfig, layer_idx: int):
+        super().__init__()
+        self.temporal_pre_norm = GriffinRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.temporal_block = TEMPORAL_BLOCKS[config.layer_types[layer_idx]](config, layer_idx)
+        self.channel_pre_norm = GriffinRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_block = GriffinMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        mixed, _ = self.temporal_block(self.temporal_pre_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp_block(self.channel_pre_norm(hidden_states))
+
+
+class GriffinPreTrainedModel(CompleteModelMixin, PreTrainedModel):
+    """What all Griffin classes share: loading, saving, initial weights."""
+
+    config: GriffinConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GriffinDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["lambda_bias"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True  # the recurrent state cannot be rolled back, so assisted decoding is refused
+    _can_record_outputs = {"hidden_states": GriffinDecoderLayer, "attentions": GriffinAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """DeepMind's variances: 1 / fan-in; 2 / (layers * fan-in) into the residual stream; 0.01 / taps.
+
+        Differs: the paper does not give them. Leaf by leaf: a block without parameters of its own is not visited.
+        """
+        if isinstance(module, Decay):
+            draw = find_lambda_init(self.config.lambda_init)
+            init.copy_(module.lambda_bias, draw(module.lambda_bias.shape[0], module.c, *self.config.lambda_init_bounds))
+        elif isinstance(module, BlockDiagonalLinear):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, CausalConv1d):
+            init.normal_(module.weight, std=(0.01 / module.weight.shape[-1]) ** 0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            scale = getattr(module, "init_variance_scale", 1.0)
+            init.normal_(module.weight, std=(scale / module.weight.shape[1]) ** 0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, GriffinRMSNorm):
+            init.zeros_(module.weight)
+
+
+class GriffinModel(GriffinPreTrainedModel):
+    """Embeddings, residual blocks and final norm: token ids in, hidden states out."""
+
+    def __init__(self, config: GriffinConfig):
+        super().__init__(config)
+        # Without padding_idx: padding is masked, and where the padding token also ends documents it has to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([GriffinDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.final_norm = GriffinRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = GriffinRotaryEmbedding(config)
+        self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T); or inputs_embeds (B, T, D) in its place.
+            attention_mask: (B, S + T) with S the tokens in the cache, 0 for padding. Padding may stand anywhere: the
+                recurrence and the convolution skip it. The attention window counts cache slots, so with padding between
+                real tokens the attention is exact only while the row fits the window.
+            position_ids: (B, T), positions within each document; 0 starts a document. None: from the packing arguments,
+                else from the mask, else counting on from the cache.
+            past_key_values: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place.
+            cu_seq_lens_q (documents + 1,), seq_idx (B, T): packed documents, as data collators give them.
+
+        Raises:
+            ValueError: for arguments that contradict each other or cannot be honoured.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds: allowed is exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0:
+            shape = tuple(inputs_embeds.shape[:-1])
+            raise ValueError(f"input_ids or inputs_embeds has shape {shape}: allowed is (batch, time) with time >= 1")
+        checkpointing = self.gradient_checkpointing and self.training
+        if checkpointing and past_key_values is not None:
+            raise ValueError("past_key_values with gradient checkpointing: allowed is one of them, layers run twice")
+        if use_cache and past_key_values is None and not checkpointing:
+            past_key_values = DynamicCache(config=self.config)
+
+        attention_mask, position_ids, documents = read_layout(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
+        )
+        hidden_states = inputs_embeds
+        if self.config.scale_embeddings:
+            # Differs: the paper does not scale; RecurrentGemma does, by a number rounded to bfloat16.
+            hidden_states = hidden_states * self.embedding_scale
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                documents=documents,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
+    """Griffin with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GriffinConfig):
+        super().__init__(config)
+        self.model = GriffinModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as in `GriffinModel.forward`, and:
+
+        labels: (B, T); the loss predicts labels[t + 1] from tokens up to t, -100 is ignored.
+        logits_to_keep: logits of the last so many tokens only (0: of all), or of the tokens with these indices.
+        kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """False for Hawk: `generate` asks a cache it makes itself for a length that only attention layers know."""
+        return "sliding_attention" in self.config.layer_types
+
+    @classmethod
+    def from_recurrent_gemma(cls, source, **kwargs) -> "GriffinForCausalLM":
+        """RecurrentGemma's weights as a Griffin that follows DeepMind's code, in the source's dtype with Λ in float32.
+
+        source: a folder or Hub id of a Transformers checkpoint, or a loaded `RecurrentGemmaForCausalLM`.
+        kwargs: as for `from_pretrained`.
+        """
+        return load_recurrent_gemma(source, cls, **kwargs)
+
+    create_masks_for_generate = staticmethod(masks_for_generate)
+
+
+class GriffinForSequenceClassification(GriffinPreTrainedModel):
+    """Griffin with a classification head on the last real token of each row."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows, so that Trainer divides it by accumulation steps itself
+
+    def __init__(self, config: GriffinConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GriffinModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """labels: (B,) class indices, (B, num_labels) for several labels, or (B,) floats for regression.
+
+        The last real token is read from attention_mask; without one, it is the last that is not `pad_token_id`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        last = self._last_real_token(input_ids, attention_mask, logits.shape[:2], logits.device)
+        pooled_logits = logits[torch.arange(logits.shape[0], device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_real_token(self, input_ids, attention_mask, shape, device) -> torch.Tensor | int:
+        if attention_mask is not None:
+            real = attention_mask[:, -shape[1] :].to(device).bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = (input_ids != self.config.pad_token_id).to(device)
+        elif shape[0] == 1 or input_ids is None:
+            return shape[1] - 1
+        else:
+            raise ValueError(
+                f"attention_mask and config.pad_token_id are None with a batch of {shape[0]} rows: allowed is one of "
+                "them, or a single row"
+            )
+        return (torch.arange(shape[1], device=device) * real).argmax(-1)
+
+
+class GriffinForTokenClassification(GriffinPreTrainedModel):
+    """Griffin with a classification head on every token."""
+
+    def __init__(self, config: GriffinConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GriffinModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """labels: (B, T) class indices, -100 is ignored."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = self.loss_function(logits, labels, self.config, **kwargs) if labels is not None else None
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay should touch: all but the RG-LRU's, norms, biases and embeddings.
+
+    Source: the RecurrentGemma report (arXiv 2404.07839) and its fine-tuning recipe. Stock `Trainer` leaves out biases,
+    norms, and Λ by its name, but decays the weights of the gates and the embeddings.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    names = []
+    for module_name, module in model.named_modules():
+        # By name: a model loaded from the Hub has a class of its own of that name.
+        is_norm = any(cls.__name__ == GriffinRMSNorm.__name__ for cls in type(module).__mro__)
+        if "rg_lru" in module_name.split(".") or is_norm or isinstance(module, nn.Embedding):
+            continue
+        names += [
+            f"{module_name}.{name}" if module_name else name
+            for name, parameter in module.named_parameters(recurse=False)
+            if not name.endswith("bias") and id(parameter) not in embeddings  # a tied head is the embedding
+        ]
+    return names
+
+
+__all__ = [
+    "GriffinForCausalLM",
+    "GriffinForSequenceClassification",
+    "GriffinForTokenClassification",
+    "GriffinModel",
+    "GriffinPreTrainedModel",
+    "decay_parameter_names",
+]

@@ -1,0 +1,265 @@
+"""RecurrentGemma checkpoints, from Transformers and from DeepMind, as Griffins, and back to Transformers.
+
+Names are the same in both but for the inside of `rg_lru`. Numbers differ where Transformers' port is off: a query of
+DeepMind's window W sees W past tokens and itself, W + 1 keys; the port sees W keys. The result here follows DeepMind.
+
+This file imports nothing of the package: the classes are handed in, so that they can have methods that call it.
+"""
+
+import copy
+import re
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, RecurrentGemmaConfig
+
+
+# Inside `rg_lru`: RecurrentGemma's name in Transformers, and ours.
+RG_LRU_NAMES = {
+    "recurrent_param": "decay.lambda_bias",
+    "input_gate_weight": "input_gate.weight",
+    "input_gate_bias": "input_gate.bias",
+    "recurrent_gate_weight": "recurrence_gate.weight",
+    "recurrent_gate_bias": "recurrence_gate.bias",
+}
+SAME_FIELDS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "lru_width"),
+    *("conv1d_width", "attention_dropout", "hidden_activation", "rms_norm_eps", "rope_parameters", "use_cache"),
+    *("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype"),
+)
+LAYER_TYPES = {"recurrent": "linear_attention", "attention": "sliding_attention"}
+
+# DeepMind's names, below `blocks.N`, and ours, below `model.layers.N`.
+DEEPMIND_NAMES = {
+    "temporal_pre_norm.scale": "temporal_pre_norm.weight",
+    "channel_pre_norm.scale": "channel_pre_norm.weight",
+    **{
+        f"recurrent_block.{linear}.{kind}": f"temporal_block.{linear}.{kind}"
+        for linear in ("linear_x", "linear_y", "linear_out")
+        for kind in ("weight", "bias")
+    },
+    "recurrent_block.conv_1d.w": "temporal_block.conv_1d.weight",
+    "recurrent_block.conv_1d.b": "temporal_block.conv_1d.bias",
+    "recurrent_block.rg_lru.a_param": "temporal_block.rg_lru.decay.lambda_bias",
+    "recurrent_block.rg_lru.a_gate.w": "temporal_block.rg_lru.recurrence_gate.weight",
+    "recurrent_block.rg_lru.a_gate.b": "temporal_block.rg_lru.recurrence_gate.bias",
+    "recurrent_block.rg_lru.input_gate.w": "temporal_block.rg_lru.input_gate.weight",
+    "recurrent_block.rg_lru.input_gate.b": "temporal_block.rg_lru.input_gate.bias",
+    "attention_block.proj_q.weight": "temporal_block.q_proj.weight",
+    "attention_block.proj_k.weight": "temporal_block.k_proj.weight",
+    "attention_block.proj_v.weight": "temporal_block.v_proj.weight",
+    "attention_block.proj_final.weight": "temporal_block.o_proj.weight",
+    "attention_block.proj_final.bias": "temporal_block.o_proj.bias",
+    "mlp_block.ffw_down.weight": "mlp_block.down_proj.weight",
+    "mlp_block.ffw_down.bias": "mlp_block.down_proj.bias",
+}
+
+
+def griffin_name(name: str) -> str:
+    """The name here of an entry of RecurrentGemma's state dict, or of an adapter's."""
+    return _rename(name, RG_LRU_NAMES)
+
+
+def recurrent_gemma_name(name: str) -> str:
+    """The inverse of `griffin_name`."""
+    return _rename(name, {ours: theirs for theirs, ours in RG_LRU_NAMES.items()})
+
+
+def _rename(name: str, names: dict[str, str]) -> str:
+    prefix, found, rest = name.rpartition(".rg_lru.")
+    return prefix + found + names.get(rest, rest)
+
+
+def griffin_config_from_recurrent_gemma(config, config_class):
+    """A `config_class` (GriffinConfig) with the shapes and choices of a RecurrentGemmaConfig.
+
+    Raises:
+        ValueError: for a configuration of another model, and for `attention_bias=True`, which Griffin has not.
+    """
+    if config.model_type != "recurrent_gemma":
+        raise ValueError(f"config.model_type = {config.model_type!r}: allowed is 'recurrent_gemma'")
+    if config.attention_bias:
+        raise ValueError("attention_bias = True: allowed is False; Griffin's q_proj, k_proj and v_proj have no bias")
+    if config.intermediate_size % 2:
+        raise ValueError(
+            f"intermediate_size = {config.intermediate_size}: allowed are even numbers, it counts two branches"
+        )
+    blocks = [config.block_types[i % len(config.block_types)] for i in range(config.num_hidden_layers)]
+    return config_class(
+        **{field: copy.deepcopy(getattr(config, field)) for field in SAME_FIELDS},
+        intermediate_size=config.intermediate_size // 2,
+        head_dim=config.head_dim,
+        layer_types=[LAYER_TYPES[block] for block in blocks],
+        attention_window_size=config.attention_window_size + 1,
+        num_gate_blocks=config.num_attention_heads,
+        final_logit_softcapping=config.logits_soft_cap or None,
+        scale_embeddings=True,
+        lambda_init="recurrent_gemma",
+    )
+
+
+def recurrent_gemma_config_from_griffin(config) -> RecurrentGemmaConfig:
+    """The inverse of `griffin_config_from_recurrent_gemma`.
+
+    Transformers' class then attends one key fewer than this model. Raises ValueError for what it cannot express.
+    """
+    _check_expressible(config)
+    theirs = {ours: block for block, ours in LAYER_TYPES.items()}
+    return RecurrentGemmaConfig(
+        **{field: copy.deepcopy(getattr(config, field)) for field in SAME_FIELDS},
+        intermediate_size=config.intermediate_size * 2,
+        block_types=_shortest_pattern([theirs[layer_type] for layer_type in config.layer_types]),
+        attention_window_size=config.attention_window_size - 1,
+        logits_soft_cap=config.final_logit_softcapping,
+        architectures=["RecurrentGemmaForCausalLM"],
+    )
+
+
+def _check_expressible(config) -> None:
+    heads = config.num_attention_heads
+    allowed = {
+        "model_type": "griffin",
+        "num_gate_blocks": heads,
+        "head_dim": config.hidden_size // heads,
+        "rg_lru_c": 8,
+        "scale_embeddings": True,
+    }
+    for field, value in allowed.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"{field} = {getattr(config, field)!r}: RecurrentGemma in Transformers allows {value!r} only"
+            )
+    if config.final_logit_softcapping is None:
+        raise ValueError("final_logit_softcapping = None: RecurrentGemma in Transformers always caps its logits")
+
+
+def _shortest_pattern(blocks: list[str]) -> list[str]:
+    """The shortest list that, repeated, begins with `blocks`."""
+    for length in range(1, len(blocks) + 1):
+        if all(block == blocks[i % length] for i, block in enumerate(blocks)):
+            return blocks[:length]
+    return blocks
+
+
+def griffin_tensors_from_recurrent_gemma(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """An entry of RecurrentGemma's state dict as ours: the same bits, Λ in float32."""
+    name = griffin_name(name)
+    return {name: tensor.float() if name.endswith("decay.lambda_bias") else tensor}
+
+
+def recurrent_gemma_tensors_from_griffin(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """An entry of our state dict as RecurrentGemma's: Λ in `dtype`, or in its own where `dtype` would round it."""
+    if name.endswith("decay.lambda_bias") and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+        tensor = tensor.to(dtype)
+    return {recurrent_gemma_name(name): tensor}
+
+
+def griffin_tensors_from_deepmind(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """An entry of the state dict of DeepMind's torch `Griffin` as ours: one entry, or the two branches of an MLP.
+
+    Raises KeyError for a name that is none of DeepMind's.
+    """
+    if name == "embedder.input_embedding":
+        return {"model.embed_tokens.weight": tensor}
+    if name == "final_norm.scale":
+        return {"model.final_norm.weight": tensor}
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if block is None:
+        raise KeyError(f"{name}: not a parameter of DeepMind's recurrentgemma")
+    layer, inside = f"model.layers.{block[1]}.", block[2]
+    if inside in ("mlp_block.ffw_up.w", "mlp_block.ffw_up.b"):  # (2, D, E) and (2, 1, 1, E), gate first
+        kind, branches = ("weight", tensor.mT) if inside.endswith("w") else ("bias", tensor.flatten(1))
+        return {
+            f"{layer}mlp_block.gate_proj.{kind}": branches[0].contiguous(),
+            f"{layer}mlp_block.up_proj.{kind}": branches[1].contiguous(),
+        }
+    if inside.endswith("conv_1d.w"):  # (taps, C) -> (C, 1, taps)
+        tensor = tensor.T[:, None].contiguous()
+    if inside.endswith("a_param"):
+        tensor = tensor.float()
+    return {layer + DEEPMIND_NAMES[inside]: tensor}
+
+
+def griffin_config_from_deepmind(
+    tensors: dict[str, torch.Tensor],
+    config_class,
+    attention_window_size: int = 2048,
+    logits_soft_cap: float | None = 30.0,
+    scale_embeddings: bool = True,
+):
+    """A `config_class` (GriffinConfig) for the state dict of DeepMind's torch `Griffin`; only its shapes are read.
+
+    What shapes do not tell are arguments, in DeepMind's sense; the defaults are those of RecurrentGemma 2B and 9B.
+    """
+    if "embedder.input_embedding" not in tensors:
+        raise ValueError("embedder.input_embedding is missing: allowed are state dicts of DeepMind's torch Griffin")
+    vocab_size, hidden_size = tensors["embedder.input_embedding"].shape
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    recurrent = [f"blocks.{i}.recurrent_block.rg_lru.a_gate.w" in tensors for i in range(layers)]
+    gates = tensors.get(f"blocks.{recurrent.index(True)}.recurrent_block.rg_lru.a_gate.w") if any(recurrent) else None
+    heads = gates.shape[0] if gates is not None else None
+    if not all(recurrent):
+        heads = hidden_size // tensors[f"blocks.{recurrent.index(False)}.attention_block.proj_k.weight"].shape[0]
+    taps = tensors[f"blocks.{recurrent.index(True)}.recurrent_block.conv_1d.w"].shape[0] if any(recurrent) else 4
+    return config_class(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=tensors["blocks.0.mlp_block.ffw_down.weight"].shape[1],
+        num_hidden_layers=layers,
+        layer_types=[LAYER_TYPES["recurrent" if r else "attention"] for r in recurrent],
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        attention_window_size=attention_window_size + 1,
+        lru_width=gates.shape[0] * gates.shape[1] if gates is not None else hidden_size,
+        num_gate_blocks=gates.shape[0] if gates is not None else heads,
+        conv1d_width=taps,
+        final_logit_softcapping=logits_soft_cap or None,
+        scale_embeddings=scale_embeddings,
+        lambda_init="recurrent_gemma",
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        dtype=tensors["embedder.input_embedding"].dtype,
+    )
+
+
+def load_recurrent_gemma(source, model_class, **kwargs):
+    """A `model_class` (GriffinForCausalLM) with the weights of RecurrentGemma.
+
+    Args:
+        source: a folder or Hub id of a Transformers checkpoint, or a loaded `RecurrentGemmaForCausalLM`.
+        model_class: a Griffin class.
+        kwargs: for `from_pretrained`, such as dtype, device_map, revision. The dtype is the source's when left out.
+    """
+    if isinstance(source, PreTrainedModel):
+        config = griffin_config_from_recurrent_gemma(source.config, model_class.config_class)
+        tensors = {}
+        for name, tensor in source.state_dict().items():
+            tensors.update(griffin_tensors_from_recurrent_gemma(name, tensor.clone()))  # or the two would share weights
+        kwargs.setdefault("dtype", source.dtype)
+        model = model_class.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+        if model.can_generate():
+            model.generation_config = copy.deepcopy(source.generation_config)
+        return model
+    hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    config = AutoConfig.from_pretrained(source, **{key: kwargs[key] for key in hub if key in kwargs})
+    config = griffin_config_from_recurrent_gemma(config, model_class.config_class)
+    renamed = {rf"rg_lru\.{theirs}$": f"rg_lru.{ours}" for theirs, ours in RG_LRU_NAMES.items()}
+    loaded = model_class.from_pretrained(source, config=config, key_mapping=renamed, **kwargs)
+    # Otherwise `save_pretrained` would write the source's names again.
+    (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = None
+    return loaded
+
+
+__all__ = [
+    "griffin_config_from_deepmind",
+    "griffin_config_from_recurrent_gemma",
+    "griffin_name",
+    "griffin_tensors_from_deepmind",
+    "griffin_tensors_from_recurrent_gemma",
+    "load_recurrent_gemma",
+    "recurrent_gemma_config_from_griffin",
+    "recurrent_gemma_name",
+    "recurrent_gemma_tensors_from_griffin",
+]

@@ -1,0 +1,81 @@
+"""The Real-Gated Linear Recurrent Unit: two block-diagonal gates, the learnt decay, the recurrence.
+
+Legend: B batch, T time, C channels, N gate blocks.
+"""
+
+import torch
+from torch import nn
+
+from .rg_lru_scan import rg_lru_scan
+
+
+class BlockDiagonalLinear(nn.Module):
+    """x W + b with W block-diagonal: weight (N, C/N, C/N) with the input axis first, bias (N, C/N)."""
+
+    def __init__(self, width: int, num_blocks: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, width // num_blocks, width // num_blocks))
+        self.bias = nn.Parameter(torch.empty(num_blocks, width // num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        blocks = x.unflatten(-1, self.weight.shape[:2])  # sizes come from tensors: they may be shards
+        y = torch.einsum("btni,nij->btnj", blocks, self.weight)
+        return (y + self.bias.to(y.dtype)).flatten(-2)  # under autocast y is bfloat16 and the bias float32
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.weight.shape[0]}, block_width={self.weight.shape[1]}"
+
+
+class Decay(nn.Module):
+    """Holds Λ and nothing else, so that it can stay float32 while its neighbours are bfloat16.
+
+    Λ is called `lambda_bias` because stock optimisers leave names with "bias" out of weight decay, and decaying Λ would
+    pull every channel towards a = sigmoid(0) = 0.5, a memory of one token.
+    """
+
+    def __init__(self, width: int, c: float):
+        super().__init__()
+        self.c = c
+        self.lambda_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        """log(a^c) = -c * softplus(Λ) (C,), float32, <= 0. Stored sign: see `lambda_init.py`."""
+        return -self.c * nn.functional.softplus(self.lambda_bias.float())
+
+    def extra_repr(self) -> str:
+        return f"{self.lambda_bias.shape[0]}, c={self.c}"
+
+
+class RGLRU(nn.Module):
+    """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t), equations 1 to 4 of the paper."""
+
+    def __init__(self, width: int, num_gate_blocks: int, c: float):
+        super().__init__()
+        # Differs: equations 1 and 2 have dense matrices; the paper's models and DeepMind's code block-diagonal ones.
+        self.recurrence_gate = BlockDiagonalLinear(width, num_gate_blocks)
+        self.input_gate = BlockDiagonalLinear(width, num_gate_blocks)
+        self.decay = Decay(width, c)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        document_start: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x: (B, T, C).
+            document_start: (B, T) bool, where the state is forgotten.
+            real: (B, T) bool, False for padding, which carries the state; None when there is none.
+            state: (B, C) float32, h before the first token; None means zeros.
+
+        Returns:
+            hidden (B, T, C) in the dtype of x and the last state (B, C) float32.
+        """
+        recurrence_gate, input_gate = self.recurrence_gate(x), self.input_gate(x)
+        if real is not None:
+            padding = real.logical_not()[..., None]
+            x, recurrence_gate = x.masked_fill(padding, 0.0), recurrence_gate.masked_fill(padding, -torch.inf)
+        return rg_lru_scan(x, recurrence_gate, input_gate, self.decay(), initial_state=state, reset=document_start)

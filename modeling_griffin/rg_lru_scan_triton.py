@@ -1,0 +1,218 @@
+"""The RG-LRU recurrence on a GPU: one fused Triton kernel forward, one backward, both at the speed of memory.
+
+Forward moves 4 tensors of (B, T, C), backward 8: each is read or written once, and gates, decay, input scaling and
+recurrence happen in registers. Kept for the backward pass: x, both gates and hidden. `rg_lru_scan_triton_kernels` has
+the kernels and how they work; this file chooses tiles, launches, and registers both as PyTorch operators.
+"""
+
+import contextlib
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+
+try:
+    import triton
+
+    from .rg_lru_scan_triton_kernels import PTX, backward_kernel, forward_kernel
+except ImportError:
+    triton = None
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Tile(NamedTuple):
+    """A program's share: segments * rows steps of `channels` channels, each thread two channels of `rows` steps."""
+
+    segments: int
+    rows: int
+    channels: int
+    max_registers: int | None = None  # of a thread
+
+    @property
+    def steps(self) -> int:
+        return self.segments * self.rows
+
+    @property
+    def num_warps(self) -> int:
+        return self.segments * self.channels // 64
+
+
+# Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels / 64) make long waits:
+# there the backward pass takes taller tiles, whose carries are fewer; else smaller ones, of which more fit.
+ONE_STEP = Tile(1, 1, 256)
+FORWARD, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(4, 8, 64, 96)
+BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
+
+
+def _forward_tile(length: int, exact: bool) -> Tile:
+    if length == 1:
+        return ONE_STEP
+    return FORWARD_FLOAT32 if exact else FORWARD
+
+
+def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
+    if length == 1:
+        return ONE_STEP
+    if exact:
+        return BACKWARD_FLOAT32
+    return BACKWARD if batch * channels > 64 * 256 else BACKWARD_TALL
+
+
+def triton_unavailable_reason(x: torch.Tensor) -> str | None:
+    """None where the kernels can run on `x`, else why not."""
+    if triton is None:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "the kernels were never run on ROCm"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}, the kernels compute in float32"
+    if not x.is_cuda and PTX.value:  # under Triton's interpreter they run on a CPU
+        return f"x is on {x.device.type}"
+    return None
+
+
+def rg_lru_scan_triton(
+    x: torch.Tensor,
+    recurrence_gate: torch.Tensor,
+    input_gate: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    reset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as in `rg_lru_scan`. Runs in float32; `triton_unavailable_reason(x)` must be None.
+
+    Gradients are deterministic. Second derivatives raise.
+    """
+    state = None if initial_state is None else initial_state.float()
+    return _OPERATORS.forward(x, recurrence_gate, input_gate, log_decay.float(), state, reset)
+
+
+def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+    hidden, last_state = _forward_shapes(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    if hidden.numel() == 0:
+        return hidden, last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
+    inputs = _contiguous(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    exact = _is_exact(x, recurrence_gate, input_gate)
+    _launch(forward_kernel, _forward_tile(x.shape[1], exact), exact, inputs, (hidden, last_state))
+    return hidden, last_state
+
+
+def _forward_shapes(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+    batch, _, channels = x.shape
+    return x.new_empty(x.shape), log_decay.new_empty(batch, channels)
+
+
+def _backward(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden):
+    outputs = _backward_shapes(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, None, None, hidden)
+    d_x, d_recurrence_gate, d_input_gate, d_log_decay, d_initial_state = outputs
+    batch, length, channels = x.shape
+    if x.numel() == 0:
+        d_initial_state.zero_() if d_last_state is None else d_initial_state.copy_(d_last_state)
+        return d_x, d_recurrence_gate, d_input_gate, d_log_decay.zero_(), d_initial_state
+    arguments = (x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden, d_hidden, d_last_state)
+    inputs = _contiguous(*arguments)
+    exact = _is_exact(x, recurrence_gate, input_gate)
+    tile = _backward_tile(batch, length, channels, exact)
+    # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
+    partial = log_decay.new_empty(batch * triton.cdiv(length, tile.steps), channels)
+    outputs = (d_x, d_recurrence_gate, d_input_gate, partial, d_initial_state)
+    _launch(backward_kernel, tile, exact, inputs, outputs, HAS_D_LAST=d_last_state is not None)
+    return d_x, d_recurrence_gate, d_input_gate, partial.sum(0), d_initial_state
+
+
+def _backward_shapes(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden):
+    batch, _, channels = x.shape
+    gates = (recurrence_gate.new_empty(x.shape), input_gate.new_empty(x.shape))
+    return x.new_empty(x.shape), *gates, log_decay.new_empty(channels), log_decay.new_empty(batch, channels)
+
+
+def _contiguous(*tensors):
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _is_exact(*tensors) -> bool:
+    """float32 in or out: correctly rounded functions; else the hardware's, whose error 16 bits do not show."""
+    return any(tensor.dtype not in (torch.float16, torch.bfloat16) for tensor in tensors)
+
+
+def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
+    """inputs: x, both gates, log_decay, initial_state, reset, ... ; each kernel takes inputs, outputs, words, sizes."""
+    x = inputs[0]
+    batch, length, channels = x.shape
+    steps, blocks = triton.cdiv(length, tile.steps), triton.cdiv(channels, tile.channels)
+    tiles = steps * blocks * batch
+    # Tiles pass the state on through words that start as 0, with the ticket counter behind them. They are this call's
+    # own: other streams have theirs, and a CUDA graph clears them at each replay.
+    words = x.new_zeros(tiles * tile.channels + 1, dtype=torch.int64) if steps > 1 else None
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        kernel[(tiles,)](
+            *inputs,
+            *outputs,
+            words,
+            batch,
+            length,
+            channels,
+            HAS_INITIAL=inputs[4] is not None,
+            HAS_RESET=inputs[5] is not None,
+            CHAINED=steps > 1,
+            MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
+            EXACT=exact,
+            SEGMENTS=tile.segments,
+            ROWS=tile.rows,
+            CHANNELS=tile.channels,
+            num_warps=tile.num_warps,
+            maxnreg=tile.max_registers,
+            **flags,
+        )
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[0])
+
+
+def _differentiate(ctx, d_hidden, d_last_state):
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them at each access
+    d_hidden = torch.zeros_like(saved[-1]) if d_hidden is None else d_hidden
+    *gradients, d_initial_state = _OPERATORS.backward(d_hidden, d_last_state, *saved)
+    return *gradients, None if saved[4] is None else d_initial_state, None
+
+
+def _save_nothing(ctx, inputs, output) -> None:
+    pass
+
+
+def _refuse(ctx, *gradients):
+    raise NotImplementedError("the Triton backend has no second derivatives; use backend='torch' or 'reference'")
+
+
+def _register():
+    """Both kernels as operators, so that `torch.compile` and autograd see one opaque node each way.
+
+    A namespace of its own for each execution of this file: a process may hold several copies (installed, from the Hub),
+    and may execute one twice.
+    """
+    base = "griffin_" + hashlib.sha256(__name__.encode()).hexdigest()[:8]
+    count = 0
+    while hasattr(getattr(torch.ops, f"{base}_{count}"), "forward"):
+        count += 1
+    name = f"{base}_{count}"
+    gates = "Tensor recurrence_gate, Tensor input_gate, Tensor log_decay"
+    inputs = f"Tensor x, {gates}, Tensor? initial_state, Tensor? reset"
+    more = f"Tensor d_hidden, Tensor? d_last_state, {inputs}, Tensor hidden"
+    library = torch.library.Library(name, "FRAGMENT")
+    tags = (torch.Tag.pt2_compliant_tag,)
+    library.define(f"forward({inputs}) -> (Tensor, Tensor)", tags=tags)
+    library.define(f"backward({more}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=tags)
+    library.impl("forward", _forward, "CompositeExplicitAutograd")
+    library.impl("backward", _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{name}::forward", _forward_shapes, lib=library)
+    torch.library.register_fake(f"{name}::backward", _backward_shapes, lib=library)
+    torch.library.register_autograd(f"{name}::forward", _differentiate, setup_context=_save, lib=library)
+    torch.library.register_autograd(f"{name}::backward", _refuse, setup_context=_save_nothing, lib=library)
+    return library, getattr(torch.ops, name)
+
+
+_LIBRARY, _OPERATORS = _register()  # the library must live as long as its operators
