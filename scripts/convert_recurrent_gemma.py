@@ -1,0 +1,253 @@
+"""RecurrentGemma to Griffin: `python scripts/convert_recurrent_gemma.py SOURCE TARGET`, and back with `--reverse`.
+
+SOURCE is a folder or Hub id of a Transformers checkpoint, or DeepMind's own PyTorch checkpoint, one `.pt` file. Weights
+stream through: memory holds about one shard. TARGET must not exist yet; it appears when everything is in it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig, GenerationConfig
+
+from modeling_griffin import GriffinConfig
+from modeling_griffin.model_card import write_model_card
+from modeling_griffin.recurrent_gemma import (
+    griffin_config_from_deepmind,
+    griffin_config_from_recurrent_gemma,
+    griffin_tensors_from_deepmind,
+    griffin_tensors_from_recurrent_gemma,
+    recurrent_gemma_config_from_griffin,
+    recurrent_gemma_tensors_from_griffin,
+)
+
+
+INDEX = "model.safetensors.index.json"
+COPIED = (
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "chat_template*", "LICENSE*", "NOTICE*"),
+)
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+Entries = Iterator[tuple[str, torch.Tensor]]
+Change = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+class ShardWriter:
+    """Collects tensors and writes a file whenever `max_bytes` are together."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        self.waiting, self.waiting_bytes = {}, 0
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.waiting and self.waiting_bytes + size > self.max_bytes:
+            self.flush()
+        self.waiting[name] = tensor.contiguous()
+        self.waiting_bytes += size
+        self.total_bytes += size
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.shards.append(list(self.waiting))
+            save_file(self.waiting, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+            self.waiting, self.waiting_bytes = {}, 0
+
+    def close(self) -> None:
+        """Gives the files the names that `from_pretrained` looks for."""
+        self.flush()
+        count = len(self.shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
+        for i, name in enumerate(names, start=1):
+            (self.folder / f"shard-{i}").rename(self.folder / name)
+        if count > 1:
+            weight_map = {entry: name for name, shard in zip(names, self.shards) for entry in shard}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, or FileNotFoundError."""
+    if (folder / INDEX).exists():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name}: missing; allowed are checkpoints in safetensors")
+    return [folder / name for name in names]
+
+
+def safetensors_entries(folder: Path) -> Entries:
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                yield name, shard.get_tensor(name)
+
+
+def count_entries(folder: Path) -> int:
+    total = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            total += len(shard.keys())
+    return total
+
+
+def read_checkpoint(folder: Path, reverse: bool) -> tuple[object, object, Entries, int, Change]:
+    """(source config, target config, entries, how many, what becomes of each) of a Transformers checkpoint."""
+    config = AutoConfig.from_pretrained(folder)
+    if not reverse:
+        target = griffin_config_from_recurrent_gemma(config, GriffinConfig)
+        change = griffin_tensors_from_recurrent_gemma
+    else:
+        target = recurrent_gemma_config_from_griffin(config)
+        dtype = next(tensor.dtype for name, tensor in safetensors_entries(folder) if "lambda_bias" not in name)
+
+        def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+            return recurrent_gemma_tensors_from_griffin(name, tensor, dtype)
+
+    return config, target, safetensors_entries(folder), count_entries(folder), change
+
+
+def read_deepmind(file: Path, arguments: argparse.Namespace) -> tuple[object, object, Entries, int, Change]:
+    """The same of DeepMind's `.pt` file; its tensors stay on disk until they are used."""
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    target = griffin_config_from_deepmind(
+        tensors,
+        GriffinConfig,
+        arguments.attention_window_size,
+        arguments.logits_soft_cap,
+        not arguments.no_scale_embeddings,
+    )
+    return None, target, iter(tensors.items()), len(tensors), griffin_tensors_from_deepmind
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Tokenizer, generation config and licence; returns the names."""
+    files = sorted({file for pattern in COPIED for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    return [file.name for file in files]
+
+
+def describe_change(source, target) -> list[str]:
+    """The fields whose value or name changed."""
+    before = {} if source is None else source.to_dict()
+    after = target.to_dict()
+    skipped = ("_name_or_path", "architectures", "auto_map", "transformers_version")
+    lines = []
+    for field in sorted(before.keys() | after.keys()):
+        if field not in skipped and before.get(field) != after.get(field):
+            old, new = (values.get(field, "(none)") for values in (before, after))
+            lines.append(f"  {field}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Writes beside the target and renames at the end; a failure leaves nothing."""
+    target = Path(arguments.target)
+    if target.exists():
+        raise FileExistsError(f"{target}: exists; allowed is a new folder")
+    source = Path(arguments.source)
+    if source.is_file():
+        if arguments.reverse:
+            raise ValueError(f"{source}: with --reverse allowed is a folder or Hub id of a Griffin")
+        read = read_deepmind(source, arguments)
+    else:
+        if not source.is_dir():
+            patterns = ["*.safetensors", "*.json", *COPIED]
+            source = Path(snapshot_download(arguments.source, allow_patterns=patterns, revision=arguments.revision))
+        read = read_checkpoint(source, arguments.reverse)
+    source_config, target_config, entries, count, change = read
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        writer, dtypes = ShardWriter(unfinished, parse_size(arguments.max_shard_size)), {}
+        for name, tensor in tqdm(entries, total=count, unit="tensor", desc="converting"):
+            for new_name, new_tensor in change(name, tensor).items():
+                writer.add(new_name, new_tensor)
+                dtypes.setdefault(str(new_tensor.dtype).removeprefix("torch."), []).append(new_name)
+        writer.close()
+        target_config.architectures = target_config.architectures or ["GriffinForCausalLM"]
+        target_config.save_pretrained(unfinished)
+        copied = copy_companions(source if source.is_dir() else source.parent, unfinished)
+        if not (unfinished / "generation_config.json").exists():
+            GenerationConfig.from_model_config(target_config).save_pretrained(unfinished)
+        if target_config.model_type == GriffinConfig.model_type:
+            from_hub = not Path(arguments.source).exists()
+            write_model_card(unfinished, repo_id=target.name, **({"base_model": arguments.source} if from_hub else {}))
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    report(arguments.source, target, source_config, target_config, writer, dtypes, copied)
+
+
+def report(source, target, source_config, target_config, writer, dtypes, copied) -> None:
+    tensors = sum(len(names) for names in dtypes.values())
+    kinds = ", ".join(f"{len(names)} {dtype}" for dtype, names in sorted(dtypes.items()))
+    print(f"{source} -> {target}")
+    print(f"{tensors} tensors ({kinds}), {writer.total_bytes / 1e6:.1f} MB in {len(writer.shards)} file(s)")
+    print("Configuration:", *describe_change(source_config, target_config), sep="\n")
+    print("Copied:", ", ".join(copied) or "nothing, the source has neither tokenizer nor generation config")
+    if target_config.model_type == "recurrent_gemma":
+        print(
+            f"Transformers' class attends {target_config.attention_window_size} tokens, this Griffin one more; "
+            "on longer inputs their logits differ."
+        )
+
+
+def parse_size(text: str) -> int:
+    """'5GB' -> 5000000000."""
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise ValueError(f"max_shard_size = {text!r}: allowed are sizes like 500MB or 5GB")
+    return size
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder, Hub id, or DeepMind's .pt file")
+    parser.add_argument("target", help="folder to create")
+    parser.add_argument("--reverse", action="store_true", help="from Griffin to RecurrentGemma in Transformers")
+    parser.add_argument("--revision", help="of a Hub id")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: %(default)s)")
+    deepmind = parser.add_argument_group("what a .pt file does not tell (defaults: RecurrentGemma 2B and 9B)")
+    deepmind.add_argument("--attention-window-size", type=int, default=2048, help="in DeepMind's sense, without itself")
+    deepmind.add_argument("--logits-soft-cap", type=float, default=30.0, help="0 for none")
+    deepmind.add_argument("--no-scale-embeddings", action="store_true")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        convert(parse_arguments(argv))
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

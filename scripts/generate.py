@@ -1,0 +1,78 @@
+"""Samples from a model and streams the text: `python scripts/generate.py build/demo/model --prompt "The "`."""
+
+import argparse
+import sys
+
+import torch
+from text_tokenizer import document_ends
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+import modeling_griffin  # noqa: F401  registers the model with the Auto classes
+
+
+def load(name: str, trust_remote_code: bool, device: str):
+    """(model, tokenizer) of a folder or Hub id."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: MODEL = {name!r}: allowed are a folder or Hub id with a model and its tokenizer ({error})"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def generate(model, tokenizer, prompt: str, **options) -> torch.Tensor:
+    """Continues a document that begins with `prompt`; streams it to stdout, returns all token ids (1, T)."""
+    first, _ = document_ends(tokenizer)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    input_ids = torch.tensor([[first, *ids]], device=model.device)
+    return model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **options,
+    )
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="generate.py", description="Samples from a model and streams the text.")
+    parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
+    parser.add_argument("--prompt", default="", help="how the document begins (default: nothing)")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token; no sampling")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code of the model's repository; not needed for Griffin while modeling_griffin is installed",
+    )
+    arguments = parser.parse_args(argv)
+    for name, allowed, holds in (
+        ("max_new_tokens", "whole numbers from 1", arguments.max_new_tokens >= 1),
+        ("temperature", "numbers above 0 (or --greedy)", arguments.temperature > 0),
+        ("top_k", "whole numbers from 0", arguments.top_k >= 0),
+        ("top_p", "numbers above 0 up to 1", 0 < arguments.top_p <= 1),
+    ):
+        if not holds:
+            parser.error(f"--{name} {getattr(arguments, name)}: allowed are {allowed}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = read_arguments(sys.argv[1:] if argv is None else argv)
+    model, tokenizer = load(arguments.model, arguments.trust_remote_code, arguments.device)
+    if arguments.seed is not None:
+        set_seed(arguments.seed)
+    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    options = {"do_sample": False} if arguments.greedy else {"do_sample": True, **sampling}
+    generate(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens, **options)
+
+
+if __name__ == "__main__":
+    main()
