@@ -1,0 +1,122 @@
+"""A process of its own that talks to the loopback Hub: huggingface_hub reads its environment once, when it is imported.
+
+One process runs many pieces of code, because importing PyTorch and Transformers costs seconds.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import traceback
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+# A piece of code that most tests need; it reads the variable IDS.
+LOGITS = """
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits.flatten().tolist()
+
+def pulled_logits(*name, **arguments):
+    return logits(AutoModelForCausalLM.from_pretrained(*name, trust_remote_code=True, **arguments))
+"""
+
+
+class HubClient:
+    """`client.run(code)` runs code in the process and returns the variable `result` that it sets, as JSON has it.
+
+    Args:
+        url: of the Hub.
+        home: HF_HOME, an empty folder: caches of files and of remote code.
+        token: or None.
+        package: whether `modeling_griffin` can be imported.
+    """
+
+    def __init__(self, url: str, home: Path, token: str | None, package: bool):
+        self.home = home
+        path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry) != ROOT]
+        keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {
+            **keep,
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": os.pathsep.join([*path, *[str(ROOT), str(ROOT / "scripts")] * package]),
+            **({"HF_TOKEN": token} if token else {}),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "with-package" if package else "without-package"],
+            env=environment,
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, code: str, **arguments):
+        """`arguments` become variables, which stay. Raises AssertionError with the traceback where the code raises."""
+        answer = self._ask(code, arguments)
+        assert answer["error"] is None, answer["traceback"]
+        return answer["result"]
+
+    def error(self, code: str, **arguments) -> str:
+        """What the code raises, as "Class: message"."""
+        answer = self._ask(code, arguments)
+        assert answer["error"] is not None, f"nothing was raised; printed:\n{answer['printed']}"
+        return answer["error"]
+
+    def printed(self, code: str, **arguments) -> str:
+        """What the code prints."""
+        answer = self._ask(code, arguments)
+        assert answer["error"] is None, answer["traceback"]
+        return answer["printed"]
+
+    def _ask(self, code: str, arguments: dict) -> dict:
+        self.process.stdin.write(json.dumps([textwrap.dedent(code), arguments], default=str) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the client process ended with {self.process.wait()}"
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=120)
+
+
+def serve() -> None:
+    """The process itself: reads [code, arguments] a line, answers a line."""
+    if sys.argv[1] == "without-package":
+        sys.modules["modeling_griffin"] = None  # installed or not: here it cannot be imported
+        sys.modules["triton"] = None
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.remove(str(Path(__file__).parent))
+    variables = {}
+    for line in sys.stdin:
+        code, arguments = json.loads(line)
+        variables.update(arguments, result=None)
+        answer = {"result": None, "error": None, "traceback": ""}
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                exec(compile(code, "<test>", "exec"), variables)
+            answer["result"] = variables["result"]
+        except BaseException as error:
+            answer |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        answers.write(json.dumps({**answer, "printed": printed.getvalue()}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,79 @@
+"""generate.py: what it prints is what the model gives."""
+
+import pytest
+import torch
+from _script_helpers import save_model
+from generate import main, read_arguments
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, eos_token_id=None)  # random weights: let no document end
+    return folder
+
+
+def printed(capsys, *argv: str) -> str:
+    main([str(word) for word in argv])
+    return capsys.readouterr().out
+
+
+def test_greedy_is_the_likeliest_token_each_time(folder, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = [256, *"the é".encode()]
+    for _ in range(20):
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    text = printed(capsys, folder, "--prompt", "the é", "--max_new_tokens", 20, "--greedy")
+    assert text.rstrip("\n") == tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\n")
+    assert text.startswith("the é")
+
+
+def test_seed_decides_the_sample(folder, capsys):
+    sample = [printed(capsys, folder, "--max_new_tokens", 30, "--seed", seed, "--device", "cpu") for seed in (3, 3, 4)]
+    assert sample[0] == sample[1] != sample[2]
+
+
+def test_top_k_of_one_is_greedy(folder, capsys):
+    arguments = (folder, "--prompt", "a", "--max_new_tokens", 20)
+    greedy = printed(capsys, *arguments, "--greedy")
+    assert printed(capsys, *arguments, "--top_k", 1) == greedy
+    assert printed(capsys, *arguments, "--top_p", 1e-6) == greedy
+    assert printed(capsys, *arguments, "--temperature", 1e-4) == greedy
+
+
+def test_streams_token_by_token(folder, monkeypatch):
+    """The streamer gets text while generate still runs, not once at the end."""
+    from transformers import TextStreamer
+
+    pieces = []
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda self, text, stream_end=False: pieces.append(text))
+    main([str(folder), "--prompt", "a b c\n", "--max_new_tokens", "60", "--seed", "0"])
+    assert len(pieces) > 3
+
+
+def test_remote_code_is_off_unless_asked_for():
+    assert read_arguments(["m"]).trust_remote_code is False
+    assert read_arguments(["m", "--trust_remote_code"]).trust_remote_code is True
+
+
+@pytest.mark.parametrize(
+    "option, value, allowed",
+    [
+        ("--max_new_tokens", "0", "whole numbers from 1"),
+        ("--temperature", "-0.5", "numbers above 0"),
+        ("--top_k", "-1", "whole numbers from 0"),
+        ("--top_p", "1.5", "numbers above 0 up to 1"),
+    ],
+)
+def test_wrong_options(option, value, allowed, capsys):
+    with pytest.raises(SystemExit):
+        read_arguments(["m", f"{option}={value}"])
+    assert f"{option} {value}: allowed are {allowed}" in capsys.readouterr().err
+
+
+def test_missing_model_is_named():
+    with pytest.raises(SystemExit, match="MODEL = '/nowhere/at/all'"):
+        main(["/nowhere/at/all"])
