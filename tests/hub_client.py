@@ -64,8 +64,16 @@ class HubClient:
             text=True,
         )
 
+    def set_up(self, code: str, **arguments) -> None:
+        """Runs code whose variables, `arguments` among them, every later piece of code sees."""
+        answer = self._ask(code, arguments, keep=True)
+        assert answer["error"] is None, answer["traceback"]
+
     def run(self, code: str, **arguments):
-        """`arguments` become variables, which stay. Raises AssertionError with the traceback where the code raises."""
+        """`arguments` become variables, gone afterwards: no test may lean on what another one left.
+
+        Raises AssertionError with the traceback where the code raises.
+        """
         answer = self._ask(code, arguments)
         assert answer["error"] is None, answer["traceback"]
         return answer["result"]
@@ -82,8 +90,8 @@ class HubClient:
         assert answer["error"] is None, answer["traceback"]
         return answer["printed"]
 
-    def _ask(self, code: str, arguments: dict) -> dict:
-        self.process.stdin.write(json.dumps([textwrap.dedent(code), arguments], default=str) + "\n")
+    def _ask(self, code: str, arguments: dict, keep: bool = False) -> dict:
+        self.process.stdin.write(json.dumps([textwrap.dedent(code), arguments, keep], default=str) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, f"the client process ended with {self.process.wait()}"
@@ -95,23 +103,24 @@ class HubClient:
 
 
 def serve() -> None:
-    """The process itself: reads [code, arguments] a line, answers a line."""
+    """The process itself: reads [code, arguments, keep] a line, answers a line."""
     if sys.argv[1] == "without-package":
         sys.modules["modeling_griffin"] = None  # installed or not: here it cannot be imported
         sys.modules["triton"] = None
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.remove(str(Path(__file__).parent))
-    variables = {}
+    kept = {}
     for line in sys.stdin:
-        code, arguments = json.loads(line)
-        variables.update(arguments, result=None)
+        code, arguments, keep = json.loads(line)
+        variables = {**kept, **arguments, "result": None}
         answer = {"result": None, "error": None, "traceback": ""}
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
                 exec(compile(code, "<test>", "exec"), variables)
             answer["result"] = variables["result"]
+            kept = variables if keep else kept
         except BaseException as error:
             answer |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         answers.write(json.dumps({**answer, "printed": printed.getvalue()}) + "\n")

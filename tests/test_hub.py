@@ -27,8 +27,8 @@ def hub():
 def author(hub, tmp_path_factory):
     """A process with the package and a token, which has pushed me/griffin: a tiny model with a tokenizer."""
     client = HubClient(hub.url, tmp_path_factory.mktemp("author"), "token-of-me", package=True)
-    client.run(LOGITS, IDS=IDS)
-    client.run(
+    client.set_up(LOGITS, IDS=IDS)
+    client.set_up(
         """
         from copy import deepcopy
         from modeling_griffin import GriffinConfig, GriffinForCausalLM
@@ -54,7 +54,7 @@ def author(hub, tmp_path_factory):
 def reader(hub, tmp_path_factory):
     """A process without the package, without Triton and without a token."""
     client = HubClient(hub.url, tmp_path_factory.mktemp("reader"), None, package=False)
-    client.run(LOGITS, IDS=IDS)
+    client.set_up(LOGITS, IDS=IDS)
     yield client
     client.close()
 
@@ -77,12 +77,13 @@ def test_the_repository_is_complete(hub, author):
 def test_without_the_package_and_without_triton(reader, expected):
     code = """
     model = AutoModelForCausalLM.from_pretrained("me/griffin", trust_remote_code=True)
-    result = [type(model).__module__, sys.modules["modeling_griffin"], logits(model)]
+    sampled = model.generate(torch.tensor(IDS), max_new_tokens=6, min_new_tokens=6)
+    result = [type(model).__module__, sys.modules["modeling_griffin"], logits(model), sampled.shape]
     """
-    module, package, found = reader.run(code)
+    module, package, found, shape = reader.run(code)
     assert module.startswith("transformers_modules.me.griffin.") and package is None
     assert found == expected
-    assert reader.run("result = model.generate(torch.tensor(IDS), max_new_tokens=6, min_new_tokens=6).shape") == [1, 18]
+    assert shape == [1, 18]
 
 
 def test_code_does_not_run_unasked(reader, author):
@@ -180,14 +181,15 @@ def test_corrupted_download(hub, author, reader):
 
 
 def test_second_revision(hub, author, reader, expected):
-    author.run("""
+    doubled = author.run("""
         other = deepcopy(model)
         other.lm_head.weight.data.mul_(2)
         other.push_to_hub("me/griffin", revision="v2")
+        result = logits(other)
         """)
     assert sorted(hub.repos["me/griffin"].branches) == ["main", "v2"]
     assert reader.run('result = pulled_logits("me/griffin")') == expected
-    assert reader.run('result = pulled_logits("me/griffin", revision="v2")') == author.run("result = logits(other)")
+    assert reader.run('result = pulled_logits("me/griffin", revision="v2")') == doubled
     name = hub.repos["me/griffin"].branches["main"]
     assert reader.run('result = pulled_logits("me/griffin", revision=name)', name=name) == expected
 
@@ -288,7 +290,7 @@ def test_adapter_on_the_hub(author, reader):
     """It names its base model, which is loaded from the Hub too."""
     code = """
     import peft
-    base = AutoModelForCausalLM.from_pretrained("me/shards")
+    base = AutoModelForCausalLM.from_pretrained("me/griffin")
     adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     for parameter in (p for name, p in adapted.named_parameters() if "lora_B" in name):
         torch.nn.init.normal_(parameter)

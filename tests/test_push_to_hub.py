@@ -25,8 +25,9 @@ def hub():
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
     client = HubClient(hub.url, tmp_path_factory.mktemp("home"), "token-of-me", package=True)
-    client.run("""
+    client.set_up("""
         import os
+        import push_to_hub
         import torch
         from huggingface_hub import constants
         from push_to_hub import main
@@ -72,7 +73,6 @@ def test_dry_run(hub, client, folder):
     """Without the clean process here, which costs seconds: test_push has it."""
     before, hub.requests[:] = {p: p.stat().st_mtime for p in folder.rglob("*")}, []
     code = """
-        import push_to_hub
         check, push_to_hub.check_shipped_code = push_to_hub.check_shipped_code, lambda *arguments: 0.0
         try:
             main([folder, "me/dry", "--dry-run", "--license", "mit"])
@@ -134,12 +134,12 @@ def test_a_name_that_is_taken(client, folder):
     )
 
 
-def test_no_network(client, folder):
-    client.run("endpoint, constants.ENDPOINT = constants.ENDPOINT, 'http://127.0.0.1:9'")
+def test_no_network(hub, client, folder):
+    client.run("constants.ENDPOINT = 'http://127.0.0.1:9'")
     try:
         assert refusal(client, folder, "me/x").startswith("no network: http://127.0.0.1:9 does not answer")
     finally:
-        client.run("constants.ENDPOINT = endpoint")
+        client.run("constants.ENDPOINT = url", url=hub.url)
 
 
 @pytest.mark.parametrize("field, value", [("model_type", "llama"), ("hidden_size", 32)])
