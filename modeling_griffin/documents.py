@@ -6,13 +6,14 @@ starts nothing. The recurrence forgets its state there, the convolution does not
 Legend: B batch, T time (the tokens of this forward pass), S tokens that the cache has seen, W attention window.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_tracing
+
+from .local_attention import LocalMask
 
 
 class Documents(NamedTuple):
@@ -188,46 +189,65 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk.
+    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; a `LocalMask`
+    where SDPA runs over more than two windows.
     """
     if "sliding_attention" not in config.layer_types:
         return None
-    visible = None
+    length = position_ids.shape[1]
+    first_key, num_keys, first_query = 0, length, 0
+    if past_key_values is not None:
+        layer = past_key_values.is_sliding.index(True)
+        num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
+        first_query = past_key_values.get_query_offset(layer)
+    number = first = None
     if documents.packed:
-        visible = _same_document(attention_mask, past_key_values, position_ids, documents)
+        slots = max(first_key + num_keys, first_query + length)
+        number, first = _numbers(attention_mask, position_ids, documents, slots, first_query)
+    if _reaches_beyond_two_windows(config, length, past_key_values, position_ids):
+        keys = slice(first_key, first_key + num_keys)
+        number, real = (None if x is None else x[:, keys] for x in (number, attention_mask))
+        return LocalMask(config.attention_window_size, number, first, None if real is None else real.bool())
+
+    def same_document(batch_idx, head_idx, q_idx, kv_idx):
+        return number[batch_idx, kv_idx] >= first[batch_idx, q_idx - first_query]
+
     return create_sliding_window_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        and_mask_function=visible,
+        and_mask_function=same_document if documents.packed else None,
     )
 
 
-def _same_document(attention_mask, past_key_values, position_ids, documents) -> Callable:
-    """Mask function: among the row's real tokens, the key does not come before the start of the query's document."""
-    length = position_ids.shape[1]
-    query_offset, slots = 0, length
-    if past_key_values is not None:
-        layer = past_key_values.is_sliding.index(True)
-        query_offset = past_key_values.get_query_offset(layer)
-        slots = sum(past_key_values.get_mask_sizes(length, layer))
+def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
+    """Whether a mask of pairs would be the larger part of SDPA's work, where nothing asks for it.
+
+    Static caches hand over keys in an order of their own, and a traced loop over blocks would fix their number.
+    """
+    return (
+        config._attn_implementation == "sdpa"
+        and length > 2 * config.attention_window_size
+        and not (past_key_values is not None and past_key_values.is_compileable)
+        and not is_tracing(position_ids)
+    )
+
+
+def _numbers(attention_mask, position_ids, documents, slots: int, first_query: int):
+    """The number among its row's real tokens (B, slots) of each slot, and (B, T) of the first of each query's document.
+
+    A query sees the keys whose number is not below that of its document's first token.
+    """
     if attention_mask is None:
-        number = torch.arange(max(slots, query_offset + length), device=position_ids.device)
-        number = number.expand(position_ids.shape[0], -1)
+        number = torch.arange(slots, device=position_ids.device).expand(position_ids.shape[0], -1)
     else:
         number = attention_mask.long().cumsum(-1) - 1
         number = torch.nn.functional.pad(number, (0, max(0, slots - number.shape[1])))
-
-    query_number = number[:, query_offset : query_offset + length]
+    query_number = number[:, first_query : first_query + position_ids.shape[1]]
     started = torch.where(documents.start, query_number, -1).cummax(dim=1).values
     # A document that started before this forward pass did so `position` real tokens ago.
-    first = torch.where(started >= 0, started, query_number - position_ids)
-
-    def same_document(batch_idx, head_idx, q_idx, kv_idx):
-        return number[batch_idx, kv_idx] >= first[batch_idx, q_idx - query_offset]
-
-    return same_document
+    return number, torch.where(started >= 0, started, query_number - position_ids)
 
 
 def _tokens_in_cache(config, past_key_values: Cache | None) -> int:

@@ -29,6 +29,7 @@ from .configuration_griffin import GriffinConfig
 from .documents import Documents, masks_for_generate, read_layout
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
+from .local_attention import LocalMask, local_attention
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
 
@@ -140,6 +141,8 @@ class GriffinAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(attention_mask, LocalMask):
+            attention = local_attention
         output, weights = attention(
             self,
             query,
