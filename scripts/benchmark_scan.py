@@ -10,21 +10,16 @@ Writes OUTPUT.json and OUTPUT.md, on a GPU OUTPUT.png: time against T.
 """
 
 import argparse
-import datetime
 import functools
 import importlib
-import importlib.metadata
 import json
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from torch import nn
 
 from modeling_griffin.rg_lru import RGLRU
@@ -45,10 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=None, help="path without suffix; default results/scan_DEVICE")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
-    name = _device_name(arguments.device)
+    name = short_device_name(arguments.device)
     output = arguments.output or Path("results") / f"scan_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
-    birth = _birth(arguments.device, arguments.commit)
+    birth = birth_certificate(arguments.device, arguments.commit, ["flash-linear-attention", "accelerated-scan"])
     for report in benchmark_cuda() if arguments.device == "cuda" else benchmark_cpu():
         report = {"birth": birth, **report}
         text = (_cuda_text if arguments.device == "cuda" else _cpu_text)(report)
@@ -216,8 +211,7 @@ def _replay(function, stream, repeats: int = 25) -> dict[str, float]:
             end.record()
         end.synchronize()
         times += [start.elapsed_time(end) / 1e3] if i >= 3 else []
-    low, *_, high = statistics.quantiles(times, n=10)
-    return {"median": statistics.median(times), "10%": low, "90%": high}
+    return quantiles(times)
 
 
 def _decode() -> dict:
@@ -285,38 +279,9 @@ def _step_seconds(layer, length: int, channels: int) -> float:
 # Reports
 
 
-def _device_name(device: str) -> str:
-    if device == "cpu":
-        return "cpu"
-    words = torch.cuda.get_device_name().lower().split()
-    return next((w for w in words if any(c.isdigit() for c in w)), words[0])
-
-
-def _cpu_name() -> str:
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _birth(device: str, commit: str | None) -> dict:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    versions = {}
-    for package in ("torch", "triton", "transformers", "flash-linear-attention", "accelerated-scan"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": commit or (git.stdout.strip() if git.returncode == 0 else "unknown"),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def _cuda_text(report: dict) -> str:
     ceiling = report["copy_ceiling_bytes_per_s"] / 1e12
-    lines = ["# The RG-LRU scan on a GPU, bfloat16", "", *_birth_lines(report["birth"]), ""]
+    lines = ["# The RG-LRU scan on a GPU, bfloat16", "", *birth_lines(report["birth"]), ""]
     lines += [
         f"Copy ceiling, measured in the same run: {ceiling:.2f} TB/s, bytes read and written.",
         "Share of ceiling = the time to copy the fewest bytes (forward 8 an element, backward 16) / the time measured.",
@@ -340,7 +305,7 @@ def _cuda_text(report: dict) -> str:
 def _cpu_text(report: dict) -> str:
     lines = ["# One RG-LRU layer on a CPU, float32, forward and backward, batch 1, 256 channels", ""]
     lines += [
-        *_birth_lines(report["birth"]),
+        *birth_lines(report["birth"]),
         "",
         "| T | this project, ms | Transformers' RecurrentGemma, ms |",
         "|---|---|---|",
@@ -354,12 +319,6 @@ def _cpu_text(report: dict) -> str:
         f"At T = 4096: {report['ratio']:.0f} times faster. From T = 512 to 8192: {growth:.1f} times the time.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _birth_lines(birth: dict) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in birth["versions"].items())
-    place = f"{birth['hardware']}, Python {birth['python']}, {versions}"
-    return [f"`{birth['command']}`, commit {birth['commit']}, {place}, {birth['date']}."]
 
 
 def _plot(report: dict, path: Path) -> None:

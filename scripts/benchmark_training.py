@@ -1,0 +1,347 @@
+"""Times training steps of whole models: this project's Griffin beside its peers, on the same work.
+
+    python scripts/benchmark_training.py --device cpu     10M parameters, float32
+    python scripts/benchmark_training.py --device cuda    about 2B parameters, bfloat16
+
+A step is forward and backward over random tokens, every parameter's gradient included, no optimizer. The peers are
+RecurrentGemma and a Llama with multi-query attention in Transformers, and HGRN of flash-linear-attention where it is
+installed, all of the same depth, width, MLP and vocabulary. Nothing is timed unless this project's loss and gradients
+agree with those of the scan's definition. The models' repetitions take turns, so that all meet the same machine. Writes
+OUTPUT.json, OUTPUT.md and OUTPUT.png.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from tqdm import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
+
+from modeling_griffin import GriffinConfig, GriffinForCausalLM, rg_lru
+
+
+# width, depth, MLP of each branch, heads of attention, vocabulary, window
+SIZES = {
+    "tiny": (32, 3, 96, 2, 64, 16),
+    "10m": (256, 12, 768, 4, 4096, 1024),
+    "400m": (1536, 12, 4608, 12, 32000, 1024),
+    "2b": (2560, 26, 7680, 20, 32000, 1024),
+}
+CELLS = {"cpu": [(1, 256), (1, 1024), (1, 4096)], "cuda": [(8, 2048), (2, 8192), (1, 32768), (1, 131072)]}
+PEAK_FLOPS = {"h100": 989e12, "h200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
+OWN = "Griffin, this project"
+MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the loss and of the gradient's norm
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, default=None, help="default 10m on a CPU, 2b on a GPU")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default=None, help="default float32 on a CPU, else bfloat16"
+    )
+    parser.add_argument("--cells", type=_cell, nargs="+", default=None, metavar="BxT", help="batch x tokens: 8x2048")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="of the table"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model at each cell")
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds: a slower model is timed once")
+    parser.add_argument("--output", type=Path, default=None, help="path without suffix")
+    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    arguments = parser.parse_args(argv)
+    arguments.models = [name for name in arguments.models if _is_installed(name)]
+    device, name = arguments.device, short_device_name(arguments.device)
+    size = arguments.size or {"cpu": "10m", "cuda": "2b"}[device]
+    dtype = getattr(torch, arguments.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device])
+    output = arguments.output or Path("results") / f"training_{name}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    birth = birth_certificate(device, arguments.commit, ["flash-linear-attention"])
+    errors = check(device, dtype)
+    report = {"birth": birth, "device": device, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+    report |= {"errors": errors, "rows": []}
+    for cell in arguments.cells or CELLS[device]:
+        report["rows"] += measure(arguments, size, cell, dtype, PEAK_FLOPS.get(name))
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        output.with_suffix(".md").write_text(text(report))
+        plot(report, output.with_suffix(".png"))
+    print(text(report))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        MODELS[name]("tiny")
+    except ImportError as error:
+        print(f"{name} is left out: {error}")
+        return False
+    return True
+
+
+def _cell(word: str) -> tuple[int, int]:
+    try:
+        batch, length = (int(number) for number in word.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r}: allowed is BATCHxTOKENS, for example 8x2048") from None
+    return batch, length
+
+
+# The models
+
+
+def griffin(size: str) -> PreTrainedModel:
+    return GriffinForCausalLM(_griffin_config(size))
+
+
+def _griffin_config(size: str) -> GriffinConfig:
+    width, depth, mlp, heads, vocabulary, window = SIZES[size]
+    return GriffinConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        attention_window_size=window,
+    )
+
+
+def recurrent_gemma(size: str) -> PreTrainedModel:
+    width, depth, mlp, heads, vocabulary, window = SIZES[size]
+    config = RecurrentGemmaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * mlp,  # counts both branches
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        lru_width=width,
+        attention_window_size=window,
+        block_types=["recurrent", "recurrent", "attention"],
+        pad_token_id=None,
+    )
+    return RecurrentGemmaForCausalLM(config)
+
+
+def llama(size: str) -> PreTrainedModel:
+    width, depth, mlp, heads, vocabulary, _ = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        max_position_embeddings=2**20,
+    )
+    return LlamaForCausalLM(config)
+
+
+def hgrn(size: str) -> PreTrainedModel:
+    from fla.models import HGRNConfig, HGRNForCausalLM
+
+    width, depth, mlp, _, vocabulary, _ = SIZES[size]
+    config = HGRNConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=depth,
+        tie_word_embeddings=True,
+    )
+    return HGRNForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[str], PreTrainedModel]] = {
+    OWN: griffin,
+    "RecurrentGemma, Transformers": recurrent_gemma,
+    "Llama with MQA, Transformers": llama,
+    "HGRN, flash-linear-attention": hgrn,
+}
+
+
+# Measuring
+
+
+def check(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Errors of loss and gradient against the same model over the scan's definition. Raises SystemExit if too large."""
+    torch.manual_seed(0)
+    model = griffin("tiny").to(device=device, dtype=dtype)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 100), device=device)
+    found = _loss_and_gradient(model, tokens)
+
+    def definition(*inputs, **options):
+        return rg_lru_scan(*inputs, **{**options, "backend": "reference"})
+
+    rg_lru_scan = rg_lru.rg_lru_scan
+    with mock.patch.object(rg_lru, "rg_lru_scan", definition):
+        expected = _loss_and_gradient(model, tokens)
+    pairs = zip(("loss", "gradient"), found, expected)
+    errors = {name: ((actual - right).norm() / right.norm()).item() for name, actual, right in pairs}
+    if not max(errors.values()) <= MAX_ERROR[dtype]:
+        raise SystemExit(f"wrong: {errors}, allowed {MAX_ERROR[dtype]}; nothing is timed")
+    return errors
+
+
+def _loss_and_gradient(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    gradient = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])
+    return loss.detach().double(), gradient
+
+
+def measure(arguments, size: str, cell: tuple[int, int], dtype, peak_flops: float | None) -> list[dict]:
+    """A row of results for each model at one (batch, tokens). On a GPU one model lives at a time, on a CPU all do."""
+    names = arguments.models
+    groups = [[name] for name in names] if arguments.device == "cuda" else [names]
+    rows = []
+    for group in groups:
+        models = {name: _make(name, size, arguments.device, dtype) for name in group}
+        seconds, memory = _take_turns(models, cell, arguments)
+        for name, model in models.items():
+            row = {"model": name, "batch": cell[0], "length": cell[1], "parameters": model.num_parameters()}
+            rows.append({**row, "memory": memory.get(name), **_speed(seconds[name], row, peak_flops)})
+            print(_line(rows[-1]), flush=True)
+        del models, model
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _make(name: str, size: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MODELS[name](size).to(dtype).train()
+    for parameter in (p for n, p in model.named_parameters() if n.endswith("lambda_bias")):
+        parameter.data = parameter.data.float()  # as from_pretrained and from_config leave it
+    return model
+
+
+def _take_turns(models: dict, cell: tuple[int, int], arguments) -> tuple[dict, dict]:
+    """(seconds of each step, peak bytes on the GPU) by model. An out-of-memory error leaves a model without seconds."""
+    seconds, memory = {name: [] for name in models}, {}
+    skipped = set()
+    for repeat in tqdm(range(arguments.repeats + 1), desc=f"{cell[0]} x {cell[1]}", leave=False):
+        for name, model in models.items():
+            if name in skipped:
+                continue
+            try:
+                time_taken, memory[name] = _step(model, cell, arguments.device)
+            except torch.OutOfMemoryError:
+                print(f"{name} at {cell[0]} x {cell[1]}: out of memory")
+                skipped.add(name)
+                continue
+            if time_taken > arguments.longest:
+                skipped.add(name)
+            if repeat or name in skipped:  # the first step compiles and fills caches
+                seconds[name].append(time_taken)
+    return seconds, memory
+
+
+def _step(model, cell: tuple[int, int], device: str) -> tuple[float, int | None]:
+    """Seconds, and peak bytes on a GPU, of one forward and backward."""
+    tokens = torch.randint(0, model.config.vocab_size, cell, device=device)
+    model.zero_grad()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def _speed(seconds: list[float], row: dict, peak_flops: float | None) -> dict:
+    """Tokens a second and, where the GPU's peak is known, the share of it that 6 * parameters * tokens take (MFU)."""
+    if not seconds:
+        return {"seconds": None, "tokens_per_second": None, "mfu": None}
+    spread = quantiles(seconds * 2 if len(seconds) == 1 else seconds)
+    speed = row["batch"] * row["length"] / spread["median"]
+    mfu = 6 * row["parameters"] * speed / peak_flops if peak_flops else None
+    return {"seconds": spread, "steps": len(seconds), "tokens_per_second": speed, "mfu": mfu}
+
+
+# The report
+
+
+def _line(row: dict) -> str:
+    cell = f"{row['batch']} x {row['length']}"
+    if row["seconds"] is None:
+        return f"{cell:12} {row['model']:30} out of memory"
+    return f"{cell:12} {row['model']:30} {row['tokens_per_second']:10,.0f} tokens/s"
+
+
+def text(report: dict) -> str:
+    """The results page."""
+    rows = report["rows"]
+    lines = [f"# Training steps, {report['size']}, {report['dtype']}", "", *birth_lines(report["birth"]), ""]
+    lines += [
+        "A step: forward and backward, no optimizer. Medians, with the 10% and 90% quantiles. MFU: 6 * parameters *",
+        "tokens over the time and the GPU's dense bfloat16 peak. Ratio: this project's tokens/s over the model's.",
+        "",
+        "| batch x T | model | parameters | step, ms (10%, 90%; steps) | tokens/s | MFU | peak memory, GiB | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_table_row(row, rows) for row in rows]
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in report["errors"].items())
+    return "\n".join([*lines, "", f"Before timing, errors against the scan's definition: {errors}."]) + "\n"
+
+
+def _table_row(row: dict, rows: list[dict]) -> str:
+    head = f"| {row['batch']} x {row['length']} | {row['model']} | {row['parameters'] / 1e6:,.2f}M |"
+    if row["seconds"] is None:
+        return f"{head} out of memory | | | | |"
+    milliseconds = {key: seconds * 1e3 for key, seconds in row["seconds"].items()}
+    steps = "{median:,.0f} ({10%:,.0f}, {90%:,.0f}; ".format(**milliseconds) + f"{row['steps']})"
+    mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    memory = "" if row["memory"] is None else f"{row['memory'] / 2**30:.1f}"
+    cell = (row["batch"], row["length"])
+    own = next((r for r in rows if r["model"] == OWN and (r["batch"], r["length"]) == cell and r["seconds"]), None)
+    ratio = "" if own is None or own is row else f"{own['tokens_per_second'] / row['tokens_per_second']:.3g}"
+    return f"{head} {steps} | {row['tokens_per_second']:,.0f} | {mfu} | {memory} | {ratio} |"
+
+
+def plot(report: dict, path: Path) -> None:
+    """Tokens a second, and on a GPU peak memory, against T."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in report["rows"] if row["seconds"]]
+    panels = {"tokens_per_second": "tokens a second"}
+    if any(row["memory"] for row in rows):
+        panels["memory"] = "peak memory (GiB)"
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels.items()):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == name]
+            scale = 2**30 if key == "memory" else 1
+            axis.plot([r["length"] for r in own], [r[key] / scale for r in own], "o-", label=name)
+        axis.set(xlabel="T (tokens in a row)", ylabel=label)
+        axis.set_xscale("log", base=2)
+        if key == "tokens_per_second" and report["device"] == "cpu":  # peers are orders of magnitude apart there
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, None)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(f"Forward and backward, {report['size']}, {report['dtype']}, {report['birth']['hardware']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

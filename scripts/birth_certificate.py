@@ -1,0 +1,61 @@
+"""What a measured number needs to be believed: command, commit, hardware, versions, date, and quantiles."""
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def birth_certificate(device: str, commit: str | None, packages: Sequence[str] = ()) -> dict:
+    """Facts of this run. commit: for a copy without its git history. packages: versions to add."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "commit": commit or (git.stdout.strip() if git.returncode == 0 else "unknown"),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "python": platform.python_version(),
+        "versions": _versions(["torch", "triton", "transformers", *packages]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def birth_lines(birth: dict) -> list[str]:
+    """The certificate as a line of a results page."""
+    versions = ", ".join(f"{name} {version}" for name, version in birth["versions"].items())
+    place = f"{birth['hardware']}, Python {birth['python']}, {versions}"
+    return [f"`{birth['command']}`, commit {birth['commit']}, {place}, {birth['date']}."]
+
+
+def short_device_name(device: str) -> str:
+    """For file names: cpu, or the GPU's model, such as h100."""
+    if device == "cpu":
+        return "cpu"
+    words = torch.cuda.get_device_name().lower().split()
+    return next((w for w in words if any(c.isdigit() for c in w)), words[0])
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """{"median", "10%", "90%"} of at least two values."""
+    low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "10%": low, "90%": high}
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found

@@ -1,0 +1,72 @@
+"""scripts/benchmark_training.py: the whole chain at the smallest size, and what it refuses to time."""
+
+import json
+
+import benchmark_training
+import pytest
+import torch
+
+from modeling_griffin import rg_lru
+
+
+def test_the_chain_on_a_cpu(tmp_path, capsys):
+    output = tmp_path / "training"
+    benchmark_training.main(
+        ["--device", "cpu", "--size", "tiny", "--cells", "1x40", "--repeats", "2", "--output", str(output)]
+    )
+    report = json.loads(output.with_suffix(".json").read_text())
+    rows = {row["model"]: row for row in report["rows"]}
+    assert {benchmark_training.OWN, "RecurrentGemma, Transformers", "Llama with MQA, Transformers"} <= rows.keys()
+    for row in rows.values():
+        assert row["steps"] == 2 and row["tokens_per_second"] == pytest.approx(40 / row["seconds"]["median"])
+    assert {"command", "commit", "hardware", "versions", "date"} <= report["birth"].keys()
+    page = output.with_suffix(".md").read_text()
+    assert page in capsys.readouterr().out
+    own, peer = (rows[name]["tokens_per_second"] for name in (benchmark_training.OWN, "RecurrentGemma, Transformers"))
+    line = next(line for line in page.splitlines() if "| RecurrentGemma" in line)
+    assert line.endswith(f" {own / peer:.3g} |")
+    assert output.with_suffix(".png").stat().st_size > 5000
+
+
+def test_models_are_of_one_size():
+    """Parameters differ by what the layers are, not by depth, width or vocabulary."""
+    sizes = [benchmark_training.MODELS[name]("tiny").num_parameters() for name in list(benchmark_training.MODELS)[:3]]
+    assert max(sizes) < 1.15 * min(sizes)
+
+
+def test_nothing_is_timed_that_is_wrong(tmp_path, monkeypatch):
+    right = rg_lru.rg_lru_scan
+
+    def wrong(*inputs, **options):
+        hidden, state = right(*inputs, **options)
+        return (hidden if "backend" in options else 1.001 * hidden), state
+
+    monkeypatch.setattr(rg_lru, "rg_lru_scan", wrong)
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        benchmark_training.main(["--device", "cpu", "--size", "tiny", "--output", str(tmp_path / "training")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_mfu():
+    row = {"batch": 2, "length": 100, "parameters": 10}
+    speed = benchmark_training._speed([2.0, 2.0], row, peak_flops=1e5)
+    assert speed["tokens_per_second"] == 100 and speed["mfu"] == pytest.approx(6 * 10 * 100 / 1e5)
+    assert benchmark_training._speed([], row, None)["seconds"] is None
+
+
+def test_a_cell_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["--cells", "8by2048"])
+    assert "'8by2048': allowed is BATCHxTOKENS" in capsys.readouterr().err
+
+
+def test_out_of_memory_leaves_the_others(monkeypatch):
+    def step(model, cell, device):
+        if model == "big":
+            raise torch.OutOfMemoryError("too big")
+        return 1.0, 5
+
+    monkeypatch.setattr(benchmark_training, "_step", step)
+    arguments = type("Arguments", (), {"repeats": 3, "longest": 60, "device": "cuda"})
+    seconds, memory = benchmark_training._take_turns({"small": "small", "big": "big"}, (1, 1), arguments)
+    assert seconds == {"small": [1.0, 1.0, 1.0], "big": []} and memory == {"small": 5}
