@@ -1,13 +1,12 @@
 """What the models add to Transformers' tensor parallelism and FSDP2: early checks, and a Λ that stays float32."""
 
-import torch
-from torch import nn
+from torch import distributed, nn
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from .tensor_parallel import RECURRENT_PLAN, check_tensor_parallel
 
 
-if torch.distributed.is_available():
+if distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
@@ -32,7 +31,8 @@ class DistributedGriffinMixin:
         done = {name for name, decay in _decay_modules(self).items() if isinstance(decay, FSDPModule)}
         plans = super()._resolve_parallel_plans(distributed_config)
         return tuple(
-            {name: style for name, style in plan.items() if not done & {name, name.rpartition(".")[0]}} for plan in plans
+            {name: style for name, style in plan.items() if not done & {name, name.rpartition(".")[0]}}
+            for plan in plans
         )
 
 

@@ -139,7 +139,7 @@ class GriffinAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        # Transformers' attention reads it here, and a rank of tensor parallelism has other heads than the configuration.
+        # Transformers' attention reads it here; a rank of tensor parallelism has other heads than the configuration.
         self.num_key_value_groups = query.shape[1] // key.shape[1]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(

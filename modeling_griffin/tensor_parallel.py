@@ -1,8 +1,8 @@
 """Tensor parallelism: what is split along which axis, and the two ways of splitting that Transformers lacks.
 
-Heads, gate blocks, channels and MLP features are independent of each other between the projections into a block and the
-one out of it: each rank takes its share of them, and only the block's output is summed over ranks. A rank's channels are
-whole gate blocks, so that the gates need no other rank.
+Heads, gate blocks, channels and MLP features are independent of each other between the projections into a block and
+the one out of it: each rank takes its share of them, and only the block's output is summed over ranks. A rank's
+channels are whole gate blocks, so that the gates need no other rank.
 """
 
 import torch

@@ -10,18 +10,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
+
+from modeling_griffin import GriffinForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_program(name: str, folder: Path, timeout: float = 400) -> dict:
-    """Runs `python -m tests.<name> folder` and returns the dictionary that it leaves in folder/results.pt.
+def run_program(name: str, folder: Path, timeout: float = 300) -> dict:
+    """Runs `python -m tests.<name> folder`; what it leaves in folder/results.pt, and its output as "log".
 
-    Fails with what the program printed; kills it with all its processes where it does not end in `timeout` seconds.
+    Fails with what the program printed; kills it and all its processes where it has not ended after `timeout` seconds.
     """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment["HF_MODULES_CACHE"] = str(folder / "modules")
     with open(folder / "log.txt", "w+") as log:
         command = [sys.executable, "-m", f"tests.{name}", str(folder)]
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
@@ -36,12 +40,13 @@ def run_program(name: str, folder: Path, timeout: float = 400) -> dict:
         log.seek(0)
         printed = log.read()
     assert code == 0, f"{name}: exit code {code}\n{printed[-6000:]}"
-    return torch.load(folder / "results.pt") | {"log": printed}
+    return {**torch.load(folder / "results.pt"), "log": printed}
 
 
 def start_ranks(main, ranks: int, *arguments) -> None:
     """Calls main(rank, *arguments) in `ranks` forked processes; the first that fails ends them all, and raises here."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     torch.multiprocessing.start_processes(main, args=arguments, nprocs=ranks, start_method="fork")
 
 
@@ -54,20 +59,57 @@ def join_group(store: Path, rank: int, size: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size, timeout=timeout)
 
 
+def save_for_all(model: torch.nn.Module, folder: Path) -> Path:
+    """Rank 0 saves a model that every rank has; returns the folder when the files are there."""
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    return folder
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the ranks hold together. Fails where a tensor that is not split differs between ranks."""
+    """The tensor that the ranks hold together, a copy. Fails where one that is not split differs between ranks."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        return tensor.detach().full_tensor().clone()
     copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(copies, tensor.detach().contiguous())
     assert all(torch.equal(copy, copies[0]) for copy in copies), "differs between ranks"
     return copies[0]
 
 
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {f"parameter {name}": whole(parameter) for name, parameter in model.named_parameters()}
+
+
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Of every parameter, whole: NaN where it has none."""
+    """Of every parameter, whole; NaN where it has none."""
     nothing = torch.tensor(torch.nan)
     return {
-        name: nothing if parameter.grad is None else whole(parameter.grad).clone()
+        f"gradient of {name}": nothing if parameter.grad is None else whole(parameter.grad)
         for name, parameter in model.named_parameters()
     }
+
+
+def watch_lambda(model: torch.nn.Module) -> set[str]:
+    """A set into which every forward pass writes the dtype that Λ has inside its module."""
+    seen = set()
+
+    def watched(module, forward):
+        def call():
+            seen.add(str(module.lambda_bias.dtype))
+            return forward()
+
+        return call
+
+    for module in model.modules():
+        if "lambda_bias" in module._parameters:
+            module.forward = watched(module, module.forward)
+    return seen
+
+
+def saved_alone(model: torch.nn.Module, folder: Path) -> dict:
+    """All ranks save the model; what one process finds in the folder: its files, and the parameters it loads."""
+    model.save_pretrained(folder)
+    files = sorted(path.name for path in folder.iterdir())  # at once: the save has ended on every rank
+    loaded = GriffinForCausalLM.from_pretrained(folder)
+    return {"files": files, **{f"parameter {name}": tensor.detach() for name, tensor in loaded.named_parameters()}}
