@@ -28,6 +28,10 @@ ON_FOUR = {
     "tensor parallel": ({}, {"tp_size": 2, "fsdp_size": 2}, {}),
     "tensor parallel, tied, mixed": (TIED, {"tp_size": 2, "fsdp_size": 2, "fsdp_mixed_precision": True}, {}),
 }
+if hasattr(DistributedConfig, "dp_replicate_size"):  # newer than Transformers 5.17, as is tensor parallelism with FSDP2
+    ON_FOUR["replicated"] = ({}, {"dp_replicate_size": 2, "fsdp_size": 2}, {})
+else:
+    ON_FOUR = {}
 ON_TWO = {
     "float32": ({}, {"fsdp_size": 2}, {}),
     "tied": (TIED, {"fsdp_size": 2}, {}),
@@ -74,7 +78,7 @@ def run_case(folder: Path, fields: dict, sharding: dict, loading: dict) -> dict:
     save_for_all(alone, folder)
     config = DistributedConfig(**sharding)
     model = GriffinForCausalLM.from_pretrained(folder, distributed_config=config, **loading)
-    return compare(alone, model, new_optimizer(model), dist.get_rank() // config.tp_size, folder)
+    return compare(alone, model, new_optimizer(model), dist.get_rank() // config.tp_size % 2, folder)
 
 
 def run_accelerate_case(folder: Path, precision: str, keep: bool, checkpointing: bool) -> dict:
