@@ -17,7 +17,16 @@ from transformers.distributed import DistributedConfig
 
 from modeling_griffin import GriffinForCausalLM, keep_lambda_float32
 from tests.conftest import make_audible, make_config
-from tests.ranks import gradients, join_group, parameters, save_for_all, saved_alone, start_ranks, watch_lambda
+from tests.ranks import (
+    files_and_tensors,
+    gradients,
+    join_group,
+    parameters,
+    save_for_all,
+    saved_alone,
+    start_ranks,
+    watch_lambda,
+)
 
 
 SHAPES = {"vocab_size": 32, "num_attention_heads": 4, "num_gate_blocks": 4, "lru_width": 24}
@@ -113,8 +122,8 @@ def compare(alone, model, optimizer, row: int, folder: Path) -> dict:
     seen = watch_lambda(model)
     results = {"parallel": measure(model, slice(row, row + 1), optimizer), "alone": measure(alone, slice(None))}
     kept = dtypes_of_lambda(model, getattr(optimizer, "optimizer", optimizer))
-    saved = saved_alone(model, folder / "saved")
-    return {**results, "forward": seen, "kept": kept, "trained": parameters(model), "saved": saved}
+    results |= {"forward": seen, "kept": kept, "trained": parameters(model), "files": files_and_tensors(folder)}
+    return {**results, "saved": saved_alone(model, folder / "saved")}
 
 
 def resume(folder: Path, trained: Path) -> dict:

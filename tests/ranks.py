@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
@@ -107,9 +108,14 @@ def watch_lambda(model: torch.nn.Module) -> set[str]:
     return seen
 
 
+def files_and_tensors(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return sorted([*(path.name for path in folder.iterdir()), *weights.keys()])
+
+
 def saved_alone(model: torch.nn.Module, folder: Path) -> dict:
-    """All ranks save the model; what one process finds in the folder: its files, and the parameters it loads."""
+    """All ranks save the model; what one process finds in the folder: files, and the parameters that it loads."""
     model.save_pretrained(folder)
-    files = sorted(path.name for path in folder.iterdir())  # at once: the save has ended on every rank
+    files = files_and_tensors(folder)  # at once: the save has ended on every rank
     loaded = GriffinForCausalLM.from_pretrained(folder)
     return {"files": files, **{f"parameter {name}": tensor.detach() for name, tensor in loaded.named_parameters()}}
