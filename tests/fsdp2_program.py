@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from modeling_griffin import GriffinForCausalLM, keep_lambda_float32
 from tests.conftest import make_audible, make_config
 from tests.ranks import (
+    drawn_lambda,
     files_and_tensors,
     gradients,
     join_group,
@@ -137,9 +138,13 @@ def resume(folder: Path, trained: Path) -> dict:
 def main(rank: int, folder: Path) -> None:
     join_group(folder / "store4", rank, 4)
     results = {name: run_case(folder / name, *case) for name, case in ON_FOUR.items()}
+    if ON_FOUR:
+        both = DistributedConfig(tp_size=2, fsdp_size=2)
+        results["drawn by four"] = drawn_lambda(folder / "drawn by four", SHAPES, both)
     join_group(folder / f"store2.{rank // 2}", rank % 2, 2)
     if rank < 2:
         results |= {name: run_case(folder / name, *case) for name, case in ON_TWO.items()}
+        results["drawn"] = drawn_lambda(folder / "drawn", SHAPES, DistributedConfig(fsdp_size=2))
         results["resumed"] = resume(folder / "shards", folder / "float32" / "saved")
     else:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, but the group is there already

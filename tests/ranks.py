@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from modeling_griffin import GriffinForCausalLM
+from tests.conftest import make_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +69,19 @@ def save_for_all(model: torch.nn.Module, folder: Path) -> Path:
         model.save_pretrained(folder)
     dist.barrier()
     return folder
+
+
+def drawn_lambda(folder: Path, shapes: dict, config: DistributedConfig) -> torch.Tensor:
+    """The Λ of the first layer, whole, after loading a checkpoint that has none; its initialisation is not random."""
+    model = GriffinForCausalLM(make_config("griffin", **shapes, lambda_init="hippogriff"))
+    save_for_all(model, folder)
+    name = "model.layers.0.temporal_block.rg_lru.decay.lambda_bias"
+    if dist.get_rank() == 0:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    dist.barrier()
+    return whole(GriffinForCausalLM.from_pretrained(folder, distributed_config=config).get_parameter(name))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from tests.conftest import make_audible, make_config
 from tests.ranks import (
+    drawn_lambda,
     files_and_tensors,
     gradients,
     join_group,
@@ -175,6 +176,7 @@ def main(rank: int, folder: Path) -> None:
     results["widths"], results["checkpointing"] = widths(griffin), checkpointing(griffin, alone)
     results["source"], results["saved"] = parameters(alone), saved_alone(split(griffin), folder / "saved")
     results["files"] = files_and_tensors(griffin)
+    results["drawn"] = drawn_lambda(folder / "drawn", SHAPES, DistributedConfig(tp_size=4))
     results["failing save"] = failing_save(split(griffin), folder / "saved")
 
     half = rank // 2

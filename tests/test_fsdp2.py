@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin import LAMBDA_INITS, GriffinConfig, GriffinForCausalLM
 from tests.ranks import run_program
 from tests.tolerances import assert_close
 
@@ -55,6 +55,11 @@ def test_saved_as_by_one_process(results, case):
     for name, trained in run["trained"].items():
         assert_close("exact", run["saved"][name], trained, name)
         assert run["saved"][name].dtype == trained.dtype
+
+
+def test_a_missing_lambda_is_drawn(results):
+    for drawn in [results[name] for name in ("drawn", "drawn by four") if name in results]:
+        assert_close("exact", drawn, LAMBDA_INITS["hippogriff"](24, 8.0, 0.9, 0.999))
 
 
 def test_no_rule_goes_unused(results):
