@@ -26,12 +26,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .causal_conv1d import CausalConv1d
 from .configuration_griffin import GriffinConfig
+from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
 from .local_attention import LocalMask, local_attention
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
+from .sharded_weights import split_like
 
 
 class GriffinRMSNorm(nn.Module):
@@ -111,7 +113,6 @@ class GriffinAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.sliding_window = config.attention_window_size
@@ -140,6 +141,8 @@ class GriffinAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        # Transformers' attention reads it here; a rank of tensor parallelism has other heads than the configuration.
+        self.num_key_value_groups = query.shape[1] // key.shape[1]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if isinstance(attention_mask, LocalMask):
             attention = local_attention
@@ -232,7 +235,7 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp_block(self.channel_pre_norm(hidden_states))
 
 
-class GriffinPreTrainedModel(CompleteModelMixin, PreTrainedModel):
+class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTrainedModel):
     """What all Griffin classes share: loading, saving, initial weights."""
 
     config: GriffinConfig
@@ -256,7 +259,8 @@ class GriffinPreTrainedModel(CompleteModelMixin, PreTrainedModel):
         """
         if isinstance(module, Decay):
             draw = find_lambda_init(self.config.lambda_init)
-            init.copy_(module.lambda_bias, draw(module.lambda_bias.shape[0], module.c, *self.config.lambda_init_bounds))
+            drawn = draw(module.lambda_bias.shape[0], module.c, *self.config.lambda_init_bounds)
+            init.copy_(module.lambda_bias, split_like(module.lambda_bias, drawn))
         elif isinstance(module, BlockDiagonalLinear):
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)
@@ -355,6 +359,8 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
