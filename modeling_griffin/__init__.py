@@ -11,6 +11,7 @@ from transformers import (
 from .configuration_griffin import GriffinConfig
 from .lambda_init import LAMBDA_INITS, register_lambda_init
 from .modeling_griffin import (
+    LORA_TARGETS,
     GriffinForCausalLM,
     GriffinForSequenceClassification,
     GriffinForTokenClassification,
@@ -36,6 +37,7 @@ del auto_class, model_class
 
 __all__ = [
     "LAMBDA_INITS",
+    "LORA_TARGETS",
     "GriffinConfig",
     "GriffinForCausalLM",
     "GriffinForSequenceClassification",
