@@ -12,6 +12,7 @@ from .configuration_griffin import GriffinConfig
 from .distributed import keep_lambda_float32
 from .lambda_init import LAMBDA_INITS, register_lambda_init
 from .modeling_griffin import (
+    LORA_TARGETS,
     GriffinForCausalLM,
     GriffinForSequenceClassification,
     GriffinForTokenClassification,
@@ -37,6 +38,7 @@ del auto_class, model_class
 
 __all__ = [
     "LAMBDA_INITS",
+    "LORA_TARGETS",
     "GriffinConfig",
     "GriffinForCausalLM",
     "GriffinForSequenceClassification",

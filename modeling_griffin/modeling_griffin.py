@@ -534,6 +534,16 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
         )
 
 
+# For peft.LoraConfig. The first three together are every nn.Linear but lm_head, PEFT's "all-linear".
+LORA_TARGETS = {
+    "recurrent": ["linear_x", "linear_y", "linear_out"],  # target_modules, as the next two
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "gates": ["rg_lru.recurrence_gate.weight", "rg_lru.input_gate.weight"],  # target_parameters: not nn.Linear
+    "decay": ["decay"],  # modules_to_save: Λ itself; "lambda_bias" would match nothing, silently
+}
+
+
 def decay_parameter_names(model: nn.Module) -> list[str]:
     """Names of the parameters that weight decay should touch: all but the RG-LRU's, norms, biases and embeddings.
 
@@ -556,6 +566,7 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 
 __all__ = [
+    "LORA_TARGETS",
     "GriffinForCausalLM",
     "GriffinForSequenceClassification",
     "GriffinForTokenClassification",

@@ -27,6 +27,7 @@ PUBLIC = {
     "GriffinForTokenClassification",
     "rg_lru_scan",
     "LAMBDA_INITS",
+    "LORA_TARGETS",
     "register_lambda_init",
     "decay_parameter_names",
 }

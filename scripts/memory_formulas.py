@@ -1,0 +1,195 @@
+"""What one GPU holds in a training step of a Griffin, in bytes, as formulas; for `plan_memory.py`.
+
+Symbols: B rows, T tokens a row, N = B T tokens; V vocabulary, D hidden size, M MLP width, C RG-LRU channels, H heads,
+G key-value heads, K head dimension; e bytes of a number in the matrix products, r bytes of one in the residual stream.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+
+class Sizes(NamedTuple):
+    """The numbers of a configuration that memory depends on. V rows of the embedding are held, `logits` computed."""
+
+    V: int
+    logits: int
+    D: int
+    M: int
+    C: int
+    H: int
+    G: int
+    K: int
+    blocks: int  # of each gate
+    taps: int  # of the convolution
+    rotated: int  # dimensions of a head
+    kinds: tuple[str, ...]  # layer_types
+    tied: bool
+    capped: bool
+
+
+class Precision(NamedTuple):
+    """e and r, and whether autocast copies weights and inputs of matrix products to e bytes, once for each product."""
+
+    e: int
+    r: int
+    copies: bool
+
+
+FLOAT32 = Precision(4, 4, copies=False)
+AUTOCAST = Precision(2, 4, copies=True)  # float32 weights under bfloat16 autocast: one GPU, DDP, tensor parallel
+BFLOAT16 = Precision(2, 2, copies=False)  # weights that FSDP2 gathers in bfloat16
+
+
+def sizes_of(config) -> Sizes:
+    """The sizes of a GriffinConfig."""
+    return Sizes(
+        V=config.vocab_size,
+        logits=config.vocab_size,
+        D=config.hidden_size,
+        M=config.intermediate_size,
+        C=config.lru_width,
+        H=config.num_attention_heads,
+        G=config.num_key_value_heads,
+        K=config.head_dim,
+        blocks=config.num_gate_blocks,
+        taps=config.conv1d_width,
+        rotated=int(config.head_dim * config.rope_parameters["partial_rotary_factor"]),
+        kinds=tuple(config.layer_types),
+        tied=config.tie_word_embeddings,
+        capped=config.final_logit_softcapping is not None,
+    )
+
+
+# Parameters
+
+
+def layer_tensors(s: Sizes, kind: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a layer's parameters."""
+    gate = (s.blocks, s.C // s.blocks, s.C // s.blocks)
+    temporal = {
+        "linear_attention": {
+            **_linear("temporal_block.linear_x", s.D, s.C),
+            **_linear("temporal_block.linear_y", s.D, s.C),
+            **_linear("temporal_block.linear_out", s.C, s.D),
+            "temporal_block.conv_1d.weight": (s.C, 1, s.taps),
+            "temporal_block.conv_1d.bias": (s.C,),
+            "temporal_block.rg_lru.recurrence_gate.weight": gate,
+            "temporal_block.rg_lru.recurrence_gate.bias": gate[:2],
+            "temporal_block.rg_lru.input_gate.weight": gate,
+            "temporal_block.rg_lru.input_gate.bias": gate[:2],
+            "temporal_block.rg_lru.decay.lambda_bias": (s.C,),
+        },
+        "sliding_attention": {
+            "temporal_block.q_proj.weight": (s.H * s.K, s.D),
+            "temporal_block.k_proj.weight": (s.G * s.K, s.D),
+            "temporal_block.v_proj.weight": (s.G * s.K, s.D),
+            **_linear("temporal_block.o_proj", s.H * s.K, s.D),
+        },
+    }[kind]
+    return {
+        "temporal_pre_norm.weight": (s.D,),
+        **temporal,
+        "channel_pre_norm.weight": (s.D,),
+        **_linear("mlp_block.gate_proj", s.D, s.M),
+        **_linear("mlp_block.up_proj", s.D, s.M),
+        **_linear("mlp_block.down_proj", s.M, s.D),
+    }
+
+
+def other_tensors(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters outside the layers."""
+    head = {} if s.tied else {"lm_head.weight": (s.V, s.D)}
+    return {"model.embed_tokens.weight": (s.V, s.D), "model.final_norm.weight": (s.D,), **head}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def parameters(s: Sizes) -> int:
+    """P, tied ones once."""
+    groups = [layer_tensors(s, kind) for kind in s.kinds] + [other_tensors(s)]
+    return sum(prod(shape) for tensors in groups for shape in tensors.values())
+
+
+# Activations: what autograd keeps for the backward pass
+
+
+def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precision) -> int:
+    """Of a layer: two norms, the inputs of its projections, the temporal block, the MLP, copies of the weights.
+
+    norms        N (16 D + 8) + 8 D          float32: input, normalised input and 1 / rms of each; 1 + weight
+    inputs       e N D i                     i = 2, one a block; autocast copies one for each projection: 4 or 5
+    recurrent    e (8 N C + taps B C) + 4 C  convolution's input and output, two gates, hidden; branch y before and
+                                             after its activation; the product. And log a^c
+    attention    e N (3 H K + 2 G K) + 4 N H + e B T^2    queries, output twice, keys, values; log-sum-exp; the mask
+    MLP          4 e N M
+    copies       e (weights of matrix products and of the convolution), under autocast
+    documents    (taps - 1) N + 9 taps B     of a recurrent layer, for a convolution that stops where documents start
+
+    For rows that hold several documents. One alone does without the last line, and without the mask (e B T^2) where it
+    is not longer than the window. A single key-value head is not repeated for the heads, except in the keys that
+    autocast copies; several are.
+    """
+    e, tokens = precision.e, rows * length
+    kept = tokens * (16 * s.D + 8) + 8 * s.D + 4 * e * tokens * s.M
+    if kind == "linear_attention":
+        kept += e * (8 * tokens * s.C + s.taps * rows * s.C) + 4 * s.C + (s.taps - 1) * tokens + 9 * s.taps * rows
+        projections = 2
+    else:
+        repeated = s.H if s.G > 1 else s.G
+        keys = s.H if precision.copies else repeated
+        kept += e * tokens * s.K * (3 * s.H + keys + repeated) + 4 * tokens * s.H + e * rows * length**2
+        projections = 3
+    if precision.copies:
+        weights = {name: shape for name, shape in layer_tensors(s, kind).items() if name.endswith(".weight")}
+        kept += e * sum(prod(shape) for name, shape in weights.items() if "norm" not in name)
+        return kept + e * tokens * s.D * (projections + 2)
+    return kept + e * tokens * s.D * 2
+
+
+def kept_outside_layers(s: Sizes, rows: int, length: int, precision: Precision) -> int:
+    """Final norm, head and loss; token ids, labels, starts of documents, rotation.
+
+    N (8 D + 4) + 4 D + e N D + 4 N V, the last one the log-probabilities in float32; e N V more for a cap on the
+    logits; a copy of the head under autocast, e V D; 16 N + 4 + N. (8 bytes more for B = 1.)
+    """
+    e, tokens = precision.e, rows * length
+    kept = tokens * (8 * s.D + 4) + 4 * s.D + e * tokens * s.D + 4 * tokens * s.logits + 16 * tokens + 4
+    kept += e * tokens * s.logits if s.capped else 0
+    kept += e * s.V * s.D if precision.copies else 0
+    kept += tokens if "linear_attention" in s.kinds else 0
+    return kept + (rotation(s, rows, length, precision) if "sliding_attention" in s.kinds else 0)
+
+
+def rotation(s: Sizes, rows: int, length: int, precision: Precision) -> int:
+    """cos and sin, 2 r N R for R rotated dimensions of a head."""
+    return 2 * precision.r * rows * length * s.rotated
+
+
+def kept(s: Sizes, rows: int, length: int, precision: Precision, checkpointing: bool = False) -> int:
+    """After the forward pass. With checkpointing, of a layer only its input, r N D; and one mask for all, B T^2.
+
+    (The rotation is then kept for a Hawk too, whose layers are called with it.)
+    """
+    outside = kept_outside_layers(s, rows, length, precision)
+    if checkpointing:
+        shared = rows * length**2 if "sliding_attention" in s.kinds else rotation(s, rows, length, precision)
+        return outside + len(s.kinds) * precision.r * rows * length * s.D + shared
+    return outside + sum(kept_by_layer(s, kind, rows, length, precision) for kind in s.kinds)
+
+
+def activations(s: Sizes, rows: int, length: int, precision: Precision, checkpointing: bool = False) -> int:
+    """The most there is at a time: what is kept, and the largest of three workspaces on top of it.
+
+    Backward pass of the loss: 8 N V, two float32 gradients. With checkpointing also one layer's activations, made
+    again; and, at the end of the forward pass, 6 N V of logits beside the copies of all weights that autocast holds.
+    """
+    tokens = rows * length
+    workspaces = [8 * tokens * s.logits]
+    if checkpointing:
+        workspaces += [kept_by_layer(s, kind, rows, length, precision) for kind in set(s.kinds)]
+        if precision.copies:
+            shapes = [shape for kind in s.kinds for shape in layer_tensors(s, kind).values() if len(shape) > 1]
+            workspaces += [6 * tokens * s.logits + precision.e * sum(map(prod, shapes))]
+    return kept(s, rows, length, precision, checkpointing) + max(workspaces)
