@@ -2,10 +2,13 @@
 
 A task is made from its settings (a mapping of the sweep's YAML file) and a seed, which alone decides the order of the
 data: every arm of a comparison sees the same batches. `loss` is one training batch, `validate` the figures that curves
-and the choice of a learning rate rest on, `evaluate` the figures by size or position at the end of a run.
+and the choice of a learning rate rest on, `evaluate` the figures by size or position at the end of a run. What only text needs (`datasets`) is imported where text is read.
 """
 
+import hashlib
+import json
 import random
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 
 HELD_OUT_SEED = 10**6  # of the rows all runs are evaluated on; no training seed is that large
-MOST_TOKENS = 2**17  # in one forward pass of an evaluation; bounds the memory
+MOST_TOKENS = 2**16  # in one forward pass of an evaluation; bounds the memory
 
 
 class SyntheticTask:
@@ -134,44 +137,49 @@ def _endless_order(count: int, generator):
 def prepare_text(settings: dict, folder: Path) -> dict:
     """Tokenises the documents of settings["text"] into `folder`, once; returns the settings with what identifies them.
 
-    text: files, folders, globs (read by text_data.py), and "stdlib", the sources of Python's standard library. Every
-    eighth document by size, from the largest on, is held out, so that long documents are among them.
+    text: files, folders and globs, as text_data.py reads them, and "stdlib", the sources of Python's standard library.
+    Every eighth document by size, from the largest on, is held out, so that long documents are among them.
     """
-    import hashlib
-    import json
+    said = {"text": [Path(source).name for source in settings["text"]], "vocab_size": settings["vocab_size"]}
+    facts = folder / "facts.json"
+    done = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    if said.items() <= done.items():
+        return {**settings, **done, "folder": str(folder)}
+    done = {**said, "data": _tokenize_into(folder, settings)}
+    facts.write_text(json.dumps(done), encoding="utf-8")  # last: the folder is complete
+    return {**settings, **done, "folder": str(folder)}
 
+
+def _tokenize_into(folder: Path, settings: dict) -> dict:
+    """Writes tokenizer, train, held_out and held_out_bytes.npy; returns counts and a checksum of both parts."""
     import datasets
     import numpy as np
     from evaluate import count_token_bytes
-    from text_data import PackedRows, tokenize
-    from text_tokenizer import document_ends, train_bpe_tokenizer
+    from text_data import tokenize
+    from text_tokenizer import train_bpe_tokenizer
 
-    facts = folder / "facts.json"
-    if not facts.is_file():
-        datasets.disable_progress_bars()
-        texts = sorted((text for source in settings["text"] for text in _read_texts(source)), key=len, reverse=True)
-        held_out, train = texts[::8], [text for i, text in enumerate(texts) if i % 8]
-        tokenizer = train_bpe_tokenizer(train, settings["vocab_size"])
-        tokenizer.save_pretrained(folder / "tokenizer")
-        said = {}
-        for name, part in (("train", train), ("held_out", held_out)):
-            documents = datasets.Dataset.from_dict({"text": part})
-            rows = PackedRows(tokenize(documents, tokenizer), 2, document_ends(tokenizer)[1])
-            tokenize(documents, tokenizer).save_to_disk(str(folder / name))
-            said[name] = {"documents": len(part), "tokens": rows.num_tokens}
-            said[name]["sha256"] = hashlib.sha256(b"".join(t.tobytes() for t in rows.tokens)).hexdigest()[:16]
-        np.save(folder / "held_out_bytes.npy", count_token_bytes(documents, tokenizer))
-        facts.write_text(json.dumps(said), encoding="utf-8")  # last: the folder is complete
-    return {**settings, "folder": str(folder), "data": json.loads(facts.read_text(encoding="utf-8"))}
+    datasets.disable_progress_bars()
+    texts = sorted((text for source in settings["text"] for text in _read_texts(source)), key=len, reverse=True)
+    parts = {"train": [text for i, text in enumerate(texts) if i % 8], "held_out": texts[::8]}
+    tokenizer = train_bpe_tokenizer(parts["train"], settings["vocab_size"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    documents = {name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()}
+    np.save(folder / "held_out_bytes.npy", count_token_bytes(documents["held_out"], tokenizer))
+    data = {}
+    for name in parts:
+        tokens = tokenize(documents[name], tokenizer)
+        tokens.save_to_disk(str(folder / name))
+        ids = [np.asarray(each, dtype=np.int32) for each in tokens["input_ids"]]
+        checksum = hashlib.sha256(b"".join(each.tobytes() for each in ids)).hexdigest()[:16]
+        data[name] = {"documents": len(ids), "tokens": sum(map(len, ids)), "sha256": checksum}
+    return data
 
 
 def _read_texts(source: str) -> list[str]:
-    import sysconfig
-
     from text_data import load_documents
 
     if source != "stdlib":
-        return load_documents(source)["text"]
+        return list(load_documents(source)["text"])
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*file.parts}]
     texts = (file.read_bytes().decode("utf-8", errors="replace") for file in files)
