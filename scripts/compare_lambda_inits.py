@@ -121,14 +121,18 @@ def append_record(path: Path, record: dict) -> None:
 
 def check_settings(runs: list[dict], records: dict[str, dict], path: Path) -> None:
     """A finished run of the same name but with other settings must not pass for this one."""
-    for run in runs:
-        for field in ("settings", "arm_settings", "steps", "device"):
-            wanted = json.loads(json.dumps(run[field]))
-            if run["key"] in records and records[run["key"]][field] != wanted:
+    for run in (run for run in runs if run["key"] in records):
+        found, wanted = (_flat(each) for each in (records[run["key"]], json.loads(json.dumps(run))))
+        for name in found.keys() | wanted.keys():
+            if found.get(name) != wanted.get(name):
                 raise ValueError(
-                    f"{path} holds {run['key']} with {field} = {records[run['key']][field]}, the sweep wants {wanted}: "
+                    f"{path} holds {run['key']} with {name} = {found.get(name)}, the sweep wants {wanted.get(name)}: "
                     "give another --output, or restore the file's settings"
                 )
+
+
+def _flat(run: dict) -> dict:
+    return {"device": run["device"], "steps": run["steps"], **run["arm_settings"], **run["settings"]}
 
 
 # Running

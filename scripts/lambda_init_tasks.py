@@ -2,7 +2,8 @@
 
 A task is made from its settings (a mapping of the sweep's YAML file) and a seed, which alone decides the order of the
 data: every arm of a comparison sees the same batches. `loss` is one training batch, `validate` the figures that curves
-and the choice of a learning rate rest on, `evaluate` the figures by size or position at the end of a run. What only text needs (`datasets`) is imported where text is read.
+and the choice of a learning rate rest on, `evaluate` the figures by size or position at the end of a run. What only
+text needs (such as `datasets`) is imported where text is read, so that the synthetic tasks run without it.
 """
 
 import hashlib
@@ -99,12 +100,12 @@ class LanguageTask:
     @torch.no_grad()
     def validate(self, model) -> dict[str, float]:
         """loss: nats a token, over the first held_out_rows rows of the held-out documents."""
-        size, count = self.settings["rows"], min(self.settings["held_out_rows"], len(self.held_out_rows))
-        batches = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
-        losses = [
-            self._loss(model, [self.held_out_rows[i] for i in batch]) * len(batch) for batch in batches
-        ]  # rows have nearly the same number of labels: documents' first tokens have none
-        return {"loss": (torch.stack(losses).sum() / count).item()}
+        rows = [self.held_out_rows[i] for i in range(min(self.settings["held_out_rows"], len(self.held_out_rows)))]
+        size = self.settings["rows"]
+        batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        predicted = [sum(int((row["labels"][1:] != IGNORED).sum()) for row in batch) for batch in batches]
+        nats = torch.stack([self._loss(model, batch) * count for batch, count in zip(batches, predicted)]).sum()
+        return {"loss": nats.item() / sum(predicted)}
 
     def evaluate(self, model) -> list[dict[str, float]]:
         """By position in the document, in rows of `long_length` tokens; `size` is the first position of a bucket."""
