@@ -192,6 +192,8 @@ def run_all(sweep: dict, records: dict[str, dict], path: Path, facts: dict, jobs
                     continue
                 records[run["key"]] = {**future.result(), **facts, "finished": now()}
                 append_record(path, records[run["key"]])
+                end = records[run["key"]]["curve"][-1]
+                progress.write(f"{run['key']}: loss {end['loss']:.4f} after {end['step']} steps")
 
 
 def now() -> str:

@@ -95,6 +95,8 @@ def plain_words(tables: Tables, tasks: dict, reference: str) -> list[str]:
             f"- No reliable difference from `{reference}`: {', '.join(same)}. That does not prove them equal: the "
             "intervals below say how large a difference these runs could have missed."
         )
+    for run in (run for runs in tasks.values() for run in runs if run["measured"] and run["status"] == "diverged"):
+        lines.append(f"- `{run['arm']}` diverged on {run['task']} with seed {run['seed']}.")
     return [*lines, *(f"- {task}: {_spread(tables[task, 'loss'], runs)}" for task, runs in tasks.items())]
 
 
@@ -110,6 +112,7 @@ def _where(tables: Tables, arm: str, sign: int) -> list[str]:
 
 def _spread(table: list[Comparison], runs: list[dict]) -> str:
     """How large the differences are beside the seed noise."""
+    table = [c for c in table if math.isfinite(c.difference)]
     if not table:
         return "no pair of runs yet."
     noise = pooled_deviation(by_arm_and_seed(runs, "loss"))
