@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from lambda_init_statistics import by_arm_and_seed, compare
+from lambda_init_statistics import METRICS, by_arm_and_seed, compare
 
 
 COLOURS = ("#2f6db5", "#c8472f", "#2d8a57", "#8059a8", "#7a7a7a", "#b0862b", "#3c8f9c", "#a8466f")
@@ -19,15 +19,16 @@ def draw_task(measured: list[dict], reference: str, task: str, path: Path) -> No
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     arms = list(by_arm_and_seed(measured, "loss"))
     colours = {arm: COLOURS[index % len(COLOURS)] for index, arm in enumerate(arms)}
-    figure, grid = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    _curves(grid[0, 0], measured, colours)
-    _sizes(grid[0, 1], measured, colours)
-    _differences(grid[1, 0], measured, colours, reference)
-    _memory(grid[1, 1], measured, colours)
-    handles = [pyplot.Line2D([], [], color=colour, linewidth=2, label=arm) for arm, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(arms), frameon=False)
+    figure, grid = pyplot.subplots(2, 3, figsize=(16, 8.6), layout="constrained")
+    for axes, draw in zip(grid[0], (_curves, _sizes, _memory)):
+        draw(axes, measured, colours)
+    for axes, (metric, words) in zip(grid[1], METRICS.items()):
+        _differences(axes, measured, colours, reference, metric, words)
+    handles = [pyplot.Line2D([], [], color=colour, linewidth=2.5, label=arm) for arm, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False, fontsize=10)
     seeds = len({run["seed"] for run in measured})
-    figure.suptitle(f"{task}: lines are means over {seeds} seeds, bands their range", fontsize=11, weight="bold")
+    title = f"{task}: lines are means over seeds ({seeds}), bands their range"
+    figure.suptitle(f"{title}; below, differences paired by seed with 95% intervals, a tick for each seed", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -76,19 +77,18 @@ def _sizes(axes, measured: list[dict], colours: dict[str, str]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _differences(axes, measured: list[dict], colours: dict[str, str], reference: str) -> None:
-    table = by_arm_and_seed(measured, "loss")
-    rows = compare(table, reference)
+def _differences(axes, measured: list[dict], colours: dict, reference: str, metric: str, words: str) -> None:
+    table = by_arm_and_seed(measured, metric)
+    rows = compare(table, reference) if reference in table else []
     for index, c in enumerate(rows):
         half = c.half_width if np.isfinite(c.half_width) else 0
-        axes.errorbar(c.difference, index, xerr=half, color=colours[c.arm], fmt="o", capsize=4, linewidth=1.6)
+        axes.errorbar(c.difference, index, xerr=half, color=colours[c.arm], fmt="o", capsize=4, linewidth=1.8)
         pairs = [table[c.arm][seed] - table[reference][seed] for seed in table[c.arm] if seed in table[reference]]
-        axes.plot(pairs, [index + 0.2] * len(pairs), "|", color=colours[c.arm], alpha=0.7)
+        axes.plot(pairs, [index + 0.25] * len(pairs), "|", color=colours[c.arm], markersize=9)
     axes.axvline(0, color="#222222", linewidth=1)
     axes.set_yticks(range(len(rows)), [c.arm for c in rows])
-    axes.invert_yaxis()
-    title = "paired differences: mean, 95% interval; ticks are single seeds"
-    axes.set(xlabel=f"final loss minus {reference}'s (nats; left is better)", title=title)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set(xlabel=f"difference from {reference} (nats; left is better)", title=words)
     axes.grid(axis="x", alpha=0.25)
 
 

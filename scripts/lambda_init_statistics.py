@@ -13,6 +13,12 @@ from scipy import stats
 
 
 CONFIDENCE = 0.95
+# What arms are compared in, and the words for it. Learning rates are chosen by the first.
+METRICS = {
+    "loss": "final loss",
+    "mean loss": "mean loss while learning",
+    "loss beyond": "loss beyond the trained sizes",
+}
 
 
 class Comparison(NamedTuple):

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 
 HELD_OUT_SEED = 10**6  # of the rows all runs are evaluated on; no training seed is that large
+LONGEST_DOCUMENT = 200_000  # characters; several times the longest rows that are evaluated
 MOST_TOKENS = 2**16  # in one forward pass of an evaluation; bounds the memory
 
 
@@ -113,7 +114,7 @@ class LanguageTask:
 
         with self._autocast():
             entries = bucket_losses(
-                model, self.long_rows, self.num_bytes, self.settings["length"], self.settings["long_rows"]
+                model, self.long_rows, self.num_bytes, 4 * self.settings["length"], self.settings["long_rows"]
             )
         names = ("tokens", "loss", "bits_per_byte")
         return [{"size": e["from"], **{name: e[name] for name in names}} for e in summarize(entries)["by_position"]]
@@ -139,7 +140,8 @@ def prepare_text(settings: dict, folder: Path) -> dict:
     """Tokenises the documents of settings["text"] into `folder`, once; returns the settings with what identifies them.
 
     text: files, folders and globs, as text_data.py reads them, and "stdlib", the sources of Python's standard library.
-    Every eighth document by size, from the largest on, is held out, so that long documents are among them.
+    Documents above LONGEST_DOCUMENT are cut into pieces. Every eighth by size, from the largest on, is held out, so
+    that long documents are among them.
     """
     said = {"text": [Path(source).name for source in settings["text"]], "vocab_size": settings["vocab_size"]}
     facts = folder / "facts.json"
@@ -160,7 +162,8 @@ def _tokenize_into(folder: Path, settings: dict) -> dict:
     from text_tokenizer import train_bpe_tokenizer
 
     datasets.disable_progress_bars()
-    texts = sorted((text for source in settings["text"] for text in _read_texts(source)), key=len, reverse=True)
+    texts = [piece for source in settings["text"] for text in _read_texts(source) for piece in cut(text)]
+    texts.sort(key=len, reverse=True)
     parts = {"train": [text for i, text in enumerate(texts) if i % 8], "held_out": texts[::8]}
     tokenizer = train_bpe_tokenizer(parts["train"], settings["vocab_size"])
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -174,6 +177,18 @@ def _tokenize_into(folder: Path, settings: dict) -> dict:
         checksum = hashlib.sha256(b"".join(each.tobytes() for each in ids)).hexdigest()[:16]
         data[name] = {"documents": len(ids), "tokens": sum(map(len, ids)), "sha256": checksum}
     return data
+
+
+def cut(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
+    """Pieces of at most `longest` characters, each but the last up to the end of a line where it has one."""
+    pieces, begin = [], 0
+    while begin < len(text):
+        end = begin + longest
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        pieces.append(text[begin:end])
+        begin = end
+    return pieces
 
 
 def _read_texts(source: str) -> list[str]:

@@ -11,15 +11,9 @@ from pathlib import Path
 import numpy as np
 from compare_lambda_inits import read_records
 from lambda_init_figures import draw_task
-from lambda_init_statistics import Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
+from lambda_init_statistics import METRICS, Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
 
 
-# What arms are compared in, and the words for it. Learning rates are chosen by the first.
-METRICS = {
-    "loss": "final loss",
-    "mean loss": "mean loss while learning",
-    "loss beyond": "loss beyond the trained sizes",
-}
 KINDS = {
     "selective_copying": "selective copying",
     "induction_heads": "induction heads",
@@ -119,7 +113,7 @@ def _spread(table: list[Comparison], runs: list[dict]) -> str:
     largest = max(table, key=lambda c: abs(c.difference))
     return (
         f"of the final losses, that of `{largest.arm}` differs most, by {largest.difference:+.4f} nats (95% interval "
-        f"{_interval(largest)}), beside a seed noise of {noise:.4f}."
+        f"{_interval(largest)}), beside a seed noise of {f'{noise:.4f}' if noise == noise else 'unknown size'}."
     )
 
 
@@ -132,7 +126,7 @@ def not_tested(records: list[dict], tasks: dict) -> list[str]:
     lines = [f"- Tasks: {', '.join(missing)}."] if missing else []
     return [
         *lines,
-        f"- Models other than {', '.join(layouts)} of at most {largest:,} parameters; more than {seeds} seeds.",
+        f"- Models other than {', '.join(layouts)} of at most {largest:,} parameters; more seeds than {seeds}.",
         "- Longer training: an initialisation that only starts sooner is not told from one that ends better.",
         "- Other ranges than [0.9, 0.999], other c than listed (and only with `uniform`), other optimisers, schedules, "
         "batch sizes and weight decays.",
@@ -212,7 +206,8 @@ def difference_table(tables: dict[str, list[Comparison]], reference: str) -> lis
 
 def _difference(c: Comparison) -> str:
     p = "" if math.isnan(c.p_holm) else f", p {c.p_holm:.3f}"
-    return f"{c.difference:+.4f} [{_interval(c)}]{p}, d {c.effect:+.1f}"
+    effect = "" if math.isnan(c.effect) else f", d {c.effect:+.1f}"
+    return f"{c.difference:+.4f} [{_interval(c)}]{p}{effect}"
 
 
 def size_table(measured: list[dict]) -> list[str]:

@@ -12,7 +12,7 @@ from _script_helpers import ROOT, document_nats, make_text
 from compare_lambda_inits import main, plan, read_records, read_sweep, run_all, select_tasks
 from lambda_init_run import depth_ladder, make_config, make_model, make_optimizer, run_one
 from lambda_init_statistics import metrics
-from lambda_init_tasks import LanguageTask, make_task, prepare_text
+from lambda_init_tasks import LanguageTask, cut, make_task, prepare_text
 from report_lambda_inits import main as report
 
 from modeling_griffin import decay_parameter_names
@@ -298,6 +298,14 @@ def test_language_modelling(text_task):
     orders = [[next(task.order) for _ in range(len(task.train_rows) + 5)] for task in (one, same, other)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0][:-5]) == list(range(len(one.train_rows)))
+
+
+def test_long_documents_are_cut_at_line_ends():
+    text = "".join(f"line {i}\n" for i in range(100)) + "x" * 50
+    pieces = cut(text, 40)
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 40
+    assert all(piece.endswith("\n") for piece in pieces[:-2]) and len(pieces) > 20
+    assert cut("short", 40) == ["short"]
 
 
 def test_held_out_losses_are_those_of_the_documents_alone(text_task):
