@@ -164,36 +164,38 @@ def expected_seconds(run: dict, records: dict[str, dict]) -> float:
     return run["steps"] * sum(record["seconds"] for record in of_task) / steps if steps else 0.0
 
 
+def next_run(sweep: dict, records: dict[str, dict], device: str, skipped: set[str]) -> dict | None:
+    """The first run that is missing and whose learning rate is known."""
+    runs = plan(sweep, records, device)
+    ready = (run for run in runs if run["learning_rate"] is not None and run["key"] not in records)
+    return next((run for run in ready if run["key"] not in skipped), None)
+
+
 def run_all(sweep: dict, records: dict[str, dict], path: Path, facts: dict, jobs: int, deadline: float) -> list[str]:
     """Runs what is missing, `jobs` at a time, and appends each to `path`; returns what failed, a line each."""
     failed, in_flight = {}, {}
-    total = len(plan(sweep, records, facts["device"]))
-    with make_executor(jobs) as executor, tqdm(total=total, unit="run", disable=None) as progress:
+    runs = plan(sweep, records, facts["device"])
+    finished = sum(run["key"] in records for run in runs)
+    with make_executor(jobs) as executor, tqdm(total=len(runs), initial=finished, unit="run", disable=None) as progress:
         while True:
-            runs = plan(sweep, records, facts["device"])
-            progress.n = sum(run["key"] in records for run in runs)
-            progress.refresh()
-            busy = {run["key"] for run in in_flight.values()}
-            for run in runs:
-                if run["learning_rate"] is None or run["key"] in {**records, **failed} or run["key"] in busy:
-                    continue
-                late = time.time() + SLACK * expected_seconds(run, records) > deadline
-                if late or len(in_flight) == jobs:
+            while len(in_flight) < jobs:
+                started = {run["key"] for run in in_flight.values()}
+                run = next_run(sweep, records, facts["device"], started | failed.keys())
+                if run is None or time.time() + SLACK * expected_seconds(run, records) > deadline:
                     break
                 in_flight[executor.submit(run_one, run)] = run
-                busy.add(run["key"])
             if not in_flight:
                 return [f"{key}: {error}" for key, error in failed.items()]
-            done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                run = in_flight.pop(future)
+            for future in concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                key = in_flight.pop(future)["key"]
                 if error := future.exception():
-                    failed[run["key"]] = repr(error)
+                    failed[key] = repr(error)
                     continue
-                records[run["key"]] = {**future.result(), **facts, "finished": now()}
-                append_record(path, records[run["key"]])
-                end = records[run["key"]]["curve"][-1]
-                progress.write(f"{run['key']}: loss {end['loss']:.4f} after {end['step']} steps")
+                records[key] = {**future.result(), **facts, "finished": now()}
+                append_record(path, records[key])
+                end = records[key]["curve"][-1]
+                progress.update()
+                progress.write(f"{key}: loss {end['loss']:.4f} after {end['step']} steps")
 
 
 def now() -> str:

@@ -40,7 +40,14 @@ def page(name: str, records: list[dict], reference: str, pictures: dict[str, str
             values = by_arm_and_seed(runs, metric)
             tables[task, metric] = compare(values, reference) if reference in values else []
     lines = ["# Which initialisation of Λ: the measured comparison", "", *provenance(records), ""]
-    lines += ["## In plain words", "", *plain_words(tables, tasks, reference), ""]
+    lines += [
+        "## In plain words",
+        "",
+        "At the sizes, seeds and budgets given below, and no further:",
+        "",
+        *plain_words(tables, tasks, reference),
+        "",
+    ]
     lines += ["## How it was compared", "", STATISTICS, ""]
     for task, runs in tasks.items():
         lines += task_section(task, runs, tables, reference, pictures[task])
@@ -171,11 +178,11 @@ def _sizes(run: dict, measured: list[dict]) -> str:
         return (
             f"{where}; {texts}: {data['train']['tokens']:,} training tokens, {data['held_out']['tokens']:,} held out; "
             f"rows of {settings['length']} tokens, {settings['rows']} a step, "
-            f"{max(each['steps'] for each in measured or [run])} steps; {seeds} seeds. Losses in nats a token."
+            f"{max(each['steps'] for each in measured or [run])} steps; seeds: {seeds}. Losses in nats a token."
         )
     return (
         f"{where}; trained at {', '.join(map(str, settings['sizes']))} tokens, {settings['rows']} rows a step, "
-        f"{max(each['steps'] for each in measured or [run])} steps; {seeds} seeds. Losses in nats an answer, over "
+        f"{max(each['steps'] for each in measured or [run])} steps; seeds: {seeds}. Losses in nats an answer, over "
         f"{settings['held_out_rows']} rows that no run trains on."
     )
 
