@@ -12,7 +12,13 @@ import torch
 from lambda_init_tasks import make_task
 from transformers import get_cosine_schedule_with_warmup
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, decay_parameter_names, register_lambda_init
+from modeling_griffin import (
+    LAMBDA_INITS,
+    GriffinConfig,
+    GriffinForCausalLM,
+    decay_parameter_names,
+    register_lambda_init,
+)
 from modeling_griffin.lambda_init import LambdaInit, lambda_from_decay
 from modeling_griffin.rg_lru import Decay
 
@@ -47,8 +53,6 @@ def depth_ladder(recurrent_layers: int) -> LambdaInit:
 
 def register_depth_ladder(recurrent_layers: int) -> str:
     """Registers it for that depth, once; returns the name."""
-    from modeling_griffin import LAMBDA_INITS
-
     name = f"depth_ladder_{recurrent_layers}"
     if name not in LAMBDA_INITS:
         register_lambda_init(name, depth_ladder(recurrent_layers))

@@ -1,8 +1,8 @@
 """Draws what each initialisation of Λ means: `python scripts/plot_lambda_init.py [--checkpoint MODEL]`.
 
 For every registered initialisation, for Mamba's, and for each recurrent layer of a trained model if one is given: the
-distribution over channels of a^c, of a_t at the gate's start, and of memory length. Writes OUTPUT.png and OUTPUT.svg
-and prints the quantiles.
+distribution over channels of a^c, of a_t at the gate's start, and of memory length. Writes OUTPUT.png, OUTPUT.svg and
+OUTPUT.md with the figures.
 
 At the start the gates' biases are 0, so r is near 0.5: the figure takes r = 0.5 exactly, for trained layers too, whose
 gates by then depend on the input. Memory length is 1 / (1 - a_t), tokens: how far back the input weighs on average.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from compare_lambda_inits import birth, now
 
 from modeling_griffin import LAMBDA_INITS
 from modeling_griffin.rg_lru import Decay
@@ -97,15 +98,36 @@ def values(row: Row) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     return open_gate, row.log_start.exp(), memory(row.log_start)
 
 
-def print_quantiles(rows: list[Row]) -> None:
-    print(f"{'':22} {'a^c min / median / max':>26} {'memory at r = 0.5: min / median / max':>40}")
+def table(rows: list[Row]) -> list[str]:
+    """Smallest, median and largest value over channels, as lines of Markdown."""
+    lines = ["| min / median / max | $a^c$ | $a_t$ at r = 0.5 | memory at r = 0.5, tokens |", "|---|---|---|---|"]
     for row in rows:
-        open_gate, _, length = values(row)
-        kept = "" if open_gate is None else " / ".join(f"{f(open_gate).item():.4f}" for f in _ENDS)
-        print(f"{row.name:22} {kept:>26} {' / '.join(f'{f(length).item():.1f}' for f in _ENDS):>40}")
+        cells = []
+        for data, digits in zip(values(row), (4, 4, 1)):
+            ends = () if data is None else (data.min(), data.median(), data.max())
+            cells.append(" / ".join(f"{end.item():.{digits}f}" for end in ends))
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+    return lines
 
 
-_ENDS = (torch.min, torch.median, torch.max)
+def page(rows: list[Row], text: str, picture: str) -> str:
+    facts = birth("cpu", None)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return "\n".join(
+        [
+            "# What each initialisation of Λ means",
+            "",
+            f"`{facts['command']}`, commit {facts['commit']}, {versions}, {now()}.",
+            f"{CHANNELS:,} channels drawn of each; of a trained layer its own.",
+            "",
+            text.replace("\n", " "),
+            "",
+            f"![Distributions of a^c, of a_t and of memory length]({picture})",
+            "",
+            *table(rows),
+            "",
+        ]
+    )
 
 
 def caption(rows: list[Row], low: float, high: float) -> str:
@@ -121,7 +143,7 @@ def caption(rows: list[Row], low: float, high: float) -> str:
 
 
 def draw(rows: list[Row], text: str, output: Path) -> list[Path]:
-    """One line of three histograms for each row; returns the files written."""
+    """One line of three histograms for each row, and the page with their figures; returns the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,6 +174,8 @@ def draw(rows: list[Row], text: str, output: Path) -> list[Path]:
     figure.savefig(paths[0], dpi=150)
     figure.savefig(paths[1], metadata={"Date": None})
     pyplot.close(figure)
+    paths.append(output.with_suffix(".md"))
+    paths[-1].write_text(page(rows, text, paths[0].name), encoding="utf-8")
     return paths
 
 
@@ -220,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             rows += checkpoint_rows(arguments.checkpoint)
         except (OSError, ValueError) as error:
             raise SystemExit(f"plot_lambda_init.py: error: {error}") from error
-    print_quantiles(rows)
+    print("\n".join(table(rows)))
     print("written:", *draw(rows, text, arguments.output))
 
 

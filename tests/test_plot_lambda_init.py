@@ -57,8 +57,11 @@ def test_a_checkpoint_adds_a_row_for_each_recurrent_layer(tmp_path, capsys):
     for words in (*LAMBDA_INITS, "Mamba", "trained, layer 1", "median 39"):
         assert words in svg
     assert str(tmp_path) not in svg
-    printed = capsys.readouterr().out
-    assert "uniform" in printed and "trained, layer 0" in printed
+    page = (tmp_path / "out" / "figure.md").read_text()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| trained, layer 0 |")]
+    kept = torch.sigmoid(-model.model.layers[0].temporal_block.rg_lru.decay.lambda_bias.detach()) ** 8
+    ends = " / ".join(f"{end.item():.4f}" for end in (kept.min(), kept.median(), kept.max()))
+    assert line in page and line.startswith(f"| trained, layer 0 | {ends} |")
 
 
 @pytest.mark.parametrize("arguments", [["--bounds", "0.9", "0.8"], ["--c", "0"]])
