@@ -168,7 +168,7 @@ def _tokenize_into(folder: Path, settings: dict) -> dict:
     tokenizer = train_bpe_tokenizer(parts["train"], settings["vocab_size"])
     tokenizer.save_pretrained(folder / "tokenizer")
     documents = {name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()}
-    np.save(folder / "held_out_bytes.npy", count_token_bytes(documents["held_out"], tokenizer))
+    np.save(folder / "held_out_bytes.npy", count_token_bytes(documents["held_out"], tokenizer).astype(np.int32))
     data = {}
     for name in parts:
         tokens = tokenize(documents[name], tokenizer)
