@@ -1,0 +1,208 @@
+"""The tasks on which initialisations of Λ are compared: batches, losses, and evaluation beyond the trained length.
+
+A task is made from its settings (a mapping of the sweep's YAML file) and a seed, which alone decides the order of the
+data: every arm of a comparison sees the same batches. `loss` is one training batch, `validate` the figures that curves
+and the choice of a learning rate rest on, `evaluate` the figures by size or position at the end of a run. What only
+text needs (such as `datasets`) is imported where text is read, so that the synthetic tasks run without it.
+"""
+
+import hashlib
+import json
+import random
+import sysconfig
+from pathlib import Path
+
+import torch
+from synthetic_tasks import IGNORED, SYNTHETIC_TASKS, VOCABULARY
+from torch.nn.functional import cross_entropy
+
+
+HELD_OUT_SEED = 10**6  # of the rows all runs are evaluated on; no training seed is that large
+LONGEST_DOCUMENT = 200_000  # characters; several times the longest rows that are evaluated
+MOST_TOKENS = 2**16  # in one forward pass of an evaluation; bounds the memory
+
+
+class SyntheticTask:
+    """A task of synthetic_tasks.py. Each training batch has one size, drawn from `sizes` in equal shares.
+
+    Settings: kind, sizes, rows, held_out_sizes, held_out_rows, options (further arguments of the generator).
+    """
+
+    vocab_size = VOCABULARY
+
+    def __init__(self, settings: dict, seed: int, device: torch.device):
+        self.settings, self.device = settings, device
+        self.draw, self.options = SYNTHETIC_TASKS[settings["kind"]], settings.get("options", {})
+        self.sizes = random.Random(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def loss(self, model) -> torch.Tensor:
+        """Mean -log p of a training batch's answers, nats."""
+        size = self.sizes.choice(self.settings["sizes"])
+        tokens, targets = self.draw(self.settings["rows"], size, self.generator, **self.options)
+        return cross_entropy(_logits(model, tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def validate(self, model) -> dict[str, float]:
+        """loss (nats an answer) and accuracy (share of right answers), both means over the trained sizes."""
+        return _mean_figures(self._held_out(model, size) for size in self.settings["sizes"])
+
+    def evaluate(self, model) -> list[dict[str, float]]:
+        return [{"size": size, **self._held_out(model, size)} for size in self.settings["held_out_sizes"]]
+
+    @torch.no_grad()
+    def _held_out(self, model, size: int) -> dict[str, float]:
+        generator = torch.Generator(self.device).manual_seed(HELD_OUT_SEED)
+        tokens, targets = self.draw(self.settings["held_out_rows"], size, generator, **self.options)
+        losses, right = [], []
+        for part, answers in zip(*(each.split(max(1, MOST_TOKENS // each.shape[1])) for each in (tokens, targets))):
+            asked = answers != IGNORED
+            logits, answers = _logits(model, part)[asked], answers[asked]
+            losses.append(cross_entropy(logits, answers, reduction="none"))
+            right.append(logits.argmax(-1) == answers)
+        return {"loss": torch.cat(losses).mean().item(), "accuracy": torch.cat(right).float().mean().item()}
+
+
+def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def _mean_figures(figures) -> dict[str, float]:
+    figures = list(figures)
+    return {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+
+
+class LanguageTask:
+    """Language modelling on what `prepare_text` left in settings["folder"].
+
+    Settings: rows, length (tokens in a row), held_out_rows (of that length), long_length and long_rows.
+    """
+
+    def __init__(self, settings: dict, seed: int, device: torch.device):
+        import datasets
+        import numpy as np
+        from text_data import PackedRows
+        from text_tokenizer import document_ends, load_tokenizer
+
+        folder = Path(settings["folder"])
+        datasets.disable_progress_bars()
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), [], 0)
+        self.settings, self.device = settings, device
+        self.vocab_size, filler = len(tokenizer), document_ends(tokenizer)[1]
+        self.num_bytes = np.load(folder / "held_out_bytes.npy")
+        train, held_out = (datasets.load_from_disk(str(folder / name)) for name in ("train", "held_out"))
+        self.train_rows = PackedRows(train, settings["length"], filler)
+        self.held_out_rows = PackedRows(held_out, settings["length"], filler)
+        self.long_rows = PackedRows(held_out, settings["long_length"], filler)
+        self.order = _endless_order(len(self.train_rows), np.random.default_rng(seed))
+
+    def loss(self, model) -> torch.Tensor:
+        return self._loss(model, [self.train_rows[next(self.order)] for _ in range(self.settings["rows"])])
+
+    @torch.no_grad()
+    def validate(self, model) -> dict[str, float]:
+        """loss: nats a token, over the first held_out_rows rows of the held-out documents."""
+        rows = [self.held_out_rows[i] for i in range(min(self.settings["held_out_rows"], len(self.held_out_rows)))]
+        size = self.settings["rows"]
+        batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        predicted = [sum(int((row["labels"][1:] != IGNORED).sum()) for row in batch) for batch in batches]
+        nats = torch.stack([self._loss(model, batch) * count for batch, count in zip(batches, predicted)]).sum()
+        return {"loss": nats.item() / sum(predicted)}
+
+    def evaluate(self, model) -> list[dict[str, float]]:
+        """By position in the document, in rows of `long_length` tokens; `size` is the first position of a bucket."""
+        from evaluate import bucket_losses, summarize
+
+        with self._autocast():
+            entries = bucket_losses(
+                model, self.long_rows, self.num_bytes, 4 * self.settings["length"], self.settings["long_rows"]
+            )
+        names = ("tokens", "loss", "bits_per_byte")
+        return [{"size": e["from"], **{name: e[name] for name in names}} for e in summarize(entries)["by_position"]]
+
+    def _loss(self, model, rows: list[dict]) -> torch.Tensor:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        with self._autocast():
+            return model(**batch, use_cache=False).loss
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def _endless_order(count: int, generator):
+    while True:
+        yield from generator.permutation(count).tolist()
+
+
+def prepare_text(settings: dict, folder: Path) -> dict:
+    """Tokenises the documents of settings["text"] into `folder`, once; returns the settings with what identifies them.
+
+    text: files, folders and globs, as text_data.py reads them, and "stdlib", the sources of Python's standard library.
+    Documents above LONGEST_DOCUMENT are cut into pieces. Every eighth by size, from the largest on, is held out, so
+    that long documents are among them.
+    """
+    said = {"text": [Path(source).name for source in settings["text"]], "vocab_size": settings["vocab_size"]}
+    facts = folder / "facts.json"
+    done = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    if said.items() <= done.items():
+        return {**settings, **done, "folder": str(folder)}
+    done = {**said, "data": _tokenize_into(folder, settings)}
+    facts.write_text(json.dumps(done), encoding="utf-8")  # last: the folder is complete
+    return {**settings, **done, "folder": str(folder)}
+
+
+def _tokenize_into(folder: Path, settings: dict) -> dict:
+    """Writes tokenizer, train, held_out and held_out_bytes.npy; returns counts and a checksum of both parts."""
+    import datasets
+    import numpy as np
+    from evaluate import count_token_bytes
+    from text_data import tokenize
+    from text_tokenizer import train_bpe_tokenizer
+
+    datasets.disable_progress_bars()
+    texts = [piece for source in settings["text"] for text in _read_texts(source) for piece in cut(text)]
+    texts.sort(key=len, reverse=True)
+    parts = {"train": [text for i, text in enumerate(texts) if i % 8], "held_out": texts[::8]}
+    tokenizer = train_bpe_tokenizer(parts["train"], settings["vocab_size"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    documents = {name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()}
+    np.save(folder / "held_out_bytes.npy", count_token_bytes(documents["held_out"], tokenizer).astype(np.int32))
+    data = {}
+    for name in parts:
+        tokens = tokenize(documents[name], tokenizer)
+        tokens.save_to_disk(str(folder / name))
+        ids = [np.asarray(each, dtype=np.int32) for each in tokens["input_ids"]]
+        checksum = hashlib.sha256(b"".join(each.tobytes() for each in ids)).hexdigest()[:16]
+        data[name] = {"documents": len(ids), "tokens": sum(map(len, ids)), "sha256": checksum}
+    return data
+
+
+def cut(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
+    """Pieces of at most `longest` characters, each but the last up to the end of a line where it has one."""
+    pieces, begin = [], 0
+    while begin < len(text):
+        end = begin + longest
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        pieces.append(text[begin:end])
+        begin = end
+    return pieces
+
+
+def _read_texts(source: str) -> list[str]:
+    from text_data import load_documents
+
+    if source != "stdlib":
+        return list(load_documents(source)["text"])
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*file.parts}]
+    texts = (file.read_bytes().decode("utf-8", errors="replace") for file in files)
+    return [text for text in texts if text.strip()]
+
+
+def make_task(settings: dict, seed: int, device: torch.device) -> SyntheticTask | LanguageTask:
+    if settings["kind"] == "language_modelling":
+        return LanguageTask(settings, seed, device)
+    return SyntheticTask(settings, seed, device)
