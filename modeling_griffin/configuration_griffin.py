@@ -31,7 +31,8 @@ class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
             head_dim None means hidden_size // num_attention_heads.
         attention_window_size: keys a query sees, itself included; at least 2. `sliding_window` is an alias.
         lru_width: channels C of the RG-LRU (the paper's D_RNN); None means hidden_size.
-        num_gate_blocks: diagonal blocks of each of the two gates; must divide lru_width.
+        num_gate_blocks: diagonal blocks of each of the two gates; must divide lru_width. Tensor parallelism shares out
+            whole blocks, whole heads and features of the MLP, so that `tp_size` must divide their numbers.
         conv1d_width: taps of the temporal convolution.
         rg_lru_c: the exponent c of the recurrence, > 0.
         lambda_init: name of the initialisation of Λ, a key of `LAMBDA_INITS`.

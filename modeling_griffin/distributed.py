@@ -48,10 +48,12 @@ def keep_lambda_float32(model: nn.Module, **fully_shard_arguments) -> None:
 
     FSDP2 casts by group. This gives each Λ, which sits alone in a module, a group with a policy that casts nothing, and
     who shards the model afterwards leaves that group alone. Call it on every rank before accelerate prepares the model
-    (with `Trainer`: before `train`), without accelerate's `cpu_ram_efficient_loading`, which would load Λ from nowhere.
-    A model loaded with `distributed_config=DistributedConfig(fsdp_size=...)` needs no call.
+    (with `Trainer`: before `train`), and set `fsdp_cpu_ram_efficient_loading: false`: that loading begins by moving the
+    model to the meta device, Λ with it. `from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=...))`
+    needs no call.
 
     Args:
+        model: not sharded yet.
         fully_shard_arguments: `mesh` and `offload_policy`, where the rest of the model has others than the defaults.
     """
     for decay in _decay_modules(model).values():

@@ -30,6 +30,7 @@ PUBLIC = {
     "LORA_TARGETS",
     "register_lambda_init",
     "decay_parameter_names",
+    "keep_lambda_float32",
 }
 
 

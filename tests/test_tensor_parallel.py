@@ -41,7 +41,7 @@ def assert_same_gradients(run: dict, parameters: int) -> None:
     gradients = {name: value for name, value in run["alone"].items() if name.startswith("gradient of")}
     assert len(gradients) == parameters and all(gradient.any() for gradient in gradients.values())
     for name, expected in gradients.items():
-        assert_close("gradient", run["parallel"][name], expected, name)
+        assert_close("tensor parallel gradient", run["parallel"][name], expected, name)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
