@@ -12,7 +12,7 @@ TOLERANCES = {
     # rg_lru_scan against float64 autograd of the reference
     "scan float64": 1e-13,
     "scan float32": 4e-6,
-    "scan float32 gradient": 1e-5,
+    "scan float32 gradient": 2e-5,  # 1.4e-5 on one kind of CPU, where the loop itself in float32 has 7e-6
     # the layers and the model in float32, against another way to the same numbers
     "layer": 6e-7,
     "logits": 4e-6,
