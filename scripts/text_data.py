@@ -150,7 +150,7 @@ class PackedRows(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     def find(self, input_ids: torch.Tensor) -> int | None:
-        """The number of the first row with these tokens (`length`,), None if there is none. Reads all rows before it."""
+        """The first row with these tokens (`length`,), None if there is none. Reads all rows before it."""
         wanted = input_ids.numpy()
         for row in range(len(self)):
             begin = row * (self.length - 1)

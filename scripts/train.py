@@ -8,14 +8,16 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from griffin_trainer import GriffinTrainer
 from text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
 from text_tokenizer import check_fits, document_ends, load_tokenizer
 from train_arguments import TOKEN_IDS, DataArguments, ModelArguments, read_arguments
-from train_launch import check_launch, check_processes, describe, read_request
+from train_launch import check_checkpoint, check_launch, check_processes, describe, read_request
 from train_report import held_out_metrics, plot_losses, token_losses, write_metrics
 from transformers import (
     AutoModelForCausalLM,
@@ -24,12 +26,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_model_param_count
 
-from modeling_griffin import GriffinConfig
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.model_card import keep_model_card
 from modeling_griffin.rg_lru_scan import describe_backend
 
 
+SECONDS_FOR_RANK_0 = 2
 # What a configuration may change between an interruption and --resume; the tokenizer gives the ids.
 CHANGEABLE = {"attention_dropout", "use_cache", "lambda_init", "lambda_init_bounds", *TOKEN_IDS}
 
@@ -70,18 +74,21 @@ def is_complete(checkpoint: str, arguments) -> bool:
 
 def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A new model from a configuration, or a trained one to continue; weights in float32."""
-    attention = {"attn_implementation": arguments.attn_implementation}
-    if arguments.model_name_or_path is not None:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32, **attention)
-        except OSError as error:
-            raise ValueError(
-                f"model_name_or_path = {arguments.model_name_or_path!r}: allowed are a folder or Hub id with weights "
-                f"({' '.join(str(error).split())})"
-            ) from error
-        check_fits(tokenizer, model.get_input_embeddings().num_embeddings)
-        return model
-    return AutoModelForCausalLM.from_config(make_config(arguments, tokenizer), dtype=torch.float32, **attention)
+    name, attention = arguments.model_name_or_path, arguments.attn_implementation
+    if name is None:
+        config = make_config(arguments, tokenizer)
+        config._attn_implementation = attention
+        # Not from_config: under DeepSpeed's ZeRO-3 it shards weights before they are drawn, and Λ stays unset memory.
+        return GriffinForCausalLM(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model_name_or_path = {name!r}: allowed are a folder or Hub id with weights ({reason})"
+        ) from error
+    check_fits(tokenizer, model.get_input_embeddings().num_embeddings)
+    return model
 
 
 def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GriffinConfig:
@@ -149,8 +156,6 @@ def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint
         tokenizer = make_tokenizer(
             data_arguments, model_arguments.model_name_or_path, checkpoint, (record["text"] for record in train)
         )
-        set_seed(training_arguments.seed)
-        model = make_model(model_arguments, tokenizer)
         filler = document_ends(tokenizer)[1]
         train_rows, eval_rows = (
             PackedRows(
@@ -160,6 +165,8 @@ def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint
             )
             for documents in (train, held_out)
         )
+    set_seed(training_arguments.seed)
+    model = make_model(model_arguments, tokenizer)  # all processes at once: DeepSpeed shards weights as they are made
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
     check_enough_rows(train_rows, training_arguments)
@@ -169,7 +176,7 @@ def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint
         "sequence_length": data_arguments.sequence_length,
         "scan": describe_backend(training_arguments.device),
         "device": str(training_arguments.device),
-        "parameters": model.num_parameters(),
+        "parameters": get_model_param_count(model),
         "train_documents": len(train),
         "train_tokens": train_rows.num_tokens,
         "eval_documents": len(held_out),
@@ -245,8 +252,10 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
             raise SystemExit(0)
         trainer, facts = make_trainer(model_arguments, data_arguments, training_arguments, checkpoint)
         check_launch(trainer.accelerator)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, trainer.accelerator)
     except ValueError as error:
-        raise SystemExit(f"train.py: error{of_rank()}: {error}") from error
+        stop(error)
     if trainer.is_world_process_zero():
         print(facts["scan"])
         print(facts["launch"])
@@ -258,16 +267,19 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
     return trainer, train(trainer, facts, checkpoint)
 
 
-def of_rank() -> str:
-    """Which process speaks, where there are several."""
-    return f" (rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "RANK" in os.environ else ""
+def stop(error: Exception) -> NoReturn:
+    """Ends the process with one line. Rank 0 speaks first: an error of all ranks is then said once."""
+    rank, of = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        time.sleep(SECONDS_FOR_RANK_0)  # by then the launcher has ended this process, if rank 0 has failed too
+    raise SystemExit(f"train.py: error{f' (rank {rank} of {of})' if of > 1 else ''}: {error}") from error
 
 
 def main() -> None:
     try:
         run(sys.argv[1:])
     except FloatingPointError as error:
-        raise SystemExit(f"train.py: error{of_rank()}: {error}") from error
+        stop(error)
     except KeyboardInterrupt:
         print("\ninterrupted; --resume continues from the newest checkpoint in output_dir, if there is one")
         raise SystemExit(130) from None

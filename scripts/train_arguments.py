@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import difflib
 import json
-import os
 from dataclasses import dataclass, field
 
 import torch
 import yaml
-from train_launch import choose_device, read_request
+from train_launch import choose_device, read_request, says_precision
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -91,8 +90,7 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     settings = _merge(_read_yaml(known.config), _read_overrides(rest))
     _check_keys(settings, known.config)
     settings = choose_device(settings, read_request())
-    said = {"bf16", "fp16"} & settings.keys() or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not said:
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not says_precision(settings):
         settings["bf16"] = True
     if not torch.cuda.is_available():
         settings = {"dataloader_pin_memory": False, **settings}

@@ -1,4 +1,4 @@
-"""What a launcher was asked for and what really runs. accelerate falls back without a word; train.py refuses instead."""
+"""What a launcher asks for and what really runs: accelerate falls back without a word, train.py refuses."""
 
 import os
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
 
-LAUNCH_COMMANDS = ("accelerate-launch", "accelerate.commands.launch", "launch.py")
+LAUNCH_COMMANDS = ("accelerate-launch", "accelerate.commands.launch")
 HINT = (
-    "on CPUs take configuration/accelerate/cpu_ddp.yaml (accelerate launch starts one process for MULTI_CPU, and without "
-    "train.py's use_cpu processes that do not know of each other)"
+    "on CPUs take configuration/accelerate/cpu_ddp.yaml (accelerate launch starts one process for MULTI_CPU, and, "
+    "without train.py's use_cpu, processes that do not know of each other)"
 )
 
 
@@ -63,15 +63,20 @@ def choose_device(settings: dict, request: Request) -> dict:
     return {"use_cpu": True, **settings}
 
 
+def says_precision(settings: dict) -> bool:
+    """Whether the training configuration or the launcher says what to compute in."""
+    by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or _flag("ACCELERATE_USE_DEEPSPEED")
+    return by_launcher or not settings.keys().isdisjoint(("bf16", "fp16"))
+
+
 def check_processes(state, request: Request) -> None:
     """Raises ValueError unless as many processes as asked for know of each other.
 
     Args:
         state: accelerate's PartialState, `TrainingArguments.distributed_state`.
     """
-    asked = {"the launcher": request.processes, "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", 1))}
-    for source, number in asked.items():
-        if number is not None and number != state.num_processes:
+    for source, number in (("the launcher", request.processes), ("WORLD_SIZE", os.environ.get("WORLD_SIZE"))):
+        if number is not None and int(number) != state.num_processes:
             raise ValueError(f"{source} asks for {number} processes, {state.num_processes} would train: {HINT}")
     if state.num_processes > 1 and state.distributed_type == DistributedType.NO:
         raise ValueError(f"{state.num_processes} processes would train without each other: {HINT}")
@@ -88,10 +93,28 @@ def check_launch(accelerator) -> None:
             )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("the launcher asks for fsdp_version 1: allowed is 2, which can keep Λ in float32")
+    if kind == DistributedType.DEEPSPEED and any(_deepspeed_settings(accelerator, name) for name in ("bf16", "fp16")):
+        raise ValueError(
+            "mixed precision by DeepSpeed's bf16 or fp16 would round Λ: allowed is torch_autocast, as in "
+            "configuration/accelerate/deepspeed_zero3.json, with no mixed_precision and no bf16 or fp16 elsewhere"
+        )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", precision):
         raise ValueError(
             f"the launcher asks for mixed precision {os.environ['ACCELERATE_MIXED_PRECISION']}, {precision} would run: "
             "let bf16 and fp16 of the training configuration say the same, or leave them out"
+        )
+
+
+def check_checkpoint(checkpoint: str, accelerator) -> None:
+    """Raises ValueError where the shards of one launcher would be read by another."""
+    of = "FSDP" if (Path(checkpoint) / "pytorch_model_fsdp_0").is_dir() else "NO"
+    of = "DEEPSPEED" if (Path(checkpoint) / "latest").is_file() else of
+    kind = accelerator.distributed_type.value
+    if of != (kind if kind in ("FSDP", "DEEPSPEED") else "NO"):
+        layout = {"NO": "one process or DDP"}.get(of, of)
+        raise ValueError(
+            f"--resume: {checkpoint} was written under {layout}, {kind} runs: resume under {layout}, or start anew from "
+            "a saved model by model_name_or_path"
         )
 
 
@@ -105,12 +128,17 @@ def describe(accelerator) -> str:
 
 
 def precision_of(accelerator) -> str:
-    """ "no", "bf16" or "fp16": DeepSpeed keeps it to itself, and accelerate then says "no"."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        on = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled") is True]
-        return on[0] if on else "no"
-    return accelerator.mixed_precision
+    """ "no", "bf16" or "fp16"; what DeepSpeed computes in, accelerate calls "no"."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.mixed_precision
+    autocast = _deepspeed_settings(accelerator, "torch_autocast")
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(autocast.get("dtype"), "no") if autocast else "no"
+
+
+def _deepspeed_settings(accelerator, name: str) -> dict:
+    """A part of DeepSpeed's configuration; empty where it is switched off."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config.get(name, {})
+    return settings if settings.get("enabled") in (True, "true") else {}
 
 
 def _flag(name: str) -> bool:
