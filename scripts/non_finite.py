@@ -43,7 +43,7 @@ def first_spoiled(named_tensors) -> str | None:
 
 
 def first_in_pass(model: torch.nn.Module, batch: dict, backward: bool) -> tuple[str, list[int]] | None:
-    """(what, rows of the batch) of the first tensor, in the order of computation, that is not finite; None if all are."""
+    """(what, rows of the batch) of the first tensor, in the order of computation, that is not finite, or None."""
     found = []
 
     def look(what, tensor):

@@ -113,8 +113,8 @@ def check_checkpoint(checkpoint: str, accelerator) -> None:
     if of != (kind if kind in ("FSDP", "DEEPSPEED") else "NO"):
         layout = {"NO": "one process or DDP"}.get(of, of)
         raise ValueError(
-            f"--resume: {checkpoint} was written under {layout}, {kind} runs: resume under {layout}, or start anew from "
-            "a saved model by model_name_or_path"
+            f"--resume: {checkpoint} was written under {layout}, {kind} runs: resume under {layout}, or start anew "
+            "from a saved model by model_name_or_path"
         )
 
 
