@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_griffin import GriffinConfig
+from .distributed import keep_lambda_float32
 from .lambda_init import LAMBDA_INITS, register_lambda_init
 from .modeling_griffin import (
     GriffinForCausalLM,
@@ -43,6 +44,7 @@ __all__ = [
     "GriffinModel",
     "GriffinPreTrainedModel",
     "decay_parameter_names",
+    "keep_lambda_float32",
     "register_lambda_init",
     "rg_lru_scan",
 ]

@@ -8,6 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from .hub import CompleteConfigMixin
 from .lambda_init import find_lambda_init
 from .recurrent_gemma import griffin_config_from_recurrent_gemma
+from .tensor_parallel import tensor_parallel_plan
 
 
 # Two recurrent blocks, one attention block: the paper, section 3.
@@ -49,6 +50,11 @@ class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
     model_type = "griffin"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"sliding_window": "attention_window_size"}
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "final_norm": "keep_full_weight",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -103,6 +109,15 @@ class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
         # Called here too, so that a user sees a ValueError and not the wrapper that `@strict` puts around it.
         self.validate_architecture()
         super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallel rules of the layers that there are; what is assigned (quantizers do) replaces them."""
+        return self.__dict__.get("base_model_tp_plan") or tensor_parallel_plan(self)
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
+        self.__dict__["base_model_tp_plan"] = plan
 
     @classmethod
     def from_recurrent_gemma(cls, config) -> "GriffinConfig":

@@ -3,8 +3,9 @@
 A folder that the Hub can load holds the configuration with an `auto_map`, safetensors, the generation configuration,
 the model card and the code: every file that the loader of Transformers will look for, flat.
 
-Stock saving falls short in four places, which the two classes here mend:
+Stock saving falls short in five places, which the two classes here mend:
   - under FSDP2 the model's class is a generated one, and stock saving ships PyTorch's source files in place of ours;
+  - where rank 0 of several fails to write, the others wait for it until the process group's timeout;
   - `auto_map` names only the class at hand, so that the other Auto classes refuse the folder;
   - it writes into the folder as it goes: a failure leaves half a model, and a change between one file of weights and
     several leaves the old ones beside the new, where the loader prefers them;
@@ -26,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .model_card import card_for_hub, refresh_card
+from .sharded_weights import all_ranks_or_none, gather, is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +65,7 @@ class CompleteConfigMixin:
 
 
 class CompleteModelMixin:
-    """For the models: `save_pretrained` and `push_to_hub` that are complete, under FSDP2 too, and all or nothing."""
+    """For the models: `save_pretrained` and `push_to_hub` that are complete, sharded models too, and all or nothing."""
 
     def save_pretrained(
         self,
@@ -80,7 +82,11 @@ class CompleteModelMixin:
         does a model card that was not generated. Into a folder `checkpoint-<number>` of Trainer, the code also goes one
         level up: during training Trainer uploads that level, to which it copies the weights and the configuration only.
 
+        Of a model that tensor parallelism or FSDP2 has sharded every rank must call this, unless `state_dict` is whole:
+        the weights are gathered, and rank 0 writes them as those of a model in one process.
+
         Raises:
+            RuntimeError: on the ranks of a sharded model that did not fail themselves, where another one did.
             ValueError: for `distributed_checkpoint=True` with `push_to_hub=True`: PyTorch's sharded files are for
                 resuming, and no Hub client reads them.
         """
@@ -91,14 +97,19 @@ class CompleteModelMixin:
             )
         upload_arguments = _upload_arguments(kwargs, save_directory)
         folder, writes = Path(save_directory), self.should_save_on_this_rank(is_main_process)
-        if push_to_hub and writes:  # before the work of saving: a missing token or right shows at once
-            upload_arguments["repo_id"] = create_repo(upload_arguments)
+        weights = self.state_dict() if state_dict is None else state_dict
+        together = not in_shards and is_sharded(weights)
+        with all_ranks_or_none(together):
+            if push_to_hub and writes:  # before the work of saving: a missing token or right shows at once
+                upload_arguments["repo_id"] = create_repo(upload_arguments)
+        if together:
+            state_dict = gather(weights, self.all_tied_weights_keys, keep=writes)
         self.config.auto_map = _auto_map_of(self)
-        with _stock_code_copy_off(self):
+        with all_ranks_or_none(together), _stock_saving_kept_short(self):
             stock_save = super().save_pretrained
-            if in_shards or not writes:
-                stock_save(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-            else:
+            if in_shards:
+                stock_save(save_directory, is_main_process=is_main_process, **kwargs)
+            elif writes:
                 with all_or_nothing(folder) as stage:
                     stock_save(stage, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
                     if (stage / "config.json").exists():  # an adapter has none: code and card are its base model's
@@ -106,8 +117,6 @@ class CompleteModelMixin:
                         refresh_card(stage, folder)
                     names = [path.name for path in stage.iterdir()]
                 _complete_trainer_folder(folder)
-        # Stock saving lets the other ranks go when its files are written, which is before they are at their place.
-        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
         if push_to_hub and writes:
             upload(folder, [*names, *CARD_FILES], **upload_arguments)
 
@@ -117,8 +126,9 @@ class CompleteModelMixin:
         arguments = _upload_arguments({**kwargs, "repo_id": repo_id}, repo_id)
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         with tempfile.TemporaryDirectory() as folder:
-            if writes:
-                arguments["repo_id"] = create_repo(arguments)
+            with all_ranks_or_none(is_sharded(self.state_dict())):
+                if writes:
+                    arguments["repo_id"] = create_repo(arguments)
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             if not writes:
                 return None
@@ -238,13 +248,19 @@ def _auto_map_of(model) -> dict:
 
 
 @contextmanager
-def _stock_code_copy_off(model) -> Iterator[None]:
-    """Makes stock saving take the model for one of its own, on this object only: our code is copied by `copy_code`."""
-    model.__dict__.update(_auto_class=None, is_remote_code=lambda: False)
+def _stock_saving_kept_short(model) -> Iterator[None]:
+    """Takes from stock saving, on this object only, what is done here: copying code, gathering, waiting for others."""
+    replaced = {
+        "_auto_class": None,
+        "is_remote_code": lambda: False,
+        "gather_sharded_state_dict_for_save": lambda model, state_dict, *args, **kwargs: state_dict,
+        "barrier_after_gathered_checkpoint_save": lambda distributed_config: None,
+    }
+    model.__dict__.update(replaced)
     try:
         yield
     finally:
-        for name in ("_auto_class", "is_remote_code"):
+        for name in replaced:
             model.__dict__.pop(name, None)
 
 

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .causal_conv1d import CausalConv1d
 from .configuration_griffin import GriffinConfig
+from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
@@ -110,7 +111,6 @@ class GriffinAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.sliding_window = config.attention_window_size
@@ -139,6 +139,8 @@ class GriffinAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        # Transformers' attention reads it here; a rank of tensor parallelism has other heads than the configuration.
+        self.num_key_value_groups = query.shape[1] // key.shape[1]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -229,7 +231,7 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp_block(self.channel_pre_norm(hidden_states))
 
 
-class GriffinPreTrainedModel(CompleteModelMixin, PreTrainedModel):
+class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTrainedModel):
     """What all Griffin classes share: loading, saving, initial weights."""
 
     config: GriffinConfig
@@ -352,6 +354,8 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)

@@ -1,0 +1,76 @@
+"""What the models add to Transformers' tensor parallelism and FSDP2: early checks, and a Λ that stays float32."""
+
+from torch import distributed, nn
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+from .tensor_parallel import RECURRENT_PLAN, check_tensor_parallel
+
+
+if distributed.is_available():
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+class DistributedGriffinMixin:
+    """For the models: what `from_pretrained(..., distributed_config=...)` does before it shards and loads."""
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config, mesh) -> nn.Module:
+        """Arguments and result as in Transformers.
+
+        Raises:
+            ValueError: for a `tp_size` that the heads, gate blocks or MLP features cannot be shared out by.
+        """
+        if mesh is not None:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+            if _data_parallel_size(distributed_config) > 1:
+                _shard_lambda(model, distributed_config, mesh)
+        return super().maybe_distribute_model(model, distributed_config, mesh)
+
+    def _resolve_parallel_plans(self, distributed_config) -> tuple[dict[str, str], ...]:
+        """Without Λ where `maybe_distribute_model` has sharded it already."""
+        done = {name for name, decay in _decay_modules(self).items() if isinstance(decay, FSDPModule)}
+        plans = super()._resolve_parallel_plans(distributed_config)
+        return tuple(
+            {name: style for name, style in plan.items() if not done & {name, name.rpartition(".")[0]}}
+            for plan in plans
+        )
+
+
+def keep_lambda_float32(model: nn.Module, **fully_shard_arguments) -> None:
+    """Keeps every Λ float32 in storage, forward pass, gradient and optimizer when FSDP2 runs the model in bfloat16.
+
+    FSDP2 casts by group. This gives each Λ, which sits alone in a module, a group with a policy that casts nothing, and
+    who shards the model afterwards leaves that group alone. Call it on every rank before accelerate prepares the model
+    (with `Trainer`: before `train`), without accelerate's `cpu_ram_efficient_loading`, which would load Λ from nowhere.
+    A model loaded with `distributed_config=DistributedConfig(fsdp_size=...)` needs no call.
+
+    Args:
+        fully_shard_arguments: `mesh` and `offload_policy`, where the rest of the model has others than the defaults.
+    """
+    for decay in _decay_modules(model).values():
+        if not isinstance(decay, FSDPModule):
+            fully_shard(decay, **fully_shard_arguments, mp_policy=MixedPrecisionPolicy())
+
+
+def _decay_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """By the parameter's name and not by the class: code from the Hub has a class of its own."""
+    return {name: module for name, module in model.named_modules() if "lambda_bias" in module._parameters}
+
+
+def _data_parallel_size(distributed_config) -> int:
+    return distributed_config.fsdp_size * getattr(distributed_config, "dp_replicate_size", 1)
+
+
+def _shard_lambda(model: nn.Module, distributed_config, mesh) -> None:
+    """Splits Λ as the plans would, tensor parallel first, but with a policy of its own."""
+    get_mesh = mesh.get_mesh if hasattr(mesh, "get_mesh") else mesh.__getitem__  # since and before Transformers 5.2x
+    if distributed_config.tp_size > 1:
+        style = ALL_PARALLEL_STYLES[RECURRENT_PLAN["rg_lru.decay"]]
+        for decay in _decay_modules(model).values():
+            style.shard_param(decay, "lambda_bias", get_mesh("tp"))
+            style.install_forward(decay, get_mesh("tp"))
+    replicated = getattr(distributed_config, "dp_replicate_size", 1) > 1
+    arguments = {"mesh": get_mesh(("dp_replicate", "fsdp") if replicated else "fsdp")}
+    if distributed_config.fsdp_cpu_offload:
+        arguments["offload_policy"] = CPUOffloadPolicy()
+    keep_lambda_float32(model, **arguments)
