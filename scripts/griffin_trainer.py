@@ -16,18 +16,21 @@ class GriffinTrainer(Trainer):
         """Not the RG-LRU's, norms, biases and embeddings; stock Trainer would decay gate weights and embeddings."""
         return decay_parameter_names(model)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = map(self._without_repeated_rows, epoch_iterator)
+        self.batches_of_step, num_items = super().get_batch_samples(batches, num_batches, device)
+        return self.batches_of_step, num_items
+
+    def _without_repeated_rows(self, batch: dict) -> dict:
         """Takes the labels off the rows that accelerate repeats, so that each row of an epoch counts once.
 
         It fills the last global batch of an epoch, an equal part for each process, with rows of the epoch's start; one
         process alone would go on with fewer rows.
         """
-        state = self.accelerator.gradient_state
-        if batch_samples and self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
-            labels = batch_samples[-1]["labels"]
-            labels[max(0, state.remainder - self.args.process_index * len(labels)) :] = -100
-        self.batches_of_step = batch_samples
-        return super()._get_num_items_in_batch(batch_samples, device)
+        rows_left = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
+        if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and rows_left:
+            batch["labels"][max(0, rows_left - self.args.process_index * len(batch["labels"])) :] = -100
+        return batch
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_model_param_count
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin import GriffinConfig, GriffinForCausalLM, keep_lambda_float32
 from modeling_griffin.model_card import keep_model_card
 from modeling_griffin.rg_lru_scan import describe_backend
 
@@ -193,6 +193,8 @@ def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint
         compute_metrics=held_out_metrics(facts["eval_bytes"]),
         preprocess_logits_for_metrics=token_losses,
     )
+    if trainer.accelerator.is_fsdp2:
+        keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
     name = model_arguments.model_name_or_path
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one

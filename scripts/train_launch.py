@@ -52,15 +52,17 @@ def choose_device(settings: dict, request: Request) -> dict:
 
     Without it accelerate starts, on a machine without a GPU, processes that know nothing of each other.
     """
-    if "use_cpu" in settings or torch.accelerator.is_available():
-        return {**({"use_cpu": True} if request.use_cpu else {}), **settings}
+    if settings.get("use_cpu") is not None:
+        return settings
+    if torch.accelerator.is_available():
+        return {**settings, "use_cpu": bool(request.use_cpu)}
     wants_gpu = request.use_cpu is False or _flag("ACCELERATE_USE_FSDP") or _flag("ACCELERATE_USE_DEEPSPEED")
     if wants_gpu and not _flag("ACCELERATE_USE_CPU"):
         raise ValueError(
             "the launcher's configuration asks for a GPU (use_cpu: false) and this machine has none: take "
             "configuration/accelerate/cpu.yaml or cpu_ddp.yaml, or pass --use_cpu"
         )
-    return {"use_cpu": True, **settings}
+    return {**settings, "use_cpu": True}
 
 
 def says_precision(settings: dict) -> bool:
