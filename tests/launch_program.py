@@ -1,0 +1,29 @@
+"""What test_train_launch.py starts by `accelerate launch`: says what runs, or why train.py would refuse it.
+
+`launch_program.py [--stand-in] [use_cpu as JSON]`; --stand-in as in train_program.py.
+"""
+
+import json
+import os
+import sys
+
+import _script_helpers  # noqa: F401  (puts scripts/ on the path)
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from train_launch import check_launch, check_processes, choose_device, describe, read_request
+
+
+if "--stand-in" in sys.argv:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *arguments, **more: ("gloo", DistributedType.MULTI_GPU)
+words = [word for word in sys.argv[1:] if word != "--stand-in"]
+try:
+    request = read_request()
+    settings = choose_device({"use_cpu": json.loads(words[0])} if words else {}, request)
+    check_processes(PartialState(cpu=settings["use_cpu"]), request)
+    accelerator = Accelerator(cpu=settings["use_cpu"])
+    check_launch(accelerator)
+    accelerator.wait_for_everyone()
+    print("runs:", describe(accelerator))
+except ValueError as error:
+    print("refused:", error)
