@@ -47,7 +47,7 @@ def first_in_pass(model: torch.nn.Module, batch: dict, backward: bool) -> tuple[
     found = []
 
     def look(what, tensor):
-        if not found and not tensor.isfinite().all():
+        if tensor is not None and not found and not tensor.isfinite().all():  # None: a gradient of nothing
             by_row = (~tensor.isfinite()).flatten(1).any(1) if tensor.dim() > 1 else torch.zeros(0)
             rows = by_row.nonzero().flatten().tolist() if len(by_row) == len(batch["input_ids"]) else []
             found.append((what, rows))

@@ -1,7 +1,7 @@
 """What test_train_failures.py starts: train.py in two processes, under torchrun's agent, with processes that die.
 
-`failure_program.py CONFIG.yaml FOLDER`. Each job forks its two ranks from this process, which has imported everything; the
-agent that watches them is the one of torchrun and `accelerate launch`. Writes FOLDER/results.json.
+`failure_program.py CONFIG.yaml FOLDER`. Each job forks its two ranks from this process, which has imported everything;
+the agent that watches them is the one of torchrun and `accelerate launch`. Writes FOLDER/results.json.
 """
 
 import json
@@ -46,18 +46,21 @@ def rank(argv: list[str], log: str, fault, step: int) -> None:
 
 
 def start(name: str, folder: Path, argv: list[str], fault=lambda *_: None, step: int = 1) -> dict:
-    """Runs one job; how long it took after its start, whether it failed, what its processes printed."""
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0)
+    """Runs one job; how long it took, the exit codes of the ranks that the agent saw fail, what they printed."""
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0
+    )
     log, begun, failed = str(folder / f"{name}.log"), time.monotonic(), None
     try:
         elastic_launch(config, rank)(argv, log, fault, step)
     except ChildFailedError as error:
-        failed = [error.get_first_failure()[0], error.get_first_failure()[1].exitcode]
+        failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
     return {"seconds": time.monotonic() - begun, "failed": failed, "printed": Path(log).read_text()}
 
 
 def kill(rank: int, *_) -> None:
     """SIGKILL at a moment that nobody chose, in this step or one of the next."""
+    print(f"rank {rank} will be killed", flush=True)
     threading.Timer(random.uniform(0, 0.05), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 

@@ -6,11 +6,15 @@
 import json
 import os
 import sys
+from pathlib import Path
 
-import _script_helpers  # noqa: F401  (puts scripts/ on the path)
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from train_launch import check_launch, check_processes, choose_device, describe, read_request
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from train_launch import check_launch, check_processes, choose_device, describe, read_request  # noqa: E402
 
 
 if "--stand-in" in sys.argv:

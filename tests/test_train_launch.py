@@ -177,7 +177,9 @@ def test_every_file_parses_and_says_when_to_take_it():
     }
     for path in FILES.values():
         header = path.read_text().split("compute_environment")[0]
-        assert header.startswith("# ") and " run" in header.lower().replace("(", " ")  # when to take it, and what ran it
+        assert header.startswith("# ") and " run" in header.lower().replace(
+            "(", " "
+        )  # when to take it, and what ran it
     plain, hosts = (load_config_from_file(str(FILES[name])) for name in ("fsdp2", "fsdp2_hosts"))
     assert hosts.fsdp_config == plain.fsdp_config and hosts.num_machines == 2 and hosts.num_processes == 16
     assert plain.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False  # Λ would be lost
@@ -187,11 +189,9 @@ def test_one_process_on_a_cpu():
     assert say(FILES["cpu"]) == "runs: NO, 1 process on cpu, mixed precision no"
 
 
-@pytest.mark.parametrize("name", ["gpu", "ddp"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpus_are_not_replaced_by_the_cpu(name):
-    words = ["--num_processes", "2"] if name == "ddp" else []
-    assert say(FILES[name], *words).startswith("refused: the launcher's configuration asks for a GPU")
+def test_a_gpu_is_not_replaced_by_the_cpu():
+    assert say(FILES["gpu"]).startswith("refused: the launcher's configuration asks for a GPU")
 
 
 def test_two_processes_of_ddp_where_the_cpu_was_asked_for():
@@ -223,6 +223,22 @@ def test_fsdp2_over_two_hosts():
         done = list(hosts.map(lambda rank: launch(str(FILES["fsdp2_hosts"]), *words, *rank, *program), ranks))
     for process in done:
         assert "runs: FSDP, 2 processes on cpu, mixed precision bf16" in process.stdout, process.stdout[-4000:]
+
+
+def test_deepspeed_zero3(alone, tmp_path):
+    """In bfloat16 by autocast, with Λ in float32; the same weights at the start (ZeRO-3 must not lose them)."""
+    pytest.importorskip("deepspeed")
+    run_file = settings_of(tmp_path, 2, save_steps=SAVED)
+    runs = [{"name": "out", "argv": [run_file, "--use_cpu", "false", "--ddp_backend", "gloo"]}]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    words = ["--num_processes", "2", "tests/train_program.py", str(tmp_path / "runs.json")]
+    process = launch(str(FILES["deepspeed_zero3"]), *words, DS_ACCELERATOR="cpu")
+    assert process.returncode == 0, process.stdout[-6000:]
+    assert "DEEPSPEED, 2 processes on cpu, mixed precision bf16" in process.stdout
+    (result,) = json.loads((tmp_path / "runs.results").read_text())
+    assert result["dtypes"] == {"decay": ["torch.float32"], "x": ["torch.bfloat16"]}
+    assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=0.02)  # bfloat16
+    assert GriffinForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
 def test_two_processes_give_the_numbers_of_one(alone, in_two):

@@ -1,8 +1,8 @@
 """What test_train_launch.py starts by `accelerate launch`: train.py several times in the same processes, watched.
 
 `train_program.py [--stand-in] RUNS.json`, a list of {"name", "argv", "accelerate": another launcher's file or absent}.
-With --stand-in accelerate's FSDP2 runs on CPUs: the backend is gloo, the device a CPU, and what runs is called MULTI_GPU,
-as beside GPUs. All else is accelerate's, Trainer's and train.py's own code.
+With --stand-in accelerate's FSDP2 runs on CPUs: the backend is gloo, the device a CPU, and what runs is called
+MULTI_GPU, as beside GPUs. All else is accelerate's, Trainer's and train.py's own code.
 """
 
 import json
@@ -29,7 +29,8 @@ def take_environment(file: str):
     """What `accelerate launch --config_file file` would put into it; accelerate's own code reads the file."""
     arguments = launch_command_parser().parse_args(["--config_file", file, "--main_process_port", "0", "train.py"])
     environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    os.environ.update({k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_USE", "ACCELERATE_M"))})
+    taken = ("FSDP_", "ACCELERATE_USE", "ACCELERATE_MIXED")
+    os.environ.update({name: value for name, value in environment.items() if name.startswith(taken)})
 
 
 class Watch:
