@@ -28,6 +28,7 @@ try:
     accelerator = Accelerator(cpu=settings["use_cpu"])
     check_launch(accelerator)
     accelerator.wait_for_everyone()
-    print("runs:", describe(accelerator))
+    said = f"runs: {describe(accelerator)}"
 except ValueError as error:
-    print("refused:", error)
+    said = f"refused: {error}"
+sys.stdout.write(said + "\n")  # at once: two processes speak

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _script_helpers import ROOT, save_model, write_run
+from _script_helpers import ROOT, made_once, save_model, write_run
 from safetensors.torch import load_file
 from text_data import load_documents
 from train import find_checkpoint, run
@@ -25,7 +25,11 @@ SECONDS = 90  # of a busy machine, the start of two processes included; without 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("failures")
+    folder = made_once(tmp_path_factory, "failures", run_jobs)
+    return {"folder": folder, **json.loads((folder / "results.json").read_text())}
+
+
+def run_jobs(folder: Path) -> None:
     path = write_run(folder, max_steps=40, save_strategy="steps", save_steps=4)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with open(folder / "agent.log", "w") as log:
@@ -38,7 +42,6 @@ def jobs(tmp_path_factory) -> dict:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     assert process.returncode == 0, (folder / "agent.log").read_text()[-4000:]
-    return {"folder": folder, **json.loads((folder / "results.json").read_text())}
 
 
 def test_killed_processes_end_the_job(jobs):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _script_helpers import ROOT, write_run
+from _script_helpers import ROOT, made_once, write_run
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils import DistributedType, merge_fsdp_weights
 from safetensors.torch import load_file
@@ -96,60 +97,69 @@ def copy_checkpoint(source: Path, target: Path) -> str:
     return str(target)
 
 
+def train_once(folder: Path, runs: list[dict], file: str, *words: str) -> None:
+    """One launch of train_program.py with these runs; leaves runs.results and log.txt."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    process = launch(str(FILES[file]), *words, str(folder / "runs.json"))
+    (folder / "log.txt").write_text(process.stdout)
+    assert process.returncode == 0, process.stdout[-6000:]
+
+
+def results_of(folder: Path) -> dict:
+    results = json.loads((folder / "runs.results").read_text())
+    return {"folder": folder, "log": (folder / "log.txt").read_text(), **{each["name"]: each for each in results}}
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """One process, batches of 4 rows: the judge."""
-    folder = tmp_path_factory.mktemp("alone")
-    trainer, _ = run([settings_of(folder, 4)])
-    data = trainer.train_dataset
-    rows = len(data)
-    assert rows % 4 == 3 and STEPS > rows / 4  # an epoch ends within the run, with a batch of 3 rows
-    labels = {int((row["labels"][1:] != -100).sum()) for row in map(data.__getitem__, range(rows))}
-    assert len(labels) > 2  # unequal numbers of labels a row
-    return folder / "out"
+
+    def make(folder):
+        trainer, _ = run([settings_of(folder, 4)])
+        data = trainer.train_dataset
+        rows = len(data)
+        assert rows % 4 == 3 and STEPS > rows / 4  # an epoch ends within the run, with a batch of 3 rows
+        labels = {int((row["labels"][1:] != -100).sum()) for row in map(data.__getitem__, range(rows))}
+        assert len(labels) > 2  # unequal numbers of labels a row
+
+    return made_once(tmp_path_factory, "alone", make) / "out"
 
 
 @pytest.fixture(scope="module")
 def in_two(alone, tmp_path_factory) -> dict:
     """train.py in two processes by cpu_ddp.yaml: 2 rows each; 1 row each, twice a step; resumed from one process."""
-    folder = tmp_path_factory.mktemp("ddp")
-    path = settings_of(folder, 2)
-    accumulated = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_strategy", "no"]
-    runs = [
-        {"name": "out", "argv": [path]},
-        {"name": "accumulated", "argv": [path, *accumulated, "--output_dir", str(folder / "accumulated")]},
-        {"name": "from_one", "argv": [path, "--resume", "--output_dir", copy_checkpoint(alone, folder / "from_one")]},
-    ]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    process = launch(str(FILES["cpu_ddp"]), "tests/train_program.py", str(folder / "runs.json"))
-    assert process.returncode == 0, process.stdout[-6000:]
-    results = json.loads((folder / "runs.results").read_text())
-    return {"folder": folder, "log": process.stdout, **{result["name"]: result for result in results}}
+
+    def make(folder):
+        path, from_one = settings_of(folder, 2), copy_checkpoint(alone, folder / "from_one")
+        halves = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--save_strategy", "no"]
+        runs = [
+            {"name": "out", "argv": [path]},
+            {"name": "accumulated", "argv": [path, *halves, "--output_dir", str(folder / "accumulated")]},
+            {"name": "from_one", "argv": [path, "--resume", "--output_dir", from_one]},
+        ]
+        train_once(folder, runs, "cpu_ddp", "tests/train_program.py")
+
+    return results_of(made_once(tmp_path_factory, "ddp", make))
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> dict:
     """accelerate's FSDP2 in two processes, by fsdp2.yaml and then by its variant, through the stand-in for GPUs."""
-    folder = tmp_path_factory.mktemp("fsdp2")
-    path, variant = settings_of(folder, 2), str(FILES["fsdp2_activation_checkpointing"])
-    no_gpu = ["--use_cpu", "false"]
-    checkpointed = [path, *no_gpu, "--max_steps", "3", "--eval_strategy", "no", "--save_strategy", "no"]
-    resumed = [path, *no_gpu, "--resume", f"{folder}/out/checkpoint-{SAVED}", "--output_dir", str(folder / "resumed")]
-    runs = [
-        {"name": "out", "argv": [path, *no_gpu]},
-        {"name": "resumed", "argv": resumed},
-        {
-            "name": "checkpointed",
-            "argv": [*checkpointed, "--output_dir", str(folder / "checkpointed")],
-            "accelerate": variant,
-        },
-    ]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    words = ["--num_processes", "2", "--mixed_precision", "no", "tests/train_program.py", "--stand-in"]
-    process = launch(str(FILES["fsdp2"]), *words, str(folder / "runs.json"))
-    assert process.returncode == 0, process.stdout[-6000:]
-    results = json.loads((folder / "runs.results").read_text())
-    return {"folder": folder, "log": process.stdout, **{result["name"]: result for result in results}}
+
+    def make(folder):
+        path, variant = settings_of(folder, 2), str(FILES["fsdp2_activation_checkpointing"])
+        argv = [path, "--use_cpu", "false", "--output_dir"]
+        resumed = [*argv, str(folder / "resumed"), "--resume", f"{folder}/out/checkpoint-{SAVED}"]
+        short = ["--max_steps", "3", "--eval_strategy", "no", "--save_strategy", "no"]
+        runs = [
+            {"name": "out", "argv": [*argv, str(folder / "out")]},
+            {"name": "resumed", "argv": resumed},
+            {"name": "checkpointed", "argv": [*argv, str(folder / "checkpointed"), *short], "accelerate": variant},
+        ]
+        words = ["--num_processes", "2", "--mixed_precision", "no", "tests/train_program.py", "--stand-in"]
+        train_once(folder, runs, "fsdp2", *words)
+
+    return results_of(made_once(tmp_path_factory, "fsdp2", make))
 
 
 def assert_groups(groups: list):
@@ -177,7 +187,7 @@ def test_every_file_parses_and_says_when_to_take_it():
     }
     for path in FILES.values():
         header = path.read_text().split("compute_environment")[0]
-        assert header.startswith("# ") and " run" in header.lower().replace(
+        assert header.startswith("# ") and re.search(r"\b(run|ran)\b", header, re.I)  # when to take it; what ran it
             "(", " "
         )  # when to take it, and what ran it
     plain, hosts = (load_config_from_file(str(FILES[name])) for name in ("fsdp2", "fsdp2_hosts"))
