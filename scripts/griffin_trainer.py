@@ -28,7 +28,8 @@ class GriffinTrainer(Trainer):
         process alone would go on with fewer rows.
         """
         rows_left = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
-        if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and rows_left:
+        repeats = self.args.world_size > 1 and rows_left and not self.args.dataloader_drop_last
+        if repeats and self.accelerator.gradient_state.end_of_dataloader:
             batch["labels"][max(0, rows_left - self.args.process_index * len(batch["labels"])) :] = -100
         return batch
 

@@ -188,8 +188,6 @@ def test_every_file_parses_and_says_when_to_take_it():
     for path in FILES.values():
         header = path.read_text().split("compute_environment")[0]
         assert header.startswith("# ") and re.search(r"\b(run|ran)\b", header, re.I)  # when to take it; what ran it
-            "(", " "
-        )  # when to take it, and what ran it
     plain, hosts = (load_config_from_file(str(FILES[name])) for name in ("fsdp2", "fsdp2_hosts"))
     assert hosts.fsdp_config == plain.fsdp_config and hosts.num_machines == 2 and hosts.num_processes == 16
     assert plain.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False  # Λ would be lost
