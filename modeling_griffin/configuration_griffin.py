@@ -117,7 +117,8 @@ class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
-        self.__dict__["base_model_tp_plan"] = plan
+        # Transformers 5.17 assigns at construction what it has just read, and the layers may change afterwards.
+        self.__dict__["base_model_tp_plan"] = None if plan == tensor_parallel_plan(self) else plan
 
     @classmethod
     def from_recurrent_gemma(cls, config) -> "GriffinConfig":

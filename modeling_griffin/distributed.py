@@ -1,7 +1,8 @@
 """What the models add to Transformers' tensor parallelism and FSDP2: early checks, and a Λ that stays float32."""
 
+import transformers
 from torch import distributed, nn
-from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
 from .tensor_parallel import RECURRENT_PLAN, check_tensor_parallel
 
@@ -18,13 +19,19 @@ class DistributedGriffinMixin:
         """Arguments and result as in Transformers.
 
         Raises:
-            ValueError: for a `tp_size` that the heads, gate blocks or MLP features cannot be shared out by.
+            ValueError: for a `tp_size` that the heads, gate blocks or MLP features cannot be shared out by; for one
+                together with an `fsdp_size` where Transformers is too old for both.
         """
-        if mesh is not None:
-            check_tensor_parallel(model.config, distributed_config.tp_size)
-            if _data_parallel_size(distributed_config) > 1:
-                _shard_lambda(model, distributed_config, mesh)
-        return super().maybe_distribute_model(model, distributed_config, mesh)
+        if mesh is None:
+            return super().maybe_distribute_model(model, distributed_config, mesh)
+        check_tensor_parallel(model.config, distributed_config.tp_size)
+        if _data_parallel_size(distributed_config) > 1:
+            _shard_lambda(model, distributed_config, mesh)
+        model = super().maybe_distribute_model(model, distributed_config, mesh)
+        # So that the plan says what was sharded.
+        sharded = {name for name, decay in _decay_modules(model).items() if isinstance(decay, FSDPModule)}
+        model._fsdp_plan |= {replace_layer_number_by_wildcard(name): "free_full_weight" for name in sharded}
+        return model
 
     def _resolve_parallel_plans(self, distributed_config) -> tuple[dict[str, str], ...]:
         """Without Λ where `maybe_distribute_model` has sharded it already."""
@@ -63,8 +70,11 @@ def _data_parallel_size(distributed_config) -> int:
 
 def _shard_lambda(model: nn.Module, distributed_config, mesh) -> None:
     """Splits Λ as the plans would, tensor parallel first, but with a policy of its own."""
-    get_mesh = mesh.get_mesh if hasattr(mesh, "get_mesh") else mesh.__getitem__  # since and before Transformers 5.2x
+    get_mesh = mesh.get_mesh if hasattr(mesh, "get_mesh") else mesh.__getitem__  # Transformers 5.17: a DeviceMesh
     if distributed_config.tp_size > 1:
+        if not hasattr(mesh, "get_mesh"):
+            sizes = f"tp_size = {distributed_config.tp_size} and fsdp_size = {distributed_config.fsdp_size}"
+            raise ValueError(f"{sizes}: allowed is one of them above 1 with Transformers {transformers.__version__}")
         style = ALL_PARALLEL_STYLES[RECURRENT_PLAN["rg_lru.decay"]]
         for decay in _decay_modules(model).values():
             style.shard_param(decay, "lambda_bias", get_mesh("tp"))

@@ -32,6 +32,7 @@ from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
+from .sharded_weights import split_like
 
 
 class GriffinRMSNorm(nn.Module):
@@ -255,7 +256,8 @@ class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTra
         """
         if isinstance(module, Decay):
             draw = find_lambda_init(self.config.lambda_init)
-            init.copy_(module.lambda_bias, draw(module.lambda_bias.shape[0], module.c, *self.config.lambda_init_bounds))
+            drawn = draw(module.lambda_bias.shape[0], module.c, *self.config.lambda_init_bounds)
+            init.copy_(module.lambda_bias, split_like(module.lambda_bias, drawn))
         elif isinstance(module, BlockDiagonalLinear):
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)

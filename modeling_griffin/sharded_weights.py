@@ -1,13 +1,14 @@
-"""How the weights that ranks hold together get into one place to be saved, and how a failure on one rank ends all."""
+"""Weights that ranks hold together: gathered to be saved, split when drawn; and how a failure on one rank ends all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import distributed
 
 
 if distributed.is_available():
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def is_sharded(state_dict: dict) -> bool:
@@ -29,6 +30,15 @@ def gather(state_dict: dict, tied: dict[str, str], keep: bool) -> dict:
         if keep:
             gathered[name] = tensor.detach().cpu()
     return gathered
+
+
+def split_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values of the parameter's whole shape, those of rank 0, split over ranks as the parameter is."""
+    if not is_sharded({"": parameter}):
+        return values
+    mesh = parameter.device_mesh
+    everywhere = distribute_tensor(values.to(parameter.device), mesh, [Replicate()] * mesh.ndim)
+    return everywhere.redistribute(placements=parameter.placements)
 
 
 @contextmanager

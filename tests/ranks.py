@@ -9,10 +9,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from modeling_griffin import GriffinForCausalLM
+from tests.conftest import make_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +71,19 @@ def save_for_all(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
+def drawn_lambda(folder: Path, shapes: dict, config: DistributedConfig) -> torch.Tensor:
+    """The Λ of the first layer, whole, after loading a checkpoint that has none; its initialisation is not random."""
+    model = GriffinForCausalLM(make_config("griffin", **shapes, lambda_init="hippogriff"))
+    save_for_all(model, folder)
+    name = "model.layers.0.temporal_block.rg_lru.decay.lambda_bias"
+    if dist.get_rank() == 0:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    dist.barrier()
+    return whole(GriffinForCausalLM.from_pretrained(folder, distributed_config=config).get_parameter(name))
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that the ranks hold together, a copy. Fails where one that is not split differs between ranks."""
     if isinstance(tensor, DTensor):
@@ -107,9 +124,14 @@ def watch_lambda(model: torch.nn.Module) -> set[str]:
     return seen
 
 
+def files_and_tensors(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return sorted([*(path.name for path in folder.iterdir()), *weights.keys()])
+
+
 def saved_alone(model: torch.nn.Module, folder: Path) -> dict:
-    """All ranks save the model; what one process finds in the folder: its files, and the parameters it loads."""
+    """All ranks save the model; what one process finds in the folder: files, and the parameters that it loads."""
     model.save_pretrained(folder)
-    files = sorted(path.name for path in folder.iterdir())  # at once: the save has ended on every rank
+    files = files_and_tensors(folder)  # at once: the save has ended on every rank
     loaded = GriffinForCausalLM.from_pretrained(folder)
     return {"files": files, **{f"parameter {name}": tensor.detach() for name, tensor in loaded.named_parameters()}}

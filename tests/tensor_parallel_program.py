@@ -14,7 +14,17 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from tests.conftest import make_audible, make_config
-from tests.ranks import gradients, join_group, parameters, save_for_all, saved_alone, start_ranks, watch_lambda
+from tests.ranks import (
+    drawn_lambda,
+    files_and_tensors,
+    gradients,
+    join_group,
+    parameters,
+    save_for_all,
+    saved_alone,
+    start_ranks,
+    watch_lambda,
+)
 
 
 SHAPES = {"vocab_size": 32, "num_attention_heads": 4, "num_gate_blocks": 4, "lru_width": 24}
@@ -165,7 +175,8 @@ def main(rank: int, folder: Path) -> None:
     alone = GriffinForCausalLM.from_pretrained(griffin)
     results["widths"], results["checkpointing"] = widths(griffin), checkpointing(griffin, alone)
     results["source"], results["saved"] = parameters(alone), saved_alone(split(griffin), folder / "saved")
-    results["files"] = sorted(path.name for path in griffin.iterdir())
+    results["files"] = files_and_tensors(griffin)
+    results["drawn"] = drawn_lambda(folder / "drawn", SHAPES, DistributedConfig(tp_size=4))
     results["failing save"] = failing_save(split(griffin), folder / "saved")
 
     half = rank // 2

@@ -29,6 +29,7 @@ PUBLIC = {
     "LAMBDA_INITS",
     "register_lambda_init",
     "decay_parameter_names",
+    "keep_lambda_float32",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin import LAMBDA_INITS, GriffinConfig, GriffinForCausalLM
 from modeling_griffin.tensor_parallel import check_tensor_parallel
 from tests.ranks import run_program
 from tests.tensor_parallel_program import CASES_OF_SIZE, SHAPES, case_config
@@ -76,6 +76,10 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(results):
     assert run["same"] and run["raised"][0] == "OSError: No space left on device"
     other = "RuntimeError: failed on rank 0 with OSError: No space left on device"
     assert run["raised"][1:] == [other] * 3
+
+
+def test_a_missing_lambda_is_drawn(results):
+    assert_close("exact", results["drawn"], LAMBDA_INITS["hippogriff"](24, 8.0, 0.9, 0.999))
 
 
 def test_the_shipped_code_beside_the_package(results):
