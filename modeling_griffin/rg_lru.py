@@ -24,7 +24,7 @@ class BlockDiagonalLinear(nn.Module):
         return (y + self.bias.to(y.dtype)).flatten(-2)  # under autocast y is bfloat16 and the bias float32
 
     def extra_repr(self) -> str:
-        return f"blocks={self.weight.shape[0]}, block_width={self.weight.shape[1]}"
+        return f"weight={tuple(self.weight.shape)}"  # whole: a launcher may have left an empty shard
 
 
 class Decay(nn.Module):
@@ -44,7 +44,7 @@ class Decay(nn.Module):
         return -self.c * nn.functional.softplus(self.lambda_bias.float())
 
     def extra_repr(self) -> str:
-        return f"{self.lambda_bias.shape[0]}, c={self.c}"
+        return f"{tuple(self.lambda_bias.shape)}, c={self.c}"
 
 
 class RGLRU(nn.Module):

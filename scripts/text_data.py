@@ -4,6 +4,7 @@ A document is one text file, or one record of a jsonl, parquet or Hub data set.
 """
 
 import glob
+import json
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 RECORD_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SNIPPET_BYTES = 60  # of a line that cannot be read
 IGNORED_LABEL = -100  # what Transformers' losses skip
 
 
@@ -147,6 +149,16 @@ class PackedRows(torch.utils.data.Dataset):
         position_ids = index - torch.where(is_start, index, 0).cummax(dim=0).values
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
+    def find(self, input_ids: torch.Tensor) -> int | None:
+        """The first row with these tokens (`length`,), None if there is none. Reads all rows before it."""
+        wanted = input_ids.numpy()
+        for row in range(len(self)):
+            begin = row * (self.length - 1)
+            end = min(begin + self.length, self.num_tokens)
+            if np.array_equal(self._read(begin, end), wanted[: end - begin]):
+                return row
+        return None
+
     def _read(self, begin: int, end: int) -> np.ndarray:
         """Tokens begin..end, over the borders of chunks."""
         pieces = []
@@ -169,12 +181,34 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 def _read_files(source: str, files: list[Path], text_column: str, strict: bool) -> datasets.Dataset:
     formats = {RECORD_FORMATS.get(file.suffix.lower()) for file in files}
     if len(formats) == 1 and None not in formats:
-        records = datasets.load_dataset(formats.pop(), data_files=[str(file) for file in files], split="train")
-        return _select_text(source, records, text_column)
+        return _select_text(source, _read_records(formats.pop(), files), text_column)
     texts = [text for file in files if (text := _read_text(file, strict)) is not None]
     return datasets.Dataset.from_dict(
         {"text": texts}, features=datasets.Features({"text": datasets.Value("large_string")})
     )
+
+
+def _read_records(format: str, files: list[Path]) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(format, data_files=[str(file) for file in files], split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{_first_bad_line(files) or files[0]} cannot be read as {format}: {cause}") from error
+
+
+def _first_bad_line(files: list[Path]) -> str | None:
+    """Where the first line lies that is no JSON record; None where all are, and in other formats."""
+    for file in files:
+        if file.suffix.lower() != ".jsonl":
+            continue
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            try:
+                is_record = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                is_record = False
+            if not is_record:
+                return f"{file}, line {number}: {line[:SNIPPET_BYTES]!r}"
+    return None
 
 
 def _read_text(file: Path, strict: bool) -> str | None:

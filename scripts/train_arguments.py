@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import yaml
+from train_launch import choose_device, read_request, says_precision
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -59,6 +60,7 @@ class DataArguments:
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, TrainingArguments)
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, str | bool | None]:
@@ -85,9 +87,10 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
         help="continue an interrupted run: from this folder, or from the newest checkpoint in output_dir",
     )
     known, rest = command_line.parse_known_args(argv)
-    settings = {**_read_yaml(known.config), **_read_overrides(rest)}
+    settings = _merge(_read_yaml(known.config), _read_overrides(rest))
     _check_keys(settings, known.config)
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not {"bf16", "fp16"} & settings.keys():
+    settings = choose_device(settings, read_request())
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not says_precision(settings):
         settings["bf16"] = True
     if not torch.cuda.is_available():
         settings = {"dataloader_pin_memory": False, **settings}
@@ -127,6 +130,28 @@ def _read_overrides(words: list[str]) -> dict:
         else:
             overrides[key].append(word)
     return {key: None if values == [""] else values or True for key, values in overrides.items()}
+
+
+def _merge(file: dict, command_line: dict) -> dict:
+    """The command line wins over the file; in `config_overrides` field by field, and the result is one mapping."""
+    settings = {**file, **command_line}
+    if settings.get("config_overrides") is not None:
+        given = [source["config_overrides"] for source in (file, command_line) if source.get("config_overrides")]
+        settings["config_overrides"] = {key: field for value in given for key, field in _read_mapping(value).items()}
+    return settings
+
+
+def _read_mapping(value) -> dict:
+    """`config_overrides` of the file (a mapping, or JSON) or of the command line (its words)."""
+    try:
+        fields = value if isinstance(value, dict) else json.loads(" ".join(value) if isinstance(value, list) else value)
+    except (TypeError, json.JSONDecodeError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"config_overrides = {value!r}: allowed is a mapping, on the command line as JSON")
+    if taken := sorted(TOKEN_IDS & fields.keys()):
+        raise ValueError(f"config_overrides sets {taken}: those come from the tokenizer, allowed are other fields")
+    return fields
 
 
 def _check_keys(settings: dict, path: str) -> None:

@@ -1,12 +1,14 @@
 """For the tests of scripts/: puts that folder on the path, and makes small texts, models and runs."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 
@@ -58,6 +60,18 @@ def write_run(folder: Path, **settings) -> str:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     return str(path)
+
+
+def made_once(factory, name: str, make) -> Path:
+    """The folder that `make(folder)` has filled: once a test run, however many workers pytest-xdist has."""
+    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = root / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(parents=True)  # fails where it has failed before
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 def save_model(folder: Path, **changes) -> GriffinForCausalLM:

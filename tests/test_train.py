@@ -13,11 +13,12 @@ import torch
 from _script_helpers import ROOT, document_nats, make_text, save_model, write_run
 from safetensors.torch import load_file
 from text_tokenizer import byte_tokenizer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from train import find_checkpoint, make_trainer, run
 from train_arguments import read_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_griffin import GriffinForCausalLM
+from modeling_griffin import GriffinForCausalLM, decay_parameter_names
 
 
 def trainer_of(path: str, *overrides: str):
@@ -145,6 +146,43 @@ def test_what_decays(tmp_path):
     }
     for part in ("lambda_bias", "recurrence_gate.weight", "input_gate.bias", "final_norm.weight", "tokens.weight"):
         assert any(name.endswith(part) for name in groups[0.0]), part
+
+
+class Wrapped(torch.nn.Module):
+    """As FSDP's first version and others wrap: one module more in each name."""
+
+    def __init__(self, module, name):
+        super().__init__()
+        self.add_module(name, module)
+
+
+def wrap_layers(model, wrap):
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = wrap(layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap, prefix",
+    [
+        (torch.compile, "_orig_mod."),
+        (lambda model: wrap_layers(model, torch.compile), "_orig_mod."),
+        (lambda model: wrap_layers(model, checkpoint_wrapper), "_checkpoint_wrapped_module."),
+        (lambda model: torch.compile(wrap_layers(model, checkpoint_wrapper)), "_orig_mod."),
+        (
+            lambda model: wrap_layers(model, lambda layer: Wrapped(layer, "_fsdp_wrapped_module")),
+            "_fsdp_wrapped_module.",
+        ),
+        (lambda model: Wrapped(Wrapped(model, "_fsdp_wrapped_module"), "module"), "_fsdp_wrapped_module."),
+    ],
+)
+def test_what_decays_under_the_names_of_wrappers(small_model, wrap, prefix):
+    plain = set(decay_parameter_names(small_model()))
+    wrapped = wrap(small_model())
+    names, decayed = {name for name, _ in wrapped.named_parameters()}, set(decay_parameter_names(wrapped))
+    assert decayed <= names and any(prefix in name for name in names)
+    prefixes = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+    assert {".".join(part for part in name.split(".") if part not in prefixes) for name in decayed} == plain
 
 
 def test_loss_that_is_not_finite_stops_with_the_step(tmp_path):
