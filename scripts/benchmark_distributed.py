@@ -13,7 +13,6 @@ was measured (on GPUs only).
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -154,13 +153,13 @@ def launch(run: dict) -> dict | None:
         path.write_text(json.dumps(run), encoding="utf-8")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--nproc_per_node", str(run["processes"]), __file__, "--work", str(path)]
-        child = subprocess.Popen(torchrun, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        child = subprocess.Popen(torchrun, stderr=subprocess.PIPE, text=True)
         try:
             _, errors = child.communicate(timeout=TIMEOUT)
         finally:
-            if child.poll() is None:  # timed out or interrupted: torchrun and its workers
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            if child.poll() is None:  # timed out or interrupted
+                child.terminate()  # torchrun then ends its workers, which are sessions of their own
+                child.wait(60)
         if child.returncode == 0:
             return json.loads(path.read_text(encoding="utf-8"))
     if OUT_OF_MEMORY in errors:
