@@ -90,6 +90,11 @@ def plain_words(tables: Tables, tasks: dict, reference: str) -> list[str]:
             lines.append(f"- `{arm}` was reliably better than `{reference}`: {'; '.join(better[arm])}.")
         if worse[arm]:
             lines.append(f"- `{arm}` was reliably worse than `{reference}`: {'; '.join(worse[arm])}.")
+    for arm in arms:
+        if hints := _places(tables, arm, lambda c: not c.differs and abs(c.difference) > c.half_width):
+            lines.append(
+                f"- `{arm}`: a hint, its own interval leaves out 0 but the correction does not: {'; '.join(hints)}."
+            )
     same = [f"`{arm}`" for arm in arms if not better[arm] and not worse[arm]]
     if same:
         lines.append(
@@ -103,11 +108,15 @@ def plain_words(tables: Tables, tasks: dict, reference: str) -> list[str]:
 
 def _where(tables: Tables, arm: str, sign: int) -> list[str]:
     """Each place where the arm is reliably higher (1) or lower (-1), with how much."""
+    return _places(tables, arm, lambda c: c.differs and c.difference * sign > 0)
+
+
+def _places(tables: Tables, arm: str, wanted) -> list[str]:
     return [
         f"{task}, {METRICS[metric]} by {c.difference:+.4f} nats ({_interval(c)})"
         for (task, metric), table in tables.items()
         for c in table
-        if c.arm == arm and c.differs and c.difference * sign > 0
+        if c.arm == arm and wanted(c)
     ]
 
 

@@ -122,6 +122,19 @@ def test_words_say_what_the_figures_say(runs, tmp_path, capsys):
     assert "| worse | 3.0 | 3.0 | 1.0 to 7.0 | 0.250 |" in text
 
 
+def test_a_hint_is_called_a_hint(tmp_path):
+    """A paired difference whose p is 0.03 alone, 0.06 after the correction over two arms."""
+    noise = 0.01 * (NOISE[1] - NOISE[1].mean())
+    shift = stats.t.isf(0.03 / 2, len(SEEDS) - 1) * np.std(noise, ddof=1) / math.sqrt(len(SEEDS))
+    losses = {**LOSSES, "worse": LOSSES["uniform"] + shift + noise}
+    runs = [record(arm, seed, losses[arm][seed]) for seed in SEEDS for arm in losses]
+    main([str(write(tmp_path / "sweep", runs))])
+    text = (tmp_path / "sweep.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("- `worse`: a hint")]
+    assert f"recall, final loss by {shift:+.4f} nats" in line
+    assert "p 0.060" in text and "reliably worse" not in text
+
+
 def test_a_better_arm_is_named(tmp_path):
     runs = [record(arm, seed, LOSSES[arm][seed]) for seed in SEEDS for arm in ("uniform", "worse")]
     main([str(write(tmp_path / "sweep", runs)), "--reference", "worse"])
