@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmark_scan import _birth, _birth_lines, _device_name
+from birth_certificate import birth_certificate, birth_lines, short_device_name
 from memory_formulas import parameters, sizes_of
 from plan_memory import CONFIGURATION, ddp, fsdp2
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -225,7 +225,7 @@ def benchmark(base: dict, processes: list[int], engines: list[str], largest: boo
 
 def text_of(report: dict) -> str:
     run, precision = report["run"], "float32 weights, bfloat16 products"
-    lines = [f"# Training steps of {Path(run['config']).stem} on several processes", "", *_birth_lines(report["birth"])]
+    lines = [f"# Training steps of {Path(run['config']).stem} on several processes", "", *birth_lines(report["birth"])]
     lines += [
         "",
         f"{run['rows']} rows of {run['length']} tokens a process, {precision}, AdamW, {run['steps']} steps after ",
@@ -310,8 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     processes = sorted(set(arguments.processes))
     report = benchmark(base | {"config": config, "layers": None}, processes, arguments.engines, arguments.largest)
     report["run"]["config"] = arguments.config
-    report = {"birth": _birth(arguments.device, arguments.commit), **report}
-    name = f"distributed_{_device_name(arguments.device)}_{Path(arguments.config).stem}"
+    report = {"birth": birth_certificate(arguments.device, arguments.commit), **report}
+    name = f"distributed_{short_device_name(arguments.device)}_{Path(arguments.config).stem}"
     output = arguments.output or Path("results") / name
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")

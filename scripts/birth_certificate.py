@@ -22,8 +22,13 @@ def birth_certificate(device: str, commit: str | None, packages: Sequence[str] =
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "python": platform.python_version(),
         "versions": _versions(["torch", "triton", "transformers", *packages]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """The date and time, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def birth_lines(birth: dict) -> list[str]:

@@ -11,27 +11,22 @@ OUTPUT/runs.jsonl and is not repeated: the same command continues a sweep, on an
 
 import argparse
 import concurrent.futures
-import datetime
-import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
 import platform
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 import yaml
+from birth_certificate import birth_certificate, now
 from lambda_init_run import run_one
 from lambda_init_tasks import prepare_text
 from tqdm import tqdm
 
 
-PACKAGES = ("torch", "triton", "transformers")
 SLACK = 1.2  # a run is started when this many times its expected length is left
 
 
@@ -198,25 +193,15 @@ def run_all(sweep: dict, records: dict[str, dict], path: Path, facts: dict, jobs
                 progress.write(f"{key}: loss {end['loss']:.4f} after {end['step']} steps")
 
 
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def birth(device: str, commit: str | None) -> dict:
-    """Where and from what the runs come."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
+def origin(device: str, commit: str | None) -> dict:
+    """Where and from what the runs come; each adds the moment at which it finished."""
+    birth = birth_certificate(device, commit)
     return {
         "device": device,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, 1 thread a run",
-        "versions": versions,
-        "commit": commit or (git.stdout.strip() if git.returncode == 0 else "unknown"),
-        "command": "python " + shlex.join([f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "hardware": birth["hardware"] if device == "cuda" else f"{platform.machine()}, 1 thread a run",
+        "versions": {"python": birth["python"], **birth["versions"]},
+        "commit": birth["commit"],
+        "command": birth["command"],
     }
 
 
@@ -256,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{'finished' if run['key'] in records else '        '}  {run['key']}")
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
-    facts = birth(arguments.device, arguments.commit)
+    facts = origin(arguments.device, arguments.commit)
     failed = run_all(sweep, records, path, facts, arguments.jobs, start + arguments.time_limit)
     runs = plan(sweep, records, arguments.device)
     finished = sum(run["key"] in records for run in runs)

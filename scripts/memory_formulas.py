@@ -22,6 +22,7 @@ class Sizes(NamedTuple):
     blocks: int  # of each gate
     taps: int  # of the convolution
     rotated: int  # dimensions of a head
+    window: int  # W, keys that a query sees
     kinds: tuple[str, ...]  # layer_types
     tied: bool
     capped: bool
@@ -54,6 +55,7 @@ def sizes_of(config) -> Sizes:
         blocks=config.num_gate_blocks,
         taps=config.conv1d_width,
         rotated=int(config.head_dim * config.rope_parameters["partial_rotary_factor"]),
+        window=config.attention_window_size,
         kinds=tuple(config.layer_types),
         tied=config.tie_word_embeddings,
         capped=config.final_logit_softcapping is not None,
@@ -122,14 +124,14 @@ def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precis
     inputs       e N D i                     i = 2, one a block; autocast copies one for each projection: 4 or 5
     recurrent    e (8 N C + taps B C) + 4 C  convolution's input and output, two gates, hidden; branch y before and
                                              after its activation; the product. And log a^c
-    attention    e N (3 H K + 2 G K) + 4 N H + e B T^2    queries, output twice, keys, values; log-sum-exp; the mask
+    attention    e N 3 H K + e B S 2 G K + 4 N H + e B A    queries, output twice; keys, values; log-sum-exp; the mask
     MLP          4 e N M
     copies       e (weights of matrix products and of the convolution), under autocast
     documents    (taps - 1) N + 9 taps B     of a recurrent layer, for a convolution that stops where documents start
 
-    For rows that hold several documents. One alone does without the last line, and without the mask (e B T^2) where it
-    is not longer than the window. A single key-value head is not repeated for the heads, except in the keys that
-    autocast copies; several are.
+    S keys and A pairs of a mask a row: `keys_and_pairs`. For rows that hold several documents. One alone does without
+    the last line, and without the mask where it is not longer than the window. A single key-value head is not repeated
+    for the heads, except in the keys that autocast copies; several are.
     """
     e, tokens = precision.e, rows * length
     kept = tokens * (16 * s.D + 8) + 8 * s.D + 4 * e * tokens * s.M
@@ -138,14 +140,26 @@ def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precis
         projections = 2
     else:
         repeated = s.H if s.G > 1 else s.G
-        keys = s.H if precision.copies else repeated
-        kept += e * tokens * s.K * (3 * s.H + keys + repeated) + 4 * tokens * s.H + e * rows * length**2
+        key_heads = s.H if precision.copies else repeated
+        keys, pairs = keys_and_pairs(s, length)
+        kept += (
+            e * s.K * (3 * tokens * s.H + rows * keys * (key_heads + repeated)) + 4 * tokens * s.H + e * rows * pairs
+        )
         projections = 3
     if precision.copies:
         weights = {name: shape for name, shape in layer_tensors(s, kind).items() if name.endswith(".weight")}
         kept += e * sum(prod(shape) for name, shape in weights.items() if "norm" not in name)
         return kept + e * tokens * s.D * (projections + 2)
     return kept + e * tokens * s.D * 2
+
+
+def keys_and_pairs(s: Sizes, length: int) -> tuple[int, int]:
+    """Of a row: T, T^2. Beyond two windows `local_attention` takes blocks of W queries, each with the one before."""
+    if length <= 2 * s.window:
+        return length, length**2
+    blocks = [min(s.window, length - start) for start in range(0, length, s.window)]
+    pairs = sum(queries * (before + queries) for before, queries in zip([0, *blocks], blocks))
+    return 2 * length - blocks[-1], pairs
 
 
 def kept_outside_layers(s: Sizes, rows: int, length: int, precision: Precision) -> int:
@@ -170,11 +184,15 @@ def rotation(s: Sizes, rows: int, length: int, precision: Precision) -> int:
 def kept(s: Sizes, rows: int, length: int, precision: Precision, checkpointing: bool = False) -> int:
     """After the forward pass. With checkpointing, of a layer only its input, r N D; and one mask for all, B T^2.
 
+    Beyond two windows 8 (T + N) in its place, the numbers of tokens and of documents that masks are made from.
+
     (The rotation is then kept for a Hawk too, whose layers are called with it.)
     """
     outside = kept_outside_layers(s, rows, length, precision)
     if checkpointing:
-        shared = rows * length**2 if "sliding_attention" in s.kinds else rotation(s, rows, length, precision)
+        shared = rotation(s, rows, length, precision)
+        if "sliding_attention" in s.kinds:
+            shared = rows * length**2 if length <= 2 * s.window else 8 * (length + rows * length)
         return outside + len(s.kinds) * precision.r * rows * length * s.D + shared
     return outside + sum(kept_by_layer(s, kind, rows, length, precision) for kind in s.kinds)
 

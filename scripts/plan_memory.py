@@ -267,11 +267,11 @@ of {large} GB; in brackets: neither.
 **Compared with real runs** by tests/test_plan_memory.py, on a CPU: the parameters of every model; bytes of weights,
 gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins and Hawks of several widths,
 lengths and batches, in float32, under autocast and in bfloat16, with and without checkpointing; the peak of memory,
-where the loss makes it, within {tolerance:.1%}; DDP's and FSDP2's collectives between two processes, to the byte,
-and FSDP2's shards. **Not compared**: anything on a GPU; FSDP2's workspace; all of tensor parallel. On a GPU the
-scan keeps the same tensors (x, both gates, hidden), and so do the attention kernels, but for log-sum-exps rounded
-up to 32 rows. Not counted: workspaces of single operators other than the loss, such as the float32 temporaries of
-PyTorch's scan on a CPU.
+where the loss makes it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
+processes, to the byte, and the shards. **Not compared**: anything on a GPU; FSDP2's workspace; the activations of
+tensor parallelism. On a GPU the scan keeps the same tensors (x, both gates, hidden), and so do the attention
+kernels, but for log-sum-exps rounded up to 32 rows. Not counted: workspaces of single operators other than the
+loss, such as the float32 temporaries of PyTorch's scan on a CPU.
 
 **With gradient accumulation** Trainer sends DDP's gradients once a step. Under FSDP2 accelerate then keeps whole
 gradients on every GPU up to the last pass, 2 bytes a parameter more than here, and adds them in bfloat16;

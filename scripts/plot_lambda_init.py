@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from compare_lambda_inits import birth, now
+from birth_certificate import birth_certificate, birth_lines
 
 from modeling_griffin import LAMBDA_INITS
 from modeling_griffin.rg_lru import Decay
@@ -111,13 +111,11 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def page(rows: list[Row], text: str, picture: str) -> str:
-    facts = birth("cpu", None)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return "\n".join(
         [
             "# What each initialisation of Λ means",
             "",
-            f"`{facts['command']}`, commit {facts['commit']}, {versions}, {now()}.",
+            *birth_lines(birth_certificate("cpu", None)),
             f"{CHANNELS:,} channels drawn of each; of a trained layer its own.",
             "",
             text.replace("\n", " "),

@@ -1,7 +1,7 @@
 """Counts what two processes send in one training step: `torchrun --nproc_per_node 2 collectives_program.py OUT.json`.
 
-DDP by a communication hook on its buckets; FSDP2, in the groups that accelerate makes, by the collectives PyTorch
-dispatches. Also the elements of FSDP2's shards on rank 0.
+DDP by a communication hook on its buckets; FSDP2, in the groups that accelerate makes, and tensor parallelism by the
+collectives PyTorch dispatches. Also the elements of the shards on rank 0.
 """
 
 import json
@@ -9,32 +9,39 @@ import sys
 
 import torch
 import torch.distributed as dist
-from memory_runs import make_config
+from memory_runs import TENSOR_PARALLEL, make_config
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.distributed import DistributedConfig
 
 from modeling_griffin import GriffinForCausalLM
 
 
-GATHERS, SCATTERS = ("_allgather_base_", "allgather_"), ("_reduce_scatter_base_", "reduce_scatter_")
+GATHERS = ("_allgather_base_", "allgather_")
+SCATTERS = ("_reduce_scatter_base_", "reduce_scatter_")
 
 
 class CountBytes(TorchDispatchMode):
-    """Whole tensors, in bytes, that all-gathers produce and reduce-scatters take."""
+    """Whole tensors, in bytes, that all-gathers produce, reduce-scatters take and all-reduces sum."""
 
     def __init__(self):
         super().__init__()
-        self.gathered = self.scattered = 0
+        self.gathered = self.scattered = self.reduced = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("c10d::")
-        if name in GATHERS:
+        namespace, _, name = func._schema.name.partition("::")
+        if name == "all_gather_into_tensor":  # of DTensors; it takes this rank's part
+            self.gathered += args[0].nbytes * dist.get_world_size()
+        elif name in GATHERS:
             self.gathered += sum(tensor.nbytes for tensor in _tensors(args[0]))
         elif name in SCATTERS:
             self.scattered += sum(tensor.nbytes for tensor in _tensors(args[1]))
-        elif func._schema.name.startswith("c10d::") and name not in ("barrier", "broadcast_"):
-            raise AssertionError(f"a collective that is not counted: {name}")
+        elif name == "all_reduce":
+            self.reduced += args[0].nbytes
+        elif "c10d" in namespace and name not in ("barrier", "broadcast_", "wait_tensor", "_wrap_tensor_autograd"):
+            raise AssertionError(f"a collective that is not counted: {func._schema.name}")
         return func(*args, **(kwargs or {}))
 
 
@@ -88,9 +95,22 @@ def count_fsdp2() -> dict:
     return found
 
 
+def count_tensor_parallel(folder: str) -> dict:
+    """Under autocast, as train.py runs it; with gate blocks and a vocabulary that two ranks can share out."""
+    config = make_config(**TENSOR_PARALLEL)
+    if dist.get_rank() == 0:
+        GriffinForCausalLM(config).save_pretrained(folder)
+    dist.barrier()
+    model = GriffinForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).train()
+    with CountBytes() as counted, torch.autocast("cpu", torch.bfloat16):
+        step(model)
+    shard = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    return {"reduced": counted.reduced, "gathered": counted.gathered, "shard": shard}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    found = {"ddp": count_ddp(), **count_fsdp2()}
+    found = {"ddp": count_ddp(), **count_fsdp2(), "tensor_parallel": count_tensor_parallel(sys.argv[1] + ".model")}
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w", encoding="utf-8") as file:
             json.dump(found, file)

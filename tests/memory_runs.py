@@ -4,6 +4,7 @@ from modeling_griffin import GriffinConfig
 
 
 R, A = "linear_attention", "sliding_attention"
+TENSOR_PARALLEL = {"num_gate_blocks": 4, "vocab_size": 102}  # what two ranks can share out
 
 
 def make_config(layer_types=(R, R, A), **changes) -> GriffinConfig:

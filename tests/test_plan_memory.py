@@ -21,8 +21,18 @@ from memory_formulas import (
     parameters,
     sizes_of,
 )
-from memory_runs import A, R, make_config
-from plan_memory import PEAK_TOLERANCE, ddp, fsdp2, fsdp2_elements, main, page, ring, tensor_parallel_share
+from memory_runs import TENSOR_PARALLEL, A, R, make_config
+from plan_memory import (
+    PEAK_TOLERANCE,
+    ddp,
+    fsdp2,
+    fsdp2_elements,
+    main,
+    page,
+    ring,
+    tensor_parallel,
+    tensor_parallel_share,
+)
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
@@ -34,6 +44,7 @@ HEADS = {"num_attention_heads": 4, "head_dim": 16}
 # layer types, changes, rows and tokens
 RUNS = {
     "griffin": ((R, R, A), {}, (2, 70)),
+    "griffin within two windows": ((R, R, A), {"attention_window_size": 30}, (2, 57)),
     "hawk": ((R, R), {}, (3, 33)),
     "wider, no model is square": ((A, R, A), {"hidden_size": 64, "lru_width": 96, "num_gate_blocks": 6}, (2, 40)),
     "four key-value heads": ((R, A), {**HEADS, "num_key_value_heads": 4}, (2, 40)),
@@ -147,8 +158,9 @@ def tracked(config, precision: str, checkpointing: bool, shape) -> tuple[int, in
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kinds", [(R, R, A), (R, R)], ids=["griffin", "hawk"])
-def test_what_checkpointing_keeps_to_the_byte(kinds, precision):
-    config, shape = make_config(kinds), (2, 40)
+@pytest.mark.parametrize("window", [8, 25])
+def test_what_checkpointing_keeps_to_the_byte(kinds, precision, window):
+    config, shape = make_config(kinds, attention_window_size=window), (2, 40)
     after, _ = tracked(config, precision, True, shape)
     assert after == kept(sizes_of(config), *shape, PRECISIONS[precision], checkpointing=True) + 4  # the loss
 
@@ -158,14 +170,14 @@ def test_what_checkpointing_keeps_to_the_byte(kinds, precision):
 def test_the_peak(precision, checkpointing):
     """With a large vocabulary, so that the loss makes it, and not the float32 temporaries of the scan on a CPU."""
     changes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "num_gate_blocks": 4, "lru_width": 96}
-    config, shape = make_config((R, R, A), vocab_size=2000, **changes), (2, 256)
+    config, shape = make_config((R, R, A), vocab_size=2000, attention_window_size=100, **changes), (2, 256)
     _, peak = tracked(config, precision, checkpointing, shape)
     expected = activations(sizes_of(config), *shape, PRECISIONS[precision], checkpointing)
     assert abs(peak - expected) <= PEAK_TOLERANCE * expected
 
 
 def test_collectives_of_two_processes(tmp_path):
-    """DDP sums all gradients; FSDP2 gathers and scatters what the formula says, padding included; its shards."""
+    """DDP sums all gradients; FSDP2 and tensor parallelism send what the formulas say, padding included; shards."""
     program = Path(__file__).with_name("collectives_program.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -188,6 +200,11 @@ def test_collectives_of_two_processes(tmp_path):
     assert plan.state == 16 * found["fsdp2"]["shard"] == 8 * (sum(layers) + tail)
     # Gradient accumulation: nothing is sent but weights, and gradients stay whole.
     assert found["accumulating"] == {"gathered": found["fsdp2"]["gathered"], "scattered": 0}
+
+    plan = tensor_parallel(sizes_of(make_config(**TENSOR_PARALLEL)), 2, 24, gpus=2)
+    sent = found["tensor_parallel"]
+    assert plan.sent == ring(sent["reduced"], 2, passes=2) + ring(sent["gathered"], 2)
+    assert plan.state == 16 * sent["shard"]
 
 
 def test_tensor_parallel_shares():
