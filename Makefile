@@ -17,7 +17,7 @@ demo: $(VENV)/train.done
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 test-common: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 -m common tests

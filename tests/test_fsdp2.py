@@ -5,11 +5,12 @@ import re
 import pytest
 
 from modeling_griffin import LAMBDA_INITS, GriffinConfig, GriffinForCausalLM
+from tests import fsdp2_program as program
 from tests.ranks import run_program
 from tests.tolerances import assert_close
 
 
-program = pytest.importorskip("tests.fsdp2_program", exc_type=ImportError)  # without accelerate
+pytestmark = pytest.mark.xdist_group("fsdp2")  # its processes start once, not once a worker
 CASES = [*program.ON_FOUR, *program.ON_TWO, *program.WITH_ACCELERATE]
 ROUNDED = [name for name in CASES if "mixed" in name or name == "bfloat16"]
 EXACT = [name for name in CASES if name not in ROUNDED]
