@@ -209,15 +209,6 @@ def test_streamer_and_logits_processor(kind, small_model):
     assert forbidden not in other[0, PROMPT:].tolist()
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": "itself"}], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_assisted_decoding_is_refused(kind, options, small_model):
-    model = small_model(kind)
-    options = {key: model if value == "itself" else value for key, value in options.items()}
-    with pytest.raises(ValueError, match="stateful"):
-        generate(model, random_ids(1), **options)
-
-
 @pytest.mark.parametrize(
     "options",
     [{"penalty_alpha": 0.6, "top_k": 4}, {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}],
