@@ -86,7 +86,7 @@ def states_to_keep(cache: Cache | None, layer_idx: int) -> int | None:
 
     In a cache that records its past, the stock layer is replaced by one that has a place for them.
     """
-    if cache is None or not cache.is_recording_past(layer_idx):
+    if cache is None or not getattr(cache.layers[layer_idx], "record_past", False):
         return None
     if not isinstance(cache.layers[layer_idx], RollbackLayer):
         cache.layers[layer_idx] = RollbackLayer(cache.layers[layer_idx])

@@ -47,8 +47,11 @@ def test_removed_tokens_leave_no_trace(kind, prompt, removed, small_model):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_one_crop_over_several_forward_passes(kind, small_model):
-    """As an assistant drafts: token by token, then back; also into the prefill itself."""
-    model, ids = small_model(kind), random_ids(1, 9)
+    """As an assistant drafts: token by token, then back; also into the prefill itself.
+
+    Within the window: Transformers' attention layers of 5.17 mistake their length here when it is past.
+    """
+    model, ids = small_model(kind, attention_window_size=16), random_ids(1, 9)
     for kept in range(9):  # 0: as if nothing had come at all
         cache = recording_cache(model)
         model(ids[:, :3], past_key_values=cache)
@@ -105,7 +108,7 @@ def test_states_are_kept_in_float32(small_model):
 
 @torch.no_grad()
 def test_what_is_kept_is_bounded(small_model):
-    model, ids = small_model(), random_ids(1, 3 * MAX_ROLLBACK)
+    model, ids = small_model("hawk"), random_ids(1, 3 * MAX_ROLLBACK)
     cache = recording_cache(model)
     model(ids[:, :-5], past_key_values=cache)
     for t in range(5, 0, -1):
@@ -220,7 +223,7 @@ def test_an_assistant_model(kind, which, small_model, removed):
         ids = random_ids(1, 1 + seed, seed)
         new = {"max_new_tokens": 24 if which == "itself" else WINDOW + 4}
         assert torch.equal(generate(model, ids, assistant_model=assistant, **new), generate(model, ids, **new)), seed
-    assert max(removed) > 0
+    assert which == "itself" or max(removed) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
