@@ -9,6 +9,8 @@ from transformers import (
 )
 
 from .configuration_griffin import GriffinConfig
+from .generate_batch import GeneratedToken, GenerationRequest, GenerationResult
+from .generation_state import GenerationState
 from .lambda_init import LAMBDA_INITS, register_lambda_init
 from .modeling_griffin import (
     GriffinForCausalLM,
@@ -36,6 +38,10 @@ del auto_class, model_class
 
 __all__ = [
     "LAMBDA_INITS",
+    "GeneratedToken",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationState",
     "GriffinConfig",
     "GriffinForCausalLM",
     "GriffinForSequenceClassification",

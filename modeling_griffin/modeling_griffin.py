@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .causal_conv1d import CausalConv1d
 from .configuration_griffin import GriffinConfig
 from .documents import Documents, masks_for_generate, read_layout
+from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
 from .recurrent_gemma import load_recurrent_gemma
@@ -351,7 +352,7 @@ class GriffinModel(GriffinPreTrainedModel):
         )
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
+class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

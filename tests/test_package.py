@@ -29,6 +29,10 @@ PUBLIC = {
     "LAMBDA_INITS",
     "register_lambda_init",
     "decay_parameter_names",
+    "GeneratedToken",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationState",
 }
 
 
