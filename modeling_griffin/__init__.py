@@ -10,6 +10,8 @@ from transformers import (
 
 from .configuration_griffin import GriffinConfig
 from .distributed import keep_lambda_float32
+from .generate_batch import GeneratedToken, GenerationRequest, GenerationResult
+from .generation_state import GenerationState
 from .lambda_init import LAMBDA_INITS, register_lambda_init
 from .modeling_griffin import (
     LORA_TARGETS,
@@ -39,6 +41,10 @@ del auto_class, model_class
 __all__ = [
     "LAMBDA_INITS",
     "LORA_TARGETS",
+    "GeneratedToken",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationState",
     "GriffinConfig",
     "GriffinForCausalLM",
     "GriffinForSequenceClassification",

@@ -22,6 +22,7 @@ class CausalConv1d(nn.Conv1d):
         state: torch.Tensor | None = None,
         document_start: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
+        states_to_keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -30,9 +31,10 @@ class CausalConv1d(nn.Conv1d):
             document_start: (B, T) bool; None when no document starts behind another.
             real: (B, T) bool, False for padding; None when there is none. Padding is skipped wherever it stands; what
                 comes out at padding is finite and means nothing.
+            states_to_keep: N, to get the states behind the last N tokens instead of the new state alone.
 
         Returns:
-            y (B, T, C) and the new state (B, C, W).
+            y (B, T, C) and the new state (B, C, W); or the last min(N, T) states, (B, min(N, T), C, W).
         """
         batch, length, channels = x.shape
         taps = self.weight.shape[-1]
@@ -47,10 +49,10 @@ class CausalConv1d(nn.Conv1d):
         padded = torch.cat([before, x], dim=1)  # (B, W + T, C); token t stands at W + t
         age = None if document_start is None else _tokens_since_start(document_start)
         y = self._convolve(padded[:, 1:], age)
-        new_state = _last_inputs(padded, taps, real, age)
+        new_states = _states_behind(padded, taps, real, age, 1 if states_to_keep is None else states_to_keep)
         if order is not None:
             y = _take(y, torch.argsort(order, dim=1))
-        return y, new_state.transpose(1, 2)
+        return y, new_states[:, -1] if states_to_keep is None else new_states
 
     def _convolve(self, padded: torch.Tensor, age: torch.Tensor | None) -> torch.Tensor:
         """(B, W - 1 + T, C) -> (B, T, C). age (B, T): the tap k back is used where age >= k; None means everywhere."""
@@ -73,21 +75,31 @@ def _tokens_since_start(document_start: torch.Tensor) -> torch.Tensor:
     return index - last_start
 
 
-def _last_inputs(padded: torch.Tensor, taps: int, real: torch.Tensor | None, age: torch.Tensor | None) -> torch.Tensor:
-    """The last W real inputs of the row's last document, (B, W, C), zeros before its start."""
+def _states_behind(
+    padded: torch.Tensor, taps: int, real: torch.Tensor | None, age: torch.Tensor | None, number: int
+) -> torch.Tensor:
+    """The last W real inputs of the document up to each of the last `number` tokens, zeros before its start.
+
+    padded: (B, W + T, C), real tokens first. Returns (B, min(number, T), C, W); without tokens, the one state before.
+    """
     batch, slots, _ = padded.shape
-    device = padded.device
-    if real is None and age is None:
-        return padded[:, slots - taps :]
-    count = torch.full((batch,), slots - taps, device=device) if real is None else real.sum(dim=1)
-    columns = torch.arange(taps, device=device)
-    last = _take(padded, count[:, None] + columns)  # token count - W + column stands at count + column
-    if age is None or age.shape[1] == 0:
-        return last
-    # Age of the last real token; a row without one keeps its state.
-    last_age = age.gather(1, (count - 1).clamp(min=0)[:, None])
-    outside = (taps - 1 - columns > last_age) & (count > 0)[:, None]
-    return last.masked_fill(outside[..., None], 0.0)
+    length = slots - taps
+    if real is None and age is None or length == 0:
+        return padded.unfold(1, taps, 1)[:, -min(number, max(length, 1)) :]
+    if real is None:
+        count = torch.arange(1, length + 1, device=padded.device).expand(batch, -1)
+    else:
+        count = real.long().cumsum(1)
+    count = count[:, -number:]  # real tokens of the row up to each token
+    columns = torch.arange(taps, device=padded.device)
+    # Token count - W + column stands at count + column.
+    states = _take(padded, (count[..., None] + columns).flatten(1)).unflatten(1, (-1, taps))
+    if age is not None:
+        # Age of the last real token; a row without one so far keeps its state.
+        last_age = age.gather(1, (count - 1).clamp(min=0))
+        outside = (taps - 1 - columns > last_age[..., None]) & (count > 0)[..., None]
+        states = states.masked_fill(outside[..., None], 0.0)
+    return states.transpose(2, 3)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -28,11 +28,13 @@ from .causal_conv1d import CausalConv1d
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
+from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
 from .local_attention import LocalMask, local_attention
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
+from .rollback import states_to_keep
 from .sharded_weights import split_like
 
 
@@ -177,10 +179,12 @@ class GriffinRecurrentBlock(nn.Module):
         self, hidden_states: torch.Tensor, documents: Documents, past_key_values: Cache | None = None, **kwargs
     ) -> tuple[torch.Tensor, None]:
         conv_state, state = self._read_states(past_key_values)
+        keep = states_to_keep(past_key_values, self.layer_idx)
         y = self.act_fn(self.linear_y(hidden_states))
         x = self.linear_x(hidden_states)
-        x, conv_state = self.conv_1d(x, conv_state, documents.start if documents.packed else None, documents.real)
-        x, state = self.rg_lru(x, documents.start, documents.real, state)
+        document_start = documents.start if documents.packed else None
+        x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep)
+        x, state = self.rg_lru(x, documents.start, documents.real, state, keep)
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(state, self.layer_idx)
@@ -248,7 +252,7 @@ class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTra
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True  # the recurrent state cannot be rolled back, so assisted decoding is refused
+    _is_stateful = False  # to Transformers: the cache cannot be rolled back. Griffin's can, see rollback.py
     _can_record_outputs = {"hidden_states": GriffinDecoderLayer, "attentions": GriffinAttention}
 
     @torch.no_grad()
@@ -355,7 +359,7 @@ class GriffinModel(GriffinPreTrainedModel):
         )
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
+class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -411,6 +415,12 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _assisted_decoding(self, *args, past_key_values: Cache | None = None, **kwargs):
+        """For Hawk, whose cache `generate` leaves to the model: assisted decoding asks for one beforehand."""
+        if past_key_values is None and kwargs.get("use_cache"):
+            past_key_values = DynamicCache(config=self.config)
+        return super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
 
     def _supports_default_dynamic_cache(self) -> bool:
         """False for Hawk: `generate` asks a cache it makes itself for a length that only attention layers know."""

@@ -63,6 +63,7 @@ class RGLRU(nn.Module):
         document_start: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
         state: torch.Tensor | None = None,
+        states_to_keep: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -70,12 +71,19 @@ class RGLRU(nn.Module):
             document_start: (B, T) bool, where the state is forgotten.
             real: (B, T) bool, False for padding, which carries the state; None when there is none.
             state: (B, C) float32, h before the first token; None means zeros.
+            states_to_keep: N, to get the states behind the last N tokens instead of the last state alone.
 
         Returns:
-            hidden (B, T, C) in the dtype of x and the last state (B, C) float32.
+            hidden (B, T, C) in the dtype of x and the last state (B, C) float32; or the last states (B, min(N, T), C).
         """
         recurrence_gate, input_gate = self.recurrence_gate(x), self.input_gate(x)
         if real is not None:
             padding = real.logical_not()[..., None]
             x, recurrence_gate = x.masked_fill(padding, 0.0), recurrence_gate.masked_fill(padding, -torch.inf)
-        return rg_lru_scan(x, recurrence_gate, input_gate, self.decay(), initial_state=state, reset=document_start)
+        dtype = x.dtype
+        if states_to_keep is not None:
+            x = x.to(torch.promote_types(dtype, torch.float32))  # then hidden is the states themselves, not rounded
+        hidden, state = rg_lru_scan(
+            x, recurrence_gate, input_gate, self.decay(), initial_state=state, reset=document_start
+        )
+        return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]

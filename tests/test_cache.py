@@ -338,10 +338,3 @@ def test_generation_from_embeddings(kind, small_model):
     embeds = model.get_input_embeddings()(ids)
     actual = model.generate(inputs_embeds=embeds, attention_mask=PROMPT_MASK, max_new_tokens=9, pad_token_id=0)
     assert torch.equal(actual, generate(model, ids, new=9))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_assisted_generation_is_refused(kind, small_model):
-    """The recurrent state cannot be rolled back."""
-    with pytest.raises(ValueError, match="stateful"):
-        generate(small_model(kind), random_ids(1, 5), torch.ones(1, 5), prompt_lookup_num_tokens=2)

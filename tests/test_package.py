@@ -31,6 +31,10 @@ PUBLIC = {
     "register_lambda_init",
     "decay_parameter_names",
     "keep_lambda_float32",
+    "GeneratedToken",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationState",
 }
 
 

@@ -1,0 +1,290 @@
+"""Many generations at once, each with its own prompt, limits and sampling: rows come and go, none waits for another.
+
+A row of a Griffin's state has the same size whatever its length, so that a batch is put together anew as soon as a row
+ends: the prompts are not padded, and no step is spent on a row that has ended. Each row finds the tokens that it would
+find alone.
+
+Legend: B rows, T new tokens, V vocabulary.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from transformers.generation import (
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .generation_state import GenerationState, load_state, save_state
+
+
+@dataclass
+class GenerationRequest:
+    """One generation.
+
+    prompt: token ids. state: what was read before the prompt, one row; with it the prompt may be empty.
+    max_new_tokens: from 0. temperature: 0 takes the likeliest token, above 0 samples.
+    top_k (0: all) and top_p (1: all): what to sample from, as in Transformers, in this order after the temperature.
+    seed: of this generation's own random numbers; the same seed draws the same tokens in any batch.
+    eos_token_id: one id or several that end it; None: those of the model's generation configuration; () for none.
+    stop: strings that end it when they appear in its new text; they need `tokenizer` in the call.
+    """
+
+    prompt: Sequence[int] | torch.Tensor = ()
+    state: GenerationState | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, torch.Tensor):
+            if self.prompt.dim() != 1:
+                raise ValueError(f"prompt has shape {tuple(self.prompt.shape)}: allowed is (tokens,)")
+            self.prompt = self.prompt.tolist()
+        self.prompt = list(self.prompt)
+        if not self.prompt and self.state is None:
+            raise ValueError("prompt is empty: allowed is at least one token, or a state")
+        if self.state is not None and len(self.state) != 1:
+            raise ValueError(f"state has {len(self.state)} rows: allowed is one, for example state[0]")
+        if isinstance(self.stop, str):
+            self.stop = (self.stop,)
+        for name, allowed, holds in (
+            ("max_new_tokens", "whole numbers from 0", self.max_new_tokens >= 0),
+            ("temperature", "numbers from 0", self.temperature >= 0),
+            ("top_k", "whole numbers from 0", self.top_k >= 0),
+            ("top_p", "numbers above 0 up to 1", 0 < self.top_p <= 1),
+            ("stop", "strings that are not empty", all(self.stop)),
+        ):
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+
+
+class GeneratedToken(NamedTuple):
+    """index: the generation's number in the order given. token: None for a generation of no tokens.
+
+    finish_reason: None while it goes on, else "eos", "stop" or "length".
+    """
+
+    index: int
+    token: int | None
+    finish_reason: str | None
+
+
+@dataclass
+class GenerationResult:
+    """tokens: the new ones, with the one that ended it. finish_reason: "eos", "stop" or "length"."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class BatchGenerationMixin:
+    """For the model with a language-model head: `prefill`, `generate_batch`, `stream_batch`, and states on disk."""
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: torch.Tensor, state: GenerationState | None = None, chunk_size: int = 2048
+    ) -> GenerationState:
+        """Reads tokens, behind those of `state` if one is given, which stays as it is.
+
+        input_ids: (B, T) without padding; rows of other lengths are read apart and joined by
+        `GenerationState.concatenate`. chunk_size: tokens a forward pass, which bounds the memory.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}: allowed is (rows, tokens), 1 token or more"
+            )
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size = {chunk_size}: allowed are whole numbers from 1")
+        batch = _RunningBatch(self)
+        if state is not None:
+            state.check(self)
+            if len(state) != input_ids.shape[0]:
+                raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
+            batch.start(state)
+        for chunk in input_ids.to(self.device).split(chunk_size, dim=1):
+            logits = batch.read(chunk)
+        return batch.state(logits)
+
+    def generate_batch(self, queue: Iterable[GenerationRequest], **options) -> list[GenerationResult]:
+        """Runs all generations and returns their results in the order given. Options as for `stream_batch`."""
+        results: dict[int, GenerationResult] = {}
+        for index, token, finish_reason in self.stream_batch(queue, **options):
+            result = results.setdefault(index, GenerationResult())
+            result.tokens += [] if token is None else [token]
+            result.finish_reason = finish_reason
+        return [results[index] for index in sorted(results)]
+
+    @torch.no_grad()
+    def stream_batch(
+        self,
+        queue: Iterable[GenerationRequest],
+        max_rows: int = 32,
+        prefill_chunk_size: int = 2048,
+        tokenizer=None,
+    ) -> Iterator[GeneratedToken]:
+        """Runs generations side by side and yields each token as soon as it is known.
+
+        Args:
+            queue: the generations; any iterable. It is asked for the next one when a row is free.
+            max_rows: at most so many at once; the others wait.
+            prefill_chunk_size: tokens of a prompt read in one forward pass.
+            tokenizer: for those with `stop`.
+
+        Raises ValueError for a generation that cannot run, when its turn comes; that ends the whole stream.
+        """
+        if max_rows < 1:
+            raise ValueError(f"max_rows = {max_rows}: allowed are whole numbers from 1")
+        batch, rows, waiting = _RunningBatch(self), [], enumerate(queue)
+        while True:
+            going_on, states = [number for number, row in enumerate(rows) if not row.ended], []
+            rows = [rows[number] for number in going_on]
+            while len(rows) < max_rows and (entry := next(waiting, None)) is not None:
+                row = _Row(self, *entry, tokenizer)
+                if row.request.max_new_tokens == 0:
+                    yield GeneratedToken(row.index, None, "length")
+                    continue
+                state = self._read_prompt(row.request, prefill_chunk_size)
+                yield (found := row.append(_choose(state.logits, [row])[0]))
+                if found.finish_reason is None:
+                    rows.append(row)
+                    states.append(state)
+            if not rows:
+                return
+            batch.change_rows(going_on, states)
+            logits = batch.read(torch.tensor([[row.tokens[-1]] for row in rows], device=self.device))
+            for row, token in zip(rows, _choose(logits, rows)):
+                yield row.append(token)
+
+    def _read_prompt(self, request: GenerationRequest, chunk_size: int) -> GenerationState:
+        if not request.prompt:
+            request.state.check(self)
+            return request.state
+        return self.prefill(torch.tensor([request.prompt]), request.state, chunk_size)
+
+    def save_state(self, state: GenerationState, path) -> None:
+        """Writes `state` to one safetensors file, all or nothing."""
+        save_state(state, self, path)
+
+    def load_state(self, path) -> GenerationState:
+        """The state in a file of `save_state`, on this model's device; ValueError where it is damaged or not ours."""
+        return load_state(self, path)
+
+
+class _Row:
+    """One generation while it runs."""
+
+    def __init__(self, model, index: int, request: GenerationRequest, tokenizer):
+        self.index, self.request = index, request
+        self.tokens: list[int] = []
+        self.ended = False
+        self.random = random.Random(request.seed)
+        eos = model.generation_config.eos_token_id if request.eos_token_id is None else request.eos_token_id
+        self.eos = {eos} if isinstance(eos, int) else set(() if eos is None else eos)
+        largest = model.config.vocab_size - 1
+        outside = [token for token in request.prompt if not 0 <= token <= largest]
+        if outside:
+            raise ValueError(f"prompt of generation {index} has the token {outside[0]}: allowed are 0 to {largest}")
+        self.stop = None
+        if request.stop:
+            if tokenizer is None:
+                raise ValueError(f"stop = {list(request.stop)} of generation {index}: allowed only with a tokenizer")
+            self.stop = StopStringCriteria(tokenizer, list(request.stop))
+
+    def append(self, token: int) -> GeneratedToken:
+        self.tokens.append(token)
+        reason = None
+        if token in self.eos:
+            reason = "eos"
+        elif self.stop is not None and bool(self.stop(torch.tensor([self.tokens]), None)):
+            reason = "stop"
+        elif len(self.tokens) == self.request.max_new_tokens:
+            reason = "length"
+        self.ended = reason is not None
+        return GeneratedToken(self.index, token, reason)
+
+
+class _RunningBatch:
+    """Rows of different lengths behind one cache: their attention slots are right-aligned, empty ones masked."""
+
+    def __init__(self, model):
+        self.model = model
+        self.lengths: tuple[int, ...] = ()
+        self.cache = None
+        self.real: torch.Tensor | None = None  # (B, slots) 0 where a short row has nothing yet; None where all have
+
+    def start(self, state: GenerationState) -> None:
+        self.lengths = state.lengths
+        self.cache, self.real = state.to_cache()
+
+    def state(self, logits: torch.Tensor) -> GenerationState:
+        return GenerationState.from_cache(self.model.config, self.cache, self.lengths, logits)
+
+    def change_rows(self, going_on: Sequence[int], new: Sequence[GenerationState]) -> None:
+        """Keeps the rows with these numbers and puts new ones behind them."""
+        window_is_full = self.real is not None and min(self.lengths) >= self.model.config.attention_window_size - 1
+        if len(going_on) == len(self.lengths) and not new and not window_is_full:
+            return
+        states = list(new)
+        if going_on:
+            # A running row's next token is already chosen, so that no logits of it are needed.
+            nothing = torch.empty(len(self.lengths), 0, device=self.model.device)
+            states = [self.state(nothing)[list(going_on)], *(_without_logits(state) for state in states)]
+        self.start(GenerationState.concatenate(states))
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One forward pass over tokens (B, T); the logits (B, V) behind the last."""
+        batch, length = tokens.shape
+        self.lengths = self.lengths or (0,) * batch
+        positions = torch.tensor(self.lengths, device=tokens.device)[:, None]
+        positions = positions + torch.arange(length, device=tokens.device)
+        if self.real is not None:
+            self.real = torch.nn.functional.pad(self.real, (0, length), value=1)
+        output = self.model(
+            tokens,
+            attention_mask=self.real,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        self.lengths = tuple(seen + length for seen in self.lengths)
+        return output.logits[:, -1]
+
+
+def _without_logits(state: GenerationState) -> GenerationState:
+    return GenerationState(state.config, state.lengths, state.logits[:, :0].float(), state.layers)
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
+    """The next token of each row: the likeliest, or a sample of its own distribution by its own random number."""
+    chosen = logits.argmax(-1)
+    groups: dict[tuple, list[int]] = {}
+    for number, row in enumerate(rows):
+        if row.request.temperature > 0:
+            key = (row.request.temperature, row.request.top_k, row.request.top_p)
+            groups.setdefault(key, []).append(number)
+    for (temperature, top_k, top_p), numbers in groups.items():
+        index = torch.tensor(numbers, device=logits.device)
+        scores = TemperatureLogitsWarper(float(temperature))(None, logits[index].float())
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        # By the distribution function in the order of the vocabulary: one number a token, and rounding that differs
+        # with the batch moves its steps by 1e-7, where sorted probabilities could change places.
+        steps = scores.softmax(-1).double().cumsum(-1)
+        drawn = torch.tensor([[rows[number].random.random()] for number in numbers], dtype=torch.float64)
+        found = torch.searchsorted(steps, drawn.to(logits.device) * steps[:, -1:], right=True)[:, 0]
+        chosen[index] = found.clamp(max=logits.shape[-1] - 1)
+    return chosen.tolist()

@@ -1,0 +1,230 @@
+"""The state of generations as an object: everything the model remembers of some rows of tokens, of the same size for
+every length. Rows can be picked, repeated and put together; states can be saved and resumed elsewhere.
+
+Legend: B rows, C RG-LRU channels, W taps of the convolution, H_kv key heads, K head dimension, V vocabulary,
+S attention slots: min(tokens of the longest row, attention_window_size - 1).
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicCache
+
+
+FORMAT = "griffin generation state, version 1"
+# What the meaning of a state depends on, besides the weights.
+FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "layer_types",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "attention_window_size",
+    "lru_width",
+    "num_gate_blocks",
+    "conv1d_width",
+    "rg_lru_c",
+    "final_logit_softcapping",
+    "scale_embeddings",
+    "rope_parameters",
+    "hidden_activation",
+    "rms_norm_eps",
+)
+SAMPLED_WEIGHTS = 256  # of each parameter, for the fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationState:
+    """What a Griffin knows after reading B rows of tokens. Nothing changes it: picking and joining rows copies.
+
+    config: the model's. lengths: tokens that each row has read. logits (B, V): for the next token of each row.
+    layers: for each layer its convolution state (B, C, W) and recurrent state (B, C) float32; or its keys and values
+    (B, H_kv, S, K), right-aligned: row b fills the last min(lengths[b], S) slots.
+    """
+
+    config: object
+    lengths: tuple[int, ...]
+    logits: torch.Tensor
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> "GenerationState":
+        """One row by its number, or several by a slice or a list of numbers, each as often as it is named."""
+        numbers = [rows] if isinstance(rows, int) else rows
+        numbers = range(len(self))[numbers] if isinstance(numbers, slice) else [range(len(self))[n] for n in numbers]
+        index = torch.tensor(list(numbers), dtype=torch.long, device=self.logits.device)
+        lengths = tuple(self.lengths[n] for n in numbers)
+        layers = [tuple(tensor[index] for tensor in pair) for pair in self.layers]
+        return _aligned(self.config, lengths, self.logits[index], layers)
+
+    def fork(self, copies: int) -> "GenerationState":
+        """Each row `copies` times, side by side: N continuations of one prompt without reading it N times."""
+        if copies < 1:
+            raise ValueError(f"copies = {copies}: allowed are whole numbers from 1")
+        return self[[row for row in range(len(self)) for _ in range(copies)]]
+
+    @staticmethod
+    def concatenate(states: Sequence["GenerationState"]) -> "GenerationState":
+        """All rows of several states of one model, whatever their lengths."""
+        if not states:
+            raise ValueError("states is empty: allowed is at least one")
+        for state in states[1:]:
+            check_same_model(states[0].config, state.config, "states")
+        config = states[0].config
+        layers = []
+        for kind, pairs in zip(config.layer_types, zip(*(state.layers for state in states))):
+            if kind == "sliding_attention":
+                slots = max(keys.shape[2] for keys, _ in pairs)
+                pairs = [tuple(_widened(tensor, slots) for tensor in pair) for pair in pairs]
+            layers.append(tuple(torch.cat(tensors) for tensors in zip(*pairs)))
+        lengths = tuple(length for state in states for length in state.lengths)
+        return _aligned(config, lengths, torch.cat([state.logits for state in states]), layers)
+
+    @staticmethod
+    def from_cache(config, cache: DynamicCache, lengths: Sequence[int], logits: torch.Tensor) -> "GenerationState":
+        """Copies a cache whose rows hold `lengths` tokens, without padding behind or between them."""
+        layers = []
+        for kind, layer in zip(config.layer_types, cache.layers):
+            if kind == "sliding_attention":
+                layers.append((layer.keys, layer.values))
+            else:
+                layers.append((layer.conv_states[0].clone(), layer.recurrent_states[0].clone()))
+        return _aligned(config, tuple(lengths), logits, layers)
+
+    def to_cache(self) -> tuple[DynamicCache, torch.Tensor | None]:
+        """A cache of its own, and which of its slots (B, S) are real, or None where all are."""
+        cache = DynamicCache(config=self.config)
+        for index, (kind, (first, second)) in enumerate(zip(self.config.layer_types, self.layers)):
+            if kind == "sliding_attention":
+                cache.update(first, second, index)
+            else:
+                cache.update_conv_state(first, index)
+                cache.update_recurrent_state(second, index)
+        return cache, self._real_slots()
+
+    def _real_slots(self) -> torch.Tensor | None:
+        if "sliding_attention" not in self.config.layer_types:
+            return None
+        slots = self.layers[self.config.layer_types.index("sliding_attention")][0].shape[2]
+        if min(self.lengths) >= slots:
+            return None
+        empty = slots - torch.tensor(self.lengths, device=self.logits.device)
+        return (torch.arange(slots, device=self.logits.device) >= empty[:, None]).long()
+
+    def check(self, model) -> None:
+        """Raises ValueError where the state cannot be one of `model`: another shape, dtype or device."""
+        check_same_model(model.config, self.config, "state")
+        if self.logits.dtype != model.dtype or self.logits.device != model.device:
+            raise ValueError(
+                f"state is {self.logits.dtype} on {self.logits.device}: allowed is the model's {model.dtype} on "
+                f"{model.device}"
+            )
+
+
+def save_state(state: GenerationState, model, path: str | os.PathLike) -> None:
+    """Writes the state to one safetensors file, all or nothing."""
+    state.check(model)
+    tensors = {"logits": state.logits, "lengths": torch.tensor(state.lengths)}
+    for index, (first, second) in enumerate(state.layers):
+        tensors |= {f"layers.{index}.0": first, f"layers.{index}.1": second}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, **_description(model), "checksum": _checksum(tensors)}
+    folder, name = os.path.split(os.path.abspath(path))
+    descriptor, unfinished = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    os.close(descriptor)
+    try:
+        save_file(tensors, unfinished, metadata)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load_state(model, path: str | os.PathLike) -> GenerationState:
+    """Reads a state back, to the model's device.
+
+    Raises ValueError, naming what differs, for a damaged file and for the state of a model with another configuration,
+    dtype or weights.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable state file ({error})") from error
+    for field, expected in {"format": FORMAT, **_description(model)}.items():
+        if metadata.get(field) != expected:
+            found = metadata.get(field)
+            raise ValueError(f"{path}: {field} = {found}: allowed is this model's, {expected}")
+    if _checksum(tensors) != metadata.get("checksum"):
+        raise ValueError(f"{path}: the checksum is not that of the contents: the file is damaged")
+    layers = tuple(
+        (tensors[f"layers.{index}.0"].to(model.device), tensors[f"layers.{index}.1"].to(model.device))
+        for index in range(model.config.num_hidden_layers)
+    )
+    lengths = tuple(tensors["lengths"].tolist())
+    return GenerationState(model.config, lengths, tensors["logits"].to(model.device), layers)
+
+
+def check_same_model(expected, found, name: str) -> None:
+    """Raises ValueError naming the first field of two configurations on which the meaning of a state depends."""
+    for field in FIELDS:
+        one, other = getattr(expected, field), getattr(found, field)
+        if one != other:
+            raise ValueError(f"{name}: {field} = {other}: allowed is this model's, {one}")
+
+
+def _description(model) -> dict[str, str]:
+    fields = {field: json.dumps(getattr(model.config, field), sort_keys=True) for field in FIELDS}
+    return {**fields, "dtype": str(model.dtype).removeprefix("torch."), "weights": _fingerprint(model)}
+
+
+@torch.no_grad()
+def _fingerprint(model) -> str:
+    """Of every parameter's name, shape, dtype and evenly spaced sample: training any of them changes it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)].contiguous()
+        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _aligned(config, lengths, logits, layers) -> GenerationState:
+    """A state of these rows with no more attention slots than the longest of them fills; keeps nothing larger alive."""
+    slots = min(max(lengths, default=0), config.attention_window_size - 1)
+    layers = [
+        tuple(tensor[:, :, tensor.shape[2] - slots :].clone() for tensor in pair)
+        if kind == "sliding_attention"
+        else tuple(pair)
+        for kind, pair in zip(config.layer_types, layers)
+    ]
+    return GenerationState(config, tuple(lengths), logits, tuple(layers))
+
+
+def _widened(tensor: torch.Tensor, slots: int) -> torch.Tensor:
+    """(B, H_kv, S, K) with empty slots in front, up to `slots`."""
+    return torch.nn.functional.pad(tensor, (0, 0, slots - tensor.shape[2], 0))

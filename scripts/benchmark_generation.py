@@ -1,0 +1,472 @@
+"""Times generation: tokens, prompts, contexts, many generations at once, drafts. Peers are those of Transformers.
+
+    python scripts/benchmark_generation.py --device cuda    griffin-1b3 in bfloat16
+    python scripts/benchmark_generation.py --device cpu     griffin-100m in float32
+
+Peers have random weights and about the same shape: RecurrentGemma, and a Llama with one key head. Each runs with a
+dynamic cache and, where it can, compiled with a static one. What is timed is checked first: the logits of its generated
+tokens must be those of one forward pass without a cache, else it is left out, and nothing is timed if it is ours.
+Contestants take turns; times are quantiles over tokens of all turns. Writes OUTPUT.json, .md and .png as it goes.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from benchmark_scan import _birth, _birth_lines, _device_name
+from tqdm import tqdm
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_griffin import GenerationRequest, GriffinConfig, GriffinForCausalLM
+
+
+OURS = "griffin"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
+CHUNK = 2048  # tokens of a prompt in one forward pass, where the prompt is read in chunks
+SETTINGS = {
+    "cpu": {
+        "model": "configuration/model/griffin-100m.json",
+        "dtype": torch.float32,
+        "decode": [(1, 128), (1, 2048), (8, 128)],  # (rows, tokens of the prompt)
+        "new": 32,
+        "turns": 3,
+        "contexts": [128, 512, 1024, 2048, 4096, 8192],
+        "long": 2048,
+        "rows": 16,
+        "load": ((8, 128), (4, 64)),  # tokens of a prompt and of an answer, log-uniform
+    },
+    "cuda": {
+        "model": "configuration/model/griffin-1b3.json",
+        "dtype": torch.bfloat16,
+        "decode": [(rows, prompt) for rows in (1, 64) for prompt in (128, 2048, 32768)],
+        "new": 64,
+        "turns": 5,
+        "contexts": [2**k for k in range(7, 18)],
+        "long": 100_000,
+        "rows": 64,
+        "load": ((32, 2048), (16, 512)),
+    },
+}
+LONGEST_PROMPT_OF_A_LOOP = 2048  # RecurrentGemma in Transformers reads a prompt by a Python loop over its tokens
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", default=None, help="a configuration of Griffin; default: see above")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled contestants too"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on a CPU")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="path without suffix; default results/generation_DEVICE"
+    )
+    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    output = arguments.output or Path("results") / f"generation_{_device_name(arguments.device)}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    settings = {**SETTINGS[arguments.device], "device": arguments.device, "compile": arguments.compile}
+    config = GriffinConfig.from_json_file(arguments.model or settings["model"])
+    report = {"birth": _birth(arguments.device, arguments.commit), "dtype": str(settings["dtype"])[6:]}
+    models = make_models(config, settings, report)
+    for part in arguments.parts:
+        PARTS[part](models, settings, report)
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        output.with_suffix(".md").write_text(text_of(report))
+        if "context" in report:
+            plot(report, output.with_suffix(".png"))
+    print(text_of(report))
+    print(f"written: {output}.json, .md{', .png' if 'context' in report else ''}")
+
+
+def make_models(config: GriffinConfig, settings: dict, report: dict) -> dict[str, torch.nn.Module]:
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": 1,
+        "head_dim": config.head_dim,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2**18,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    gemma = RecurrentGemmaConfig(
+        **shared,
+        intermediate_size=2 * config.intermediate_size,  # it counts both branches
+        lru_width=config.lru_width - config.lru_width % config.num_attention_heads,  # its gates have a block a head
+        attention_window_size=config.attention_window_size,
+    )
+    classes = {
+        OURS: (GriffinForCausalLM, config),
+        "recurrentgemma": (RecurrentGemmaForCausalLM, gemma),
+        "llama-mqa": (LlamaForCausalLM, LlamaConfig(**shared, intermediate_size=config.intermediate_size)),
+    }
+    torch.manual_seed(0)
+    models = {}
+    for name, (cls, config) in classes.items():
+        model = cls._from_config(config, dtype=settings["dtype"]).to(settings["device"]).eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.generation_config.eos_token_id = None
+        models[name] = model
+    report["parameters"] = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return models
+
+
+class Stamps(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def generate(model, ids, new: int, compiled: bool = False, **kwargs):
+    if compiled:
+        compile_config = CompileConfig(dynamic=True)  # one graph while the window fills and one when it is full
+        compile_config._compile_all_devices = True
+        kwargs |= {"cache_implementation": "static", "compile_config": compile_config}
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        **kwargs,
+    )
+
+
+def random_ids(model, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def disagreement(model, sequences: torch.Tensor, logits: torch.Tensor) -> float:
+    """Of the logits (B, N, V) of the last N tokens and those of a forward pass without a cache; of the largest one."""
+    expected = model(sequences, use_cache=False).logits[:, -logits.shape[1] - 1 : -1].float()
+    error = ((logits.float() - expected).abs().max() / expected.abs().max()).item()
+    return error if error == error else float("inf")
+
+
+def check(name: str, model, compiled: bool) -> float:
+    """The disagreement of generated logits; SystemExit if it is ours and too large."""
+    found = generate(
+        model, random_ids(model, 2, 40, seed=1), 8, compiled, output_logits=True, return_dict_in_generate=True
+    )
+    error = disagreement(model, found.sequences, torch.stack(found.logits, dim=1))
+    if error > TOLERANCE[model.dtype] and name == OURS:
+        raise SystemExit(f"{name}: logits differ by {error:.1e} from those without a cache: nothing is timed")
+    return error
+
+
+def decode(models, settings, report) -> None:
+    """Milliseconds a token, the time to the first one, and of the first call of all, compilation included."""
+    contestants, report["checks"], report["first_call_seconds"] = {}, {}, {}
+    for name, model in models.items():
+        for compiled in [False, True] if settings["compile"] else [False]:
+            label = f"{name}, compiled" if compiled else name
+            try:
+                begin = time.perf_counter()
+                error = check(name, model, compiled)
+                report["first_call_seconds"][label] = time.perf_counter() - begin
+                report["checks"][label] = error
+                if error <= TOLERANCE[model.dtype]:
+                    contestants[label] = (model, compiled)
+            except Exception as error:  # a peer may fail in many ways; ours must not
+                if name == OURS:
+                    raise
+                report["checks"][label] = f"fails: {str(error).strip().splitlines()[0][:120]}"
+    report["decode"] = []
+    for rows, prompt in settings["decode"]:
+        steps, first = {label: [] for label in contestants}, {label: [] for label in contestants}
+        for _ in tqdm(range(settings["turns"] + 1), desc=f"{rows} rows, prompt {prompt}"):  # the first warms up
+            for label, (model, compiled) in list(contestants.items()):
+                if label.startswith("recurrentgemma") and prompt > LONGEST_PROMPT_OF_A_LOOP:
+                    continue
+                stamps = Stamps()
+                try:
+                    generate(model, random_ids(model, rows, prompt), settings["new"], compiled, streamer=stamps)
+                except torch.OutOfMemoryError:
+                    continue
+                times = stamps.times[1:]  # the prompt itself is the first to be put
+                first[label].append(times[1] - times[0])
+                steps[label].append([after - before for before, after in zip(times[1:], times[2:])])
+        for label in contestants:
+            if steps[label][1:]:
+                tokens = [step for turn in steps[label][1:] for step in turn]
+                row = {"contestant": label, "rows": rows, "prompt": prompt, **quantiles(tokens)}
+                report["decode"].append({**row, "first_token_s": statistics.median(first[label][1:])})
+
+
+@torch.no_grad()
+def context(models, settings, report) -> None:
+    """Reading prompts in chunks, then tokens one by one: time and memory against the context. Dynamic caches."""
+    report["context"] = []
+    for length in tqdm(settings["contexts"], desc="contexts"):
+        for name in (OURS, "llama-mqa"):
+            model, cache = models[name], DynamicCache(config=models[name].config)
+            _free(settings["device"])
+            try:
+                begin = _now(settings["device"])
+                for chunk in random_ids(model, 1, length).split(CHUNK, dim=1):
+                    model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                read = _now(settings["device"]) - begin
+                steps, token = [], random_ids(model, 1, 1)
+                for _ in range(settings["new"]):
+                    begin = _now(settings["device"])
+                    model(token, past_key_values=cache, use_cache=True)
+                    steps.append(_now(settings["device"]) - begin)
+            except torch.OutOfMemoryError:
+                continue
+            row = {"contestant": name, "context": length, "cache_bytes": cache_bytes(cache), **quantiles(steps[2:])}
+            row |= {"prefill_tokens_per_s": length / read}
+            if settings["device"] == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            report["context"].append(row)
+
+
+def long(models, settings, report) -> None:
+    """One generation of many tokens: time a token and memory as it grows."""
+    model, stamps, cache = models[OURS], Stamps(), DynamicCache(config=models[OURS].config)
+    _free(settings["device"])
+    generate(model, random_ids(model, 1, 8), settings["long"], streamer=stamps, past_key_values=cache)
+    steps = [after - before for before, after in zip(stamps.times[2:], stamps.times[3:])]
+    tenth = len(steps) // 10
+    report["long"] = {
+        "tokens": settings["long"],
+        "cache_bytes": cache_bytes(cache),
+        "tenths": [quantiles(steps[i * tenth : (i + 1) * tenth]) for i in range(10)],
+    }
+
+
+def serving(models, settings, report, generations: int = 200) -> None:
+    """A mixed load: rows that come and go against batches of left-padded prompts that run to their longest answer."""
+    model, chance, rows = models[OURS], random.Random(0), settings["rows"]
+    load = []
+    for seed in range(generations):
+        prompt, new = (round(low * (high / low) ** chance.random()) for low, high in settings["load"])
+        load.append((random_ids(model, 1, prompt, seed)[0], new))
+    queue = [GenerationRequest(prompt, max_new_tokens=new, eos_token_id=()) for prompt, new in load]
+    errors = []
+    for request, result in list(zip(queue, model.generate_batch(queue[:rows])))[:8]:
+        whole = torch.tensor([request.prompt + result.tokens], device=model.device)
+        with torch.no_grad():
+            logits = model(whole, use_cache=False).logits[0, len(request.prompt) - 1 : -1].float()
+        chosen = logits.gather(1, whole[0, len(request.prompt) :, None])[:, 0]
+        errors.append(((logits.max(-1).values - chosen).max() / logits.abs().max()).item())
+    if max(errors) > TOLERANCE[model.dtype]:
+        raise SystemExit(f"generate_batch: a token is {max(errors):.1e} below the likeliest: nothing is timed")
+    tokens = sum(new for _, new in load)
+    seconds = {"generate_batch": [], "left-padded generate": []}
+    for _ in tqdm(range(2), desc="mixed load"):
+        begin = _now(settings["device"])
+        model.generate_batch(queue, max_rows=rows)
+        seconds["generate_batch"].append(_now(settings["device"]) - begin)
+        begin = _now(settings["device"])
+        for start in range(0, generations, rows):
+            _padded(model, load[start : start + rows])
+        seconds["left-padded generate"].append(_now(settings["device"]) - begin)
+    report["serving"] = {"generations": generations, "rows": rows, "tokens": tokens, "load": settings["load"]}
+    report["serving"]["tokens_per_s"] = {name: [tokens / s for s in each] for name, each in seconds.items()}
+
+
+def _padded(model, load) -> None:
+    width = max(len(prompt) for prompt, _ in load)
+    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt, _ in load])
+    real = torch.arange(width, device=ids.device) >= width - torch.tensor(
+        [[len(p)] for p, _ in load], device=ids.device
+    )
+    new = max(new for _, new in load)
+    model.generate(ids, attention_mask=real.long(), max_new_tokens=new, do_sample=False, pad_token_id=0)
+
+
+def drafts(models, settings, report) -> None:
+    """Prompt lookup against plain decoding, where the answer repeats itself and where it does not."""
+    model, new = models[OURS], 4 * settings["new"]
+    random_text = random_ids(model, 1, 64, seed=3)
+    plain = generate(model, random_text, new)
+    report["drafts"] = []
+    # Greedy decoding of a model with random weights soon repeats itself: the text to go on with is its own.
+    for name, ids in (("repeats itself", plain), ("random prompt", random_text)):
+        expected = generate(model, ids, new)
+        passes = []
+        hook = model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        found = generate(model, ids, new, prompt_lookup_num_tokens=8)
+        hook.remove()
+        if not torch.equal(found, expected):
+            raise SystemExit("prompt lookup finds other tokens than greedy decoding: nothing is timed")
+        seconds = {"plain": [], "prompt lookup": []}
+        for _ in range(settings["turns"]):
+            for label, options in (("plain", {}), ("prompt lookup", {"prompt_lookup_num_tokens": 8})):
+                begin = _now(settings["device"])
+                generate(model, ids, new, **options)
+                seconds[label].append((_now(settings["device"]) - begin) / new)
+        row = {"text": name, "tokens_a_pass": new / len(passes)}
+        report["drafts"].append({**row, **{label: quantiles(each) for label, each in seconds.items()}})
+
+
+PARTS = {"decode": decode, "context": context, "long": long, "serving": serving, "drafts": drafts}
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    low, *_, high = statistics.quantiles(seconds, n=10)
+    return {"median_ms": statistics.median(seconds) * 1e3, "10%_ms": low * 1e3, "90%_ms": high * 1e3}
+
+
+def cache_bytes(cache) -> int:
+    """Whole storages, once each, not views of them."""
+    tensors = []
+    for layer in cache.layers:
+        states = [layer.conv_states, layer.recurrent_states] if hasattr(layer, "conv_states") else []
+        tensors += [t for each in states for t in each.values()] or [layer.keys, layer.values]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _free(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# Reports
+
+
+def text_of(report: dict) -> str:
+    sizes = ", ".join(f"{name} {number / 1e6:.0f}M" for name, number in report["parameters"].items())
+    lines = ["# Generation", "", *_birth_lines(report["birth"]), "", f"Parameters: {sizes}; {report['dtype']}, greedy."]
+    for part, write in TEXTS.items():
+        if part in report:
+            lines += ["", *write(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _span(row: dict) -> str:
+    return f"{row['median_ms']:.2f} | {row['10%_ms']:.2f} | {row['90%_ms']:.2f}"
+
+
+def _decode_text(report) -> list[str]:
+    lines = [
+        "## A token, and the first one",
+        "",
+        "Logits against those without a cache, error as a share of the largest:",
+    ]
+    lines += [f"- {name}: {e if isinstance(e, str) else f'{e:.1e}'}" for name, e in report["checks"].items()]
+    lines += [
+        "",
+        "| rows | prompt | | ms a token, median | 10% | 90% | first token, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["decode"]:
+        name = row["contestant"]
+        lines.append(f"| {row['rows']} | {row['prompt']} | {name} | {_span(row)} | {row['first_token_s']:.2f} |")
+    calls = ", ".join(f"{name} {s:.1f} s" for name, s in report["first_call_seconds"].items())
+    return [*lines, "", f"First call of all, 8 tokens, compilation included: {calls}."]
+
+
+def _context_text(report) -> list[str]:
+    lines = [f"## Against the context (1 row, dynamic cache, prompts read {CHUNK} tokens at a time)", ""]
+    lines += [
+        "| context | | ms a token, median | 10% | 90% | cache, MB | prompt, tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["context"]:
+        numbers = f"{row['cache_bytes'] / 1e6:.2f} | {row['prefill_tokens_per_s']:.0f}"
+        lines.append(f"| {row['context']} | {row['contestant']} | {_span(row)} | {numbers} |")
+    return lines
+
+
+def _long_text(report) -> list[str]:
+    run = report["long"]
+    medians = ", ".join(f"{tenth['median_ms']:.2f}" for tenth in run["tenths"])
+    return [
+        f"## One generation of {run['tokens']} tokens",
+        "",
+        f"Median ms a token in each tenth of it: {medians}. Cache at the end: {run['cache_bytes'] / 1e6:.2f} MB.",
+    ]
+
+
+def _serving_text(report) -> list[str]:
+    run = report["serving"]
+    prompt, new = ("{} to {}".format(*bounds) for bounds in run["load"])
+    lines = [f"## {run['generations']} generations, {run['rows']} rows at once", ""]
+    lines += [
+        f"Prompts of {prompt} tokens, answers of {new}, log-uniform; {run['tokens']} new tokens; each run's tokens/s:"
+    ]
+    return lines + [f"- {name}: {', '.join(f'{r:.1f}' for r in each)}" for name, each in run["tokens_per_s"].items()]
+
+
+def _drafts_text(report) -> list[str]:
+    lines = ["## Drafts of 8 tokens by prompt lookup", "", "The tokens are those of greedy decoding.", ""]
+    lines += [
+        "| text | tokens a forward pass | ms a token, plain | with drafts | times faster |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["drafts"]:
+        plain, drafted = row["plain"]["median_ms"], row["prompt lookup"]["median_ms"]
+        lines.append(
+            f"| {row['text']} | {row['tokens_a_pass']:.1f} | {plain:.2f} | {drafted:.2f} | {plain / drafted:.2f} |"
+        )
+    return lines
+
+
+TEXTS = {
+    "decode": _decode_text,
+    "context": _context_text,
+    "long": _long_text,
+    "serving": _serving_text,
+    "drafts": _drafts_text,
+}
+
+
+def plot(report: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for name in (OURS, "llama-mqa"):
+        rows = [row for row in report["context"] if row["contestant"] == name]
+        lengths = [row["context"] for row in rows]
+        speed.semilogx(lengths, [1e3 / row["median_ms"] for row in rows], "o-", label=name)
+        memory.loglog(lengths, [row["cache_bytes"] / 1e6 for row in rows], "o-", label=name)
+    speed.set(xlabel="context (tokens)", ylabel="tokens/s, 1 row", ylim=(0, None))
+    memory.set(xlabel="context (tokens)", ylabel="cache (MB)")
+    speed.legend(fontsize=8)
+    figure.suptitle(f"{report['dtype']}, {report['birth']['hardware']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
