@@ -16,8 +16,9 @@ TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSIO
 demo: $(VENV)/train.done
 	$(BIN)/python scripts/demo.py
 
+# A file's tests run in one process, so that what they share is made once.
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-common: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 -m common tests

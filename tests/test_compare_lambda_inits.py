@@ -19,7 +19,6 @@ from modeling_griffin import decay_parameter_names
 from modeling_griffin.rg_lru import Decay
 
 
-pytestmark = pytest.mark.xdist_group("compare_lambda_inits")  # its processes start once, not once a worker
 HAWK = {"layout": "hawk", "hidden_size": 16, "num_hidden_layers": 2, "num_gate_blocks": 4}
 RECALL = {
     "kind": "delayed_recall",

@@ -10,7 +10,6 @@ from tests.ranks import run_program
 from tests.tolerances import assert_close
 
 
-pytestmark = pytest.mark.xdist_group("fsdp2")  # its processes start once, not once a worker
 CASES = [*program.ON_FOUR, *program.ON_TWO, *program.WITH_ACCELERATE]
 ROUNDED = [name for name in CASES if "mixed" in name or name == "bfloat16"]
 EXACT = [name for name in CASES if name not in ROUNDED]

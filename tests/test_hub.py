@@ -12,7 +12,6 @@ from tests.hub_client import LOGITS, HubClient
 from tests.hub_server import LoopbackHub, Repo
 
 
-pytestmark = pytest.mark.xdist_group("hub")  # its processes start once, not once a worker
 SHAPES = dict(vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_gate_blocks=2)
 IDS = [[5, 9, 1, 33, 60, 2, 7, 7, 12, 4, 3, 8]]
 CODE = sorted(path.name for path in code_files())

@@ -10,7 +10,6 @@ from tests.hub_client import HubClient
 from tests.hub_server import LoopbackHub, Repo
 
 
-pytestmark = pytest.mark.xdist_group("push_to_hub")  # its processes start once, not once a worker
 CODE = [path.name for path in code_files()]
 # Not the model's: they stay at home.
 OTHERS = ["checkpoint-2/model.safetensors", "optimizer.pt", "pytorch_model.bin", "training_args.bin"]

@@ -13,7 +13,6 @@ from tests.tensor_parallel_program import CASES_OF_SIZE, SHAPES, case_config
 from tests.tolerances import assert_close
 
 
-pytestmark = pytest.mark.xdist_group("tensor_parallel")  # its processes start once, not once a worker
 RUNS = [(name, size) for size, names in CASES_OF_SIZE.items() for name in names]
 
 

@@ -17,7 +17,6 @@ from train import find_checkpoint, run
 from train_arguments import read_arguments
 
 
-pytestmark = pytest.mark.xdist_group("train_failures")  # its processes start once, not once a worker
 SECONDS = 90  # of a busy machine, the start of two processes included; without an end they would wait for half an hour
 
 

@@ -22,7 +22,6 @@ from train import run
 from modeling_griffin import GriffinForCausalLM
 
 
-pytestmark = pytest.mark.xdist_group("train_launch")  # its processes start once, not once a worker
 FILES = {path.stem: path for path in sorted((ROOT / "configuration" / "accelerate").glob("*.yaml"))}
 STEPS, SAVED = 20, 8
 # Of float32 sums in another order through 20 steps of AdamW; measured 2.5e-7 and 1.8e-6 of the largest value.

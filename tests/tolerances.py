@@ -11,14 +11,14 @@ TOLERANCES = {
     "exact": 0.0,
     # rg_lru_scan against float64 autograd of the reference
     "scan float64": 1e-13,
-    "scan float32": 4e-6,
+    "scan float32": 6e-6,  # 3.7e-6 on one kind of CPU, where the loop itself in float32 has 2.5e-6
     "scan float32 gradient": 2e-5,  # 1.4e-5 on one kind of CPU, where the loop itself in float32 has 7e-6
     # the layers and the model in float32, against another way to the same numbers
     "layer": 6e-7,
     "logits": 4e-6,
     "gradient": 6e-6,
     "tensor parallel gradient": 2e-5,
-    "loss": 3e-7,
+    "loss": 4e-7,
     "trained parameter": 1e-6,  # after three steps of AdamW
     "bfloat16 logits": 2e-2,
     "float16 logits": 3e-3,
