@@ -10,9 +10,6 @@ from plot_lambda_init import checkpoint_rows, initialisation_rows, main, mamba_r
 from modeling_griffin import LAMBDA_INITS
 
 
-pytestmark = pytest.mark.xdist_group("plot_lambda_init")  # its processes start once, not once a worker
-
-
 @pytest.fixture(scope="module")
 def rows():
     return {row.name: row for row in initialisation_rows(8.0, 0.9, 0.999)}
