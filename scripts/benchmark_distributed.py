@@ -13,7 +13,6 @@ was measured (on GPUs only).
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from birth_certificate import birth_certificate, birth_lines, short_device_name
+from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from memory_formulas import parameters, sizes_of
 from plan_memory import CONFIGURATION, ddp, fsdp2
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -190,16 +189,12 @@ def find_largest(base: dict, processes: int) -> dict:
 def summarise(run: dict, single: dict | None) -> dict:
     """Tokens a second from the median step, its quantiles, efficiency against `single`, and the memory planned."""
     tokens = run["processes"] * run["rows"] * run["length"]
-    median = statistics.median(run["seconds"])
-    deciles = [median] * 9
-    if len(run["seconds"]) > 1:
-        deciles = statistics.quantiles(run["seconds"], n=10, method="inclusive")
+    spread = quantiles(run["seconds"])
     plan, checkpointing = ENGINES[run["engine"]]
     planned = plan(sizes_of(make_config(run)), run["rows"], run["length"], run["processes"], checkpointing).memory
-    speed = tokens / median
+    speed = tokens / spread["median"]
     row = {name: run[name] for name in ("engine", "processes", "parameters")} | {"tokens_per_second": speed}
-    row |= {"median": median, "10%": deciles[0], "90%": deciles[-1], "loss": run["loss"]}
-    row |= {"peak": run["peak"], "planned": planned}
+    row |= {**spread, "loss": run["loss"], "peak": run["peak"], "planned": planned}
     each = speed / run["processes"]
     first = row | {"each": each} if single is None else single
     return row | {"each": each, "efficiency": each / first["each"]}
@@ -264,6 +259,7 @@ def plot(report: dict, path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def read_config(name: str) -> str:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmark_scan import _birth, _birth_lines, _device_name
+from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from tqdm import tqdm
 from transformers import (
     CompileConfig,
@@ -80,11 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    output = arguments.output or Path("results") / f"generation_{_device_name(arguments.device)}"
+    output = arguments.output or Path("results") / f"generation_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {**SETTINGS[arguments.device], "device": arguments.device, "compile": arguments.compile}
     config = GriffinConfig.from_json_file(arguments.model or settings["model"])
-    report = {"birth": _birth(arguments.device, arguments.commit), "dtype": str(settings["dtype"])[6:]}
+    report = {"birth": birth_certificate(arguments.device, arguments.commit), "dtype": str(settings["dtype"])[6:]}
     models = make_models(config, settings, report)
     for part in arguments.parts:
         PARTS[part](models, settings, report)
@@ -220,7 +220,7 @@ def decode(models, settings, report) -> None:
         for label in contestants:
             if steps[label][1:]:
                 tokens = [step for turn in steps[label][1:] for step in turn]
-                row = {"contestant": label, "rows": rows, "prompt": prompt, **quantiles(tokens)}
+                row = {"contestant": label, "rows": rows, "prompt": prompt, **milliseconds(tokens)}
                 report["decode"].append({**row, "first_token_s": statistics.median(first[label][1:])})
 
 
@@ -244,7 +244,7 @@ def context(models, settings, report) -> None:
                     steps.append(_now(settings["device"]) - begin)
             except torch.OutOfMemoryError:
                 continue
-            row = {"contestant": name, "context": length, "cache_bytes": cache_bytes(cache), **quantiles(steps[2:])}
+            row = {"contestant": name, "context": length, "cache_bytes": cache_bytes(cache), **milliseconds(steps[2:])}
             row |= {"prefill_tokens_per_s": length / read}
             if settings["device"] == "cuda":
                 row["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -261,7 +261,7 @@ def long(models, settings, report) -> None:
     report["long"] = {
         "tokens": settings["long"],
         "cache_bytes": cache_bytes(cache),
-        "tenths": [quantiles(steps[i * tenth : (i + 1) * tenth]) for i in range(10)],
+        "tenths": [milliseconds(steps[i * tenth : (i + 1) * tenth]) for i in range(10)],
     }
 
 
@@ -329,7 +329,7 @@ def drafts(models, settings, report) -> None:
                 generate(model, ids, new, **options)
                 seconds[label].append((_now(device) - begin) / new)
         row = {"text": name, "tokens_a_pass": new / len(passes)}
-        report["drafts"].append({**row, **{label: quantiles(each) for label, each in seconds.items()}})
+        report["drafts"].append({**row, **{label: milliseconds(each) for label, each in seconds.items()}})
 
 
 @torch.enable_grad()
@@ -351,9 +351,8 @@ def _fitted_to_a_refrain(model, steps: int = 40):
 PARTS = {"decode": decode, "context": context, "long": long, "serving": serving, "drafts": drafts}
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    low, *_, high = statistics.quantiles(seconds, n=10)
-    return {"median_ms": statistics.median(seconds) * 1e3, "10%_ms": low * 1e3, "90%_ms": high * 1e3}
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    return {f"{name}_ms": value * 1e3 for name, value in quantiles(seconds).items()}
 
 
 def cache_bytes(cache) -> int:
@@ -382,7 +381,7 @@ def _free(device: str) -> None:
 
 def text_of(report: dict) -> str:
     sizes = ", ".join(f"{name} {number / 1e6:.0f}M" for name, number in report["parameters"].items())
-    lines = ["# Generation", "", *_birth_lines(report["birth"]), "", f"Parameters: {sizes}; {report['dtype']}, greedy."]
+    lines = ["# Generation", "", *birth_lines(report["birth"]), "", f"Parameters: {sizes}; {report['dtype']}, greedy."]
     for part, write in TEXTS.items():
         if part in report:
             lines += ["", *write(report)]

@@ -267,7 +267,7 @@ def _speed(seconds: list[float], row: dict, peak_flops: float | None) -> dict:
     """Tokens a second and, where the GPU's peak is known, the share of it that 6 * parameters * tokens take (MFU)."""
     if not seconds:
         return {"seconds": None, "tokens_per_second": None, "mfu": None}
-    spread = quantiles(seconds * 2 if len(seconds) == 1 else seconds)
+    spread = quantiles(seconds)
     speed = row["batch"] * row["length"] / spread["median"]
     mfu = 6 * row["parameters"] * speed / peak_flops if peak_flops else None
     return {"seconds": spread, "steps": len(seconds), "tokens_per_second": speed, "mfu": mfu}

@@ -15,10 +15,9 @@ import torch
 
 def birth_certificate(device: str, commit: str | None, packages: Sequence[str] = ()) -> dict:
     """Facts of this run. commit: for a copy without its git history. packages: versions to add."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": commit or (git.stdout.strip() if git.returncode == 0 else "unknown"),
+        "commit": commit or _commit(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "python": platform.python_version(),
         "versions": _versions(["torch", "triton", "transformers", *packages]),
@@ -47,9 +46,18 @@ def short_device_name(device: str) -> str:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """{"median", "10%", "90%"} of at least two values."""
-    low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
+    """{"median", "10%", "90%"} of at least one value."""
+    low, *_, high = statistics.quantiles([*values] * (2 if len(values) == 1 else 1), n=10, method="inclusive")
     return {"median": statistics.median(values), "10%": low, "90%": high}
+
+
+def _commit() -> str:
+    """Of this file's repository, whatever folder the command runs in."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return "unknown"
+    return git.stdout.strip() if git.returncode == 0 else "unknown"
 
 
 def _cpu_name() -> str:

@@ -98,13 +98,15 @@ def chosen_rate(task: str, arm: str, rates: list, tuning_seed: int, records: dic
 
 
 def read_records(path: Path) -> dict[str, dict]:
-    """Finished runs by key. A last line that was cut off while it was written is taken out of the file."""
-    if not path.is_file():
-        return {}
-    whole, newline, rest = path.read_bytes().rpartition(b"\n")
-    if rest:
-        os.truncate(path, len(whole) + len(newline))
+    """Finished runs by key. A last line that was cut off while it was written, or is being written, is left out."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
     return {record["key"]: record for record in map(json.loads, whole.splitlines())}
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Takes a last line that was cut off out of the file, so that the next one is not appended to it."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def append_record(path: Path, record: dict) -> None:
@@ -241,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{'finished' if run['key'] in records else '        '}  {run['key']}")
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
+    drop_unfinished_line(path)
     facts = origin(arguments.device, arguments.commit)
     failed = run_all(sweep, records, path, facts, arguments.jobs, start + arguments.time_limit)
     runs = plan(sweep, records, arguments.device)

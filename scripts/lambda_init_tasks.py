@@ -140,20 +140,22 @@ def prepare_text(settings: dict, folder: Path) -> dict:
     """Tokenises the documents of settings["text"] into `folder`, once; returns the settings with what identifies them.
 
     text: files, folders and globs, as text_data.py reads them, and "stdlib", the sources of Python's standard library.
-    Documents above LONGEST_DOCUMENT are cut into pieces. Every eighth by size, from the largest on, is held out, so
-    that long documents are among them.
+    Text that has changed is tokenised anew. Documents above LONGEST_DOCUMENT are cut into pieces. Every eighth by size,
+    from the largest on, is held out, so that long documents are among them.
     """
+    texts = [text for source in settings["text"] for text in _read_texts(source)]
     said = {"text": [Path(source).name for source in settings["text"]], "vocab_size": settings["vocab_size"]}
+    said["text_sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     facts = folder / "facts.json"
     done = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
     if said.items() <= done.items():
         return {**settings, **done, "folder": str(folder)}
-    done = {**said, "data": _tokenize_into(folder, settings)}
+    done = {**said, "data": _tokenize_into(folder, texts, settings["vocab_size"])}
     facts.write_text(json.dumps(done), encoding="utf-8")  # last: the folder is complete
     return {**settings, **done, "folder": str(folder)}
 
 
-def _tokenize_into(folder: Path, settings: dict) -> dict:
+def _tokenize_into(folder: Path, texts: list[str], vocab_size: int) -> dict:
     """Writes tokenizer, train, held_out and held_out_bytes.npy; returns counts and a checksum of both parts."""
     import datasets
     import numpy as np
@@ -162,10 +164,9 @@ def _tokenize_into(folder: Path, settings: dict) -> dict:
     from text_tokenizer import train_bpe_tokenizer
 
     datasets.disable_progress_bars()
-    texts = [piece for source in settings["text"] for text in _read_texts(source) for piece in cut(text)]
-    texts.sort(key=len, reverse=True)
-    parts = {"train": [text for i, text in enumerate(texts) if i % 8], "held_out": texts[::8]}
-    tokenizer = train_bpe_tokenizer(parts["train"], settings["vocab_size"])
+    pieces = sorted((piece for text in texts for piece in cut(text)), key=len, reverse=True)
+    parts = {"train": [piece for i, piece in enumerate(pieces) if i % 8], "held_out": pieces[::8]}
+    tokenizer = train_bpe_tokenizer(parts["train"], vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     documents = {name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()}
     np.save(folder / "held_out_bytes.npy", count_token_bytes(documents["held_out"], tokenizer).astype(np.int32))

@@ -21,13 +21,13 @@ KINDS = {
     "language_modelling": "language modelling",
 }
 STATISTICS = """Every arm was trained once with each learning rate of the grid under a seed used for nothing else, and
-measured with the rate that had the lowest final validation loss. Runs of the same seed share the order of the data and
-all initial weights but Λ. Differences are therefore paired by seed: their mean, and its 95% t interval with n - 1
-degrees of freedom. p is of the paired t-test after Holm's correction over the arms in that column; nothing corrects for
-the number of columns and tasks. The effect size is the difference over the standard deviation of one arm's runs over
-seeds, pooled over arms. "Reliably" means a corrected p under 0.05; with few seeds only large effects can be reliable.
-The mean loss while learning is that of the points of the curve: how soon, not how far. Beyond the trained sizes is
-the mean over the longer sizes or later positions."""
+measured with the rate that had the lowest final validation loss, which is that of the same held-out rows as the figures
+here. Runs of the same seed share the order of the data and all initial weights but Λ. Differences are therefore paired
+by seed: their mean, and its 95% t interval with n - 1 degrees of freedom. p is of the paired t-test after Holm's
+correction over the arms in that column; nothing corrects for the number of columns and tasks. The effect size is the
+difference over the standard deviation of one arm's runs over seeds, pooled over arms. "Reliably" means a corrected p
+under 0.05; with few seeds only large effects can be reliable. The mean loss while learning is that of the points of the
+curve: how soon, not how far. Beyond the trained sizes is the mean over the longer sizes or later positions."""
 
 Tables = dict[tuple[str, str], list[Comparison]]  # by task and metric
 
@@ -95,13 +95,15 @@ def plain_words(tables: Tables, tasks: dict, reference: str) -> list[str]:
             lines.append(
                 f"- `{arm}`: a hint, its own interval leaves out 0 but the correction does not: {'; '.join(hints)}."
             )
-    same = [f"`{arm}`" for arm in arms if not better[arm] and not worse[arm]]
+    diverged = [run for runs in tasks.values() for run in runs if run["measured"] and run["status"] == "diverged"]
+    known = [arm for arm in arms if all(arm != run["arm"] for run in diverged)]
+    same = [f"`{arm}`" for arm in known if not better[arm] and not worse[arm]]
     if same:
         lines.append(
             f"- No reliable difference from `{reference}`: {', '.join(same)}. That does not prove them equal: the "
             "intervals below say how large a difference these runs could have missed."
         )
-    for run in (run for runs in tasks.values() for run in runs if run["measured"] and run["status"] == "diverged"):
+    for run in diverged:
         lines.append(f"- `{run['arm']}` diverged on {run['task']} with seed {run['seed']}.")
     return [*lines, *(f"- {task}: {_spread(tables[task, 'loss'], runs)}" for task, runs in tasks.items())]
 
@@ -169,39 +171,45 @@ def _edges(tasks: dict) -> list[str]:
 
 def task_section(task: str, runs: list[dict], tables: Tables, reference: str, picture: str) -> list[str]:
     measured = [run for run in runs if run["measured"]]
-    lines = [f"## {task}", "", _sizes(runs[0], measured), ""]
+    lines = [f"## {task}", "", _sizes(runs), ""]
     lines += [f"![Curves, sizes, differences and memory of {task}]({picture})", "", *value_table(measured), ""]
     lines += [*difference_table({metric: tables[task, metric] for metric in METRICS}, reference), ""]
-    if measured[0]["evaluations"]:
+    if any(run["evaluations"] for run in measured):
         lines += [*size_table(measured), ""]
     return [*lines, *lambda_table(measured), ""]
 
 
-def _sizes(run: dict, measured: list[dict]) -> str:
-    settings = run["settings"]
-    seeds = len({each["seed"] for each in measured})
+def _sizes(runs: list[dict]) -> str:
+    run, settings = runs[0], runs[0]["settings"]
+    seeds = len({each["seed"] for each in runs if each["measured"]})
     where = f"{KINDS[settings['kind']].capitalize()}, {settings['model']['layout']}, {run['parameters']:,} parameters"
     if settings["kind"] == "language_modelling":
         data = settings["data"]
         texts = ", ".join(settings["text"])
         return (
             f"{where}; {texts}: {data['train']['tokens']:,} training tokens, {data['held_out']['tokens']:,} held out; "
-            f"rows of {settings['length']} tokens, {settings['rows']} a step, "
-            f"{max(each['steps'] for each in measured or [run])} steps; seeds: {seeds}. Losses in nats a token."
+            f"rows of {settings['length']} tokens, {settings['rows']} a step, {_steps(runs)}; "
+            f"seeds: {seeds}. Losses in nats a token."
         )
     return (
         f"{where}; trained at {', '.join(map(str, settings['sizes']))} tokens, {settings['rows']} rows a step, "
-        f"{max(each['steps'] for each in measured or [run])} steps; seeds: {seeds}. Losses in nats an answer, over "
-        f"{settings['held_out_rows']} rows that no run trains on."
+        f"{_steps(runs)}; seeds: {seeds}. Losses in nats an answer, over {settings['held_out_rows']} rows that no run "
+        "trains on."
     )
 
 
+def _steps(runs: list[dict]) -> str:
+    steps = max(run["steps"] for run in runs if run["measured"])
+    tuning = max((run["steps"] for run in runs if not run["measured"]), default=steps)
+    return f"{steps} steps" + (f" ({tuning} where learning rates were chosen)" if tuning != steps else "")
+
+
 def value_table(measured: list[dict]) -> list[str]:
-    names = [name for name in metrics(measured[0]) if "@" not in name]
+    names = dict.fromkeys(name for run in measured for name in metrics(run) if "@" not in name)
     lines = [f"| arm | learning rate | seeds | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
     for arm, values in by_arm_and_seed(measured, "loss").items():
         rates = ", ".join(f"{rate:g}" for rate in sorted({r["learning_rate"] for r in measured if r["arm"] == arm}))
-        figures = [_mean_and_deviation(list(by_arm_and_seed(measured, name)[arm].values())) for name in names]
+        figures = [_cell(measured, arm, name) for name in names]
         lines.append(f"| {arm} | {rates} | {len(values)} | {' | '.join(figures)} |")
     return [*lines, "", "Means over seeds, with the standard deviation over seeds in brackets."]
 
@@ -228,13 +236,10 @@ def _difference(c: Comparison) -> str:
 
 def size_table(measured: list[dict]) -> list[str]:
     name = "accuracy" if "accuracy" in measured[0]["curve"][0] else "loss"
-    sizes = [entry["size"] for entry in measured[0]["evaluations"]]
+    sizes = [entry["size"] for entry in max((run["evaluations"] for run in measured), key=len)]
     lines = [f"| {name} at | {' | '.join(f'{size:,}' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
     for arm in by_arm_and_seed(measured, "loss"):
-        cells = []
-        for size in sizes:
-            values = by_arm_and_seed(measured, f"{name} @ {size}").get(arm, {})
-            cells.append(_mean_and_deviation(list(values.values())) if values else "")
+        cells = [_cell(measured, arm, f"{name} @ {size}") for size in sizes]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 
@@ -255,7 +260,11 @@ def lambda_table(measured: list[dict]) -> list[str]:
     return lines
 
 
-def _mean_and_deviation(values: list[float]) -> str:
+def _cell(measured: list[dict], arm: str, name: str) -> str:
+    """Mean over seeds, with the deviation in brackets; empty where no run of the arm has the figure."""
+    values = list(by_arm_and_seed(measured, name).get(arm, {}).values())
+    if not values:
+        return ""
     deviation = f" ({np.std(values, ddof=1):.4f})" if len(values) > 1 else ""
     return f"{np.mean(values):.4f}{deviation}"
 

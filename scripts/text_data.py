@@ -134,6 +134,8 @@ class PackedRows(torch.utils.data.Dataset):
         return -(-(self.num_tokens - 1) // (self.length - 1))
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row}: allowed are 0 to {len(self) - 1}")  # which ends `for row in rows`, too
         begin = row * (self.length - 1)
         end = min(begin + self.length, self.num_tokens)
         input_ids = torch.full((self.length,), self.filler, dtype=torch.long)

@@ -90,7 +90,8 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     settings = _merge(_read_yaml(known.config), _read_overrides(rest))
     _check_keys(settings, known.config)
     settings = choose_device(settings, read_request())
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not says_precision(settings):
+    on_cpu = str(settings["use_cpu"]).lower() in ("true", "t", "yes", "y", "1")  # as HfArgumentParser reads it
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not on_cpu and not says_precision(settings):
         settings["bf16"] = True
     if not torch.cuda.is_available():
         settings = {"dataloader_pin_memory": False, **settings}
@@ -118,7 +119,7 @@ def _read_yaml(path: str) -> dict:
 
 
 def _read_overrides(words: list[str]) -> dict:
-    """{"key": [values]} of `--key value ...`, `--key=value`, bare `--key` (true) and `--key=` (None: unset)."""
+    """{"key": value, or [values]} of `--key value ...`, `--key=value`, bare `--key` (true), `--key=` (None: unset)."""
     overrides, key = {}, None
     for word in words:
         if word.startswith("--"):
@@ -129,7 +130,13 @@ def _read_overrides(words: list[str]) -> dict:
             raise ValueError(f"{word!r} follows no --key: allowed is one CONFIG.yaml, then --key value")
         else:
             overrides[key].append(word)
-    return {key: None if values == [""] else values or True for key, values in overrides.items()}
+    return {key: _simplest(values) for key, values in overrides.items()}
+
+
+def _simplest(words: list[str]) -> list[str] | str | bool | None:
+    if len(words) > 1:
+        return words
+    return (words[0] or None) if words else True
 
 
 def _merge(file: dict, command_line: dict) -> dict:

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from filelock import FileLock
@@ -72,6 +74,22 @@ def made_once(factory, name: str, make) -> Path:
             make(folder)
             (folder / "made").touch()
     return folder
+
+
+def run_to_end(command: list[str], timeout: float, **options) -> subprocess.CompletedProcess:
+    """subprocess.run with its output as text, both streams in one; after `timeout` seconds all descendants are killed.
+
+    Not by their group: the workers of torchrun and `accelerate launch` are sessions of their own.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
+            process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, printed)
 
 
 def save_model(folder: Path, **changes) -> GriffinForCausalLM:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 
 import datasets
@@ -175,6 +178,17 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
     assert figures["loss"] == figures["mean loss"] == figures["loss beyond"] == math.inf and figures["accuracy"] == 0
 
 
+def test_synthetic_tasks_need_neither_datasets_nor_what_draws_pages(tmp_path):
+    absent = "sys.modules |= dict.fromkeys(['datasets', 'scipy', 'matplotlib', 'psutil'])"
+    code = f"import sys; {absent}; from compare_lambda_inits import main; main(sys.argv[1:])"
+    recall = {**RECALL, "learning_rates": [1e-3]}
+    config = write_sweep(tmp_path, tasks={"recall": recall}, arms={"uniform": {}}, seeds=[0])
+    command = [sys.executable, "-c", code, config, "--output", str(tmp_path), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 of 2 runs" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     "changes, arguments, message",
     [
@@ -211,6 +225,9 @@ def test_shipped_sweeps(name):
             config = make_config(task["model"], {}, task.get("vocab_size", 16))
         assert config.num_hidden_layers >= 5 and len(task["learning_rates"]) > 1
     if name == "h100":
+        tasks = {name: {**task, "model": None} for name, task in sweep["tasks"].items()}
+        for kind in ("delayed_recall", "selective_copying", "induction_heads"):  # Hawk and Griffin at the same sizes
+            assert tasks[f"{kind}-griffin"] == tasks[f"{kind}-hawk"]
         assert {arm.get("rg_lru_c", 8.0) for arm in sweep["arms"].values()} == {4.0, 8.0, 14.0}
         assert sweep["tasks"]["language_modelling"]["text"] == ["stdlib", "more.txt"]
 
@@ -298,6 +315,20 @@ def test_language_modelling(text_task):
     orders = [[next(task.order) for _ in range(len(task.train_rows) + 5)] for task in (one, same, other)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0][:-5]) == list(range(len(one.train_rows)))
+
+
+def test_tokens_of_other_text_are_not_taken_for_these(text_task, tmp_path):
+    """Of a folder of the same name, and of one whose text has changed."""
+    settings, tokens = {**text_task[0]}, tmp_path / "tokens"
+    found = []
+    for words, parent in ((200, "a"), (200, "b"), (300, "b")):
+        (tmp_path / parent / "text").mkdir(parents=True, exist_ok=True)
+        for index in range(2):
+            (tmp_path / parent / "text" / f"{index}.txt").write_text(make_text(words, seed=index + (parent == "b")))
+        settings["text"] = [str(tmp_path / parent / "text")]
+        found.append(prepare_text(settings, tokens)["data"])
+        assert prepare_text(settings, tokens)["data"] == found[-1]
+    assert found[0] != found[1] != found[2]
 
 
 def test_long_documents_are_cut_at_line_ends():

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from _script_helpers import ROOT
+from _script_helpers import ROOT, run_to_end
 from memory_formulas import (
     AUTOCAST,
     BFLOAT16,
@@ -183,14 +182,8 @@ def test_collectives_of_two_processes(tmp_path):
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     launch.append(str(tmp_path / "out.json"))
-    child = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        _, errors = child.communicate(timeout=180)
-    finally:
-        if child.poll() is None:
-            child.terminate()  # torchrun then ends its workers, which are sessions of their own
-            child.wait(60)
-    assert child.returncode == 0, errors[-3000:]
+    done = run_to_end(launch, timeout=180, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
     found, sizes = json.loads((tmp_path / "out.json").read_text()), sizes_of(make_config())
 
     assert ddp(sizes, 2, 24, gpus=2).sent == ring(found["ddp"]["reduced"], 2, passes=2)

@@ -159,6 +159,35 @@ def test_a_sweep_that_is_not_finished(runs, tmp_path, seeds):
         assert "reliably worse" not in words and "95% interval not known" in words
 
 
+def test_a_first_run_that_diverged_hides_no_others(runs, tmp_path):
+    """The tables keep the sizes that others have, also where nothing but the trained size was evaluated."""
+    lost = {**record("lost", 0, math.nan, status="diverged"), "evaluations": []}
+    main([str(write(tmp_path / "sweep", [lost, *runs]))])
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| accuracy at | 64 | 128 |" in text and "| lost |  |  |" in text
+    assert "No reliable difference from `uniform`: `same`." in text  # and not `lost`
+
+    trained_size_only = [{**each, "evaluations": each["evaluations"][:1]} for each in runs]
+    main([str(write(tmp_path / "sweep", [lost, *trained_size_only]))])
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| accuracy at | 64 |" in text and "| same | 0.001 | 5 |" in text
+
+
+def test_shorter_runs_for_the_learning_rates_are_said(runs, tmp_path):
+    tuning = {**record("uniform", 9, 1.0, measured=False), "steps": 3}
+    main([str(write(tmp_path / "sweep", [tuning, *runs]))])
+    assert "10 steps (3 where learning rates were chosen); seeds: 5." in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_page_of_a_sweep_that_runs_leaves_its_file_alone(runs, tmp_path):
+    folder = write(tmp_path / "sweep", runs)
+    with (folder / "runs.jsonl").open("a") as file:
+        file.write('{"key": "being wri')
+    before = (folder / "runs.jsonl").read_bytes()
+    main([str(folder)])
+    assert (folder / "runs.jsonl").read_bytes() == before
+
+
 def test_without_the_reference_it_says_so(tmp_path, capsys):
     folder = write(tmp_path / "sweep", [record("same", 0, 1.0)])
     with pytest.raises(SystemExit):

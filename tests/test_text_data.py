@@ -201,6 +201,16 @@ def test_packing_exact():
         PackedRows(None, 1, 0)
 
 
+def test_rows_come_to_an_end():
+    """Before and after them there is none, as of any sequence."""
+    tokenized = datasets.Dataset.from_dict({"input_ids": [[9, 1, 2, 3, 9]]})
+    rows = PackedRows(tokenized.cast_column("input_ids", datasets.List(datasets.Value("int32"))), 3, 9)
+    assert len([row for row in rows]) == len(rows) == 2
+    for wrong in (-1, 2):
+        with pytest.raises(IndexError, match=f"row {wrong}: allowed are 0 to 1"):
+            rows[wrong]
+
+
 def test_tokenize_puts_ends_around_documents():
     documents = datasets.Dataset.from_dict({"text": ["ab", "é"]})
     assert tokenize(documents, byte_tokenizer())["input_ids"][:] == [[256, 97, 98, 256], [256, 195, 169, 256]]

@@ -52,6 +52,15 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert read_arguments([path, "--resume", "folder", "--seed", "3"])[3] == "folder"
 
 
+@pytest.mark.parametrize("use_cpu", [True, "yes"])
+def test_bfloat16_is_for_gpus(tmp_path, monkeypatch, use_cpu):
+    """A machine with a GPU, of which the run makes no use: float32, as on any other CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert not read_arguments([write_run(tmp_path, use_cpu=use_cpu)])[2].bf16
+    assert not read_arguments([write_run(tmp_path, use_cpu=None), "--use_cpu", "true"])[2].bf16
+
+
 @pytest.mark.parametrize(
     "settings, overrides, message",
     [
@@ -241,6 +250,7 @@ def test_resume_is_bit_for_bit(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert find_checkpoint(True, broken).endswith("checkpoint-8")

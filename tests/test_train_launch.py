@@ -4,16 +4,16 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from _script_helpers import ROOT, made_once, write_run
+from _script_helpers import ROOT, made_once, run_to_end, write_run
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils import DistributedType, merge_fsdp_weights
 from safetensors.torch import load_file
@@ -33,22 +33,7 @@ def launch(file: str, *words: str, timeout: float = 240, **environment: str) -> 
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
     command += [] if "--main_process_port" in words else ["--main_process_port", "0"]
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()}
-    process = subprocess.Popen(
-        [*command, *words],
-        env={**os.environ, **settings, **environment},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(process.args, process.returncode, printed)
+    return run_to_end([*command, *words], timeout, env={**os.environ, **settings, **environment}, cwd=ROOT)
 
 
 def say(file: str | Path, *words: str) -> str:
@@ -171,6 +156,16 @@ def assert_groups(groups: list):
     assert not any(name.endswith("bias") for decay, names in groups for name in names if decay)
     for part in ("decay.lambda_bias", "recurrence_gate.weight", "input_gate.bias", "final_norm.weight", "embed_tokens"):
         assert any(part in name for name in spared), part
+
+
+def test_what_hangs_is_ended_with_all_its_workers(tmp_path):
+    """A launcher's worker has a session of its own; it must not outlive a test that failed."""
+    start = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
+    code = f"import subprocess, sys; child = {start}; open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_to_end([sys.executable, "-c", code, str(tmp_path / "pid")], timeout=5)
+    worker = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
 
 
 def test_every_file_parses_and_says_when_to_take_it():
