@@ -10,9 +10,11 @@ Legend: B rows, T new tokens, V vocabulary.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -58,9 +60,9 @@ class GenerationRequest:
         if isinstance(self.stop, str):
             self.stop = (self.stop,)
         for name, allowed, holds in (
-            ("max_new_tokens", "whole numbers from 0", self.max_new_tokens >= 0),
+            ("max_new_tokens", "whole numbers from 0", _is_whole(self.max_new_tokens)),
             ("temperature", "numbers from 0", self.temperature >= 0),
-            ("top_k", "whole numbers from 0", self.top_k >= 0),
+            ("top_k", "whole numbers from 0", _is_whole(self.top_k)),
             ("top_p", "numbers above 0 up to 1", 0 < self.top_p <= 1),
             ("stop", "strings that are not empty", all(self.stop)),
         ):
@@ -191,9 +193,9 @@ class _Row:
         eos = model.generation_config.eos_token_id if request.eos_token_id is None else request.eos_token_id
         self.eos = {eos} if isinstance(eos, int) else set(() if eos is None else eos)
         largest = model.config.vocab_size - 1
-        outside = [token for token in request.prompt if not 0 <= token <= largest]
+        outside = [token for token in request.prompt if not (_is_whole(token) and token <= largest)]
         if outside:
-            raise ValueError(f"prompt of generation {index} has the token {outside[0]}: allowed are 0 to {largest}")
+            raise ValueError(f"prompt of generation {index} has the token {outside[0]!r}: allowed are 0 to {largest}")
         self.stop = None
         if request.stop:
             if tokenizer is None:
@@ -219,7 +221,7 @@ class _RunningBatch:
     def __init__(self, model):
         self.model = model
         self.lengths: tuple[int, ...] = ()
-        self.cache = None
+        self.cache = DynamicCache(config=model.config)
         self.real: torch.Tensor | None = None  # (B, slots) 0 where a short row has nothing yet; None where all have
 
     def start(self, state: GenerationState) -> None:
@@ -257,9 +259,12 @@ class _RunningBatch:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = output.past_key_values
         self.lengths = tuple(seen + length for seen in self.lengths)
         return output.logits[:, -1]
+
+
+def _is_whole(number) -> bool:
+    return isinstance(number, Integral) and number >= 0
 
 
 def _without_logits(state: GenerationState) -> GenerationState:

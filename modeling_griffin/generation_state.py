@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,7 +63,7 @@ class GenerationState:
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> "GenerationState":
         """One row by its number, or several by a slice or a list of numbers, each as often as it is named."""
-        numbers = [rows] if isinstance(rows, int) else rows
+        numbers = [rows] if isinstance(rows, Integral) else rows
         numbers = range(len(self))[numbers] if isinstance(numbers, slice) else [range(len(self))[n] for n in numbers]
         index = torch.tensor(list(numbers), dtype=torch.long, device=self.logits.device)
         lengths = tuple(self.lengths[n] for n in numbers)
@@ -118,7 +119,7 @@ class GenerationState:
         if "sliding_attention" not in self.config.layer_types:
             return None
         slots = self.layers[self.config.layer_types.index("sliding_attention")][0].shape[2]
-        if min(self.lengths) >= slots:
+        if min(self.lengths, default=slots) >= slots:
             return None
         empty = slots - torch.tensor(self.lengths, device=self.logits.device)
         return (torch.arange(slots, device=self.logits.device) >= empty[:, None]).long()
@@ -126,10 +127,12 @@ class GenerationState:
     def check(self, model) -> None:
         """Raises ValueError where the state cannot be one of `model`: another shape, dtype or device."""
         check_same_model(model.config, self.config, "state")
-        if self.logits.dtype != model.dtype or self.logits.device != model.device:
+        device = model.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
+        if self.logits.dtype != dtype or self.logits.device != device:
             raise ValueError(
-                f"state is {self.logits.dtype} on {self.logits.device}: allowed is the model's {model.dtype} on "
-                f"{model.device}"
+                f"state is {self.logits.dtype} on {self.logits.device}: allowed is the model's {dtype} on {device}"
             )
 
 

@@ -84,12 +84,16 @@ class RollbackLayer(LinearAttentionLayer):
 def states_to_keep(cache: Cache | None, layer_idx: int) -> int | None:
     """How many tokens' states a recurrent layer hands to the cache; None: only the state behind the last token.
 
-    In a cache that records its past, the stock layer is replaced by one that has a place for them.
+    In a cache that records its past, the stock layer is replaced by one that has a place for them. It stays when the
+    recording is switched off, as Transformers does before it hands a cache back.
     """
-    if cache is None or not getattr(cache.layers[layer_idx], "record_past", False):
+    if cache is None:
         return None
-    if not isinstance(cache.layers[layer_idx], RollbackLayer):
-        cache.layers[layer_idx] = RollbackLayer(cache.layers[layer_idx])
+    layer = cache.layers[layer_idx]
+    if not isinstance(layer, RollbackLayer):
+        if not getattr(layer, "record_past", False):
+            return None
+        cache.layers[layer_idx] = RollbackLayer(layer)
     return KEPT_STATES
 
 

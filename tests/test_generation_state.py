@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -65,6 +66,21 @@ def test_rows_of_all_lengths_together(kind, attention, small_model):
     assert len(joined) == 5 and len(joined.fork(3)) == 15
 
 
+def test_no_rows(small_model):
+    """What is left when all rows have ended."""
+    model = small_model()
+    state = model.prefill(random_ids(2, 3))
+    none = state[[]]
+    assert len(none) == 0 and none.to_cache()[1] is None
+    assert_behind(model, GenerationState.concatenate([none, state]), list(random_ids(2, 3)))
+
+
+def test_a_row_is_named_by_any_whole_number(small_model):
+    state = small_model().prefill(random_ids(3, 4))
+    assert torch.equal(state[np.int64(1)].logits, state.logits[1:2])
+    assert torch.equal(state[np.array([2, 0])].logits, state[torch.tensor([2, 0])].logits)
+
+
 def test_a_short_row_carries_no_empty_slots(small_model):
     model = small_model()
     joined = GenerationState.concatenate([model.prefill(random_ids(1, 2)), model.prefill(random_ids(1, 30))])
@@ -95,6 +111,19 @@ def test_save_and_load_bit_for_bit(kind, dtype, small_model, tmp_path):
         for one, other in zip(pair, expected, strict=True):
             assert torch.equal(one, other) and one.dtype == other.dtype
     assert os.listdir(tmp_path) == ["state.safetensors"]
+
+
+def test_states_under_autocast(small_model, tmp_path):
+    """Made, continued, saved and resumed: bfloat16 states of a float32 model, which only belong under autocast."""
+    model, ids, path = small_model(), random_ids(1, 20), tmp_path / "state.safetensors"
+    with torch.autocast("cpu", torch.bfloat16):
+        model.save_state(model.prefill(ids[:, :12]), path)
+        state = model.load_state(path)
+        logits = model.prefill(ids[:, 12:], state).logits
+        assert logits.dtype == torch.bfloat16
+        assert_close("bfloat16 logits", logits, model(ids).logits[:, -1])
+    with pytest.raises(ValueError, match="state is torch.bfloat16 on cpu: allowed is the model's torch.float32"):
+        model.prefill(ids[:, 12:], state)
 
 
 RESUME = """
@@ -213,7 +242,8 @@ def test_the_file_holds_what_it_says(saved):
 
 def test_bad_arguments(small_model):
     model, other = small_model(), small_model(attention_window_size=12)
-    state = model.prefill(random_ids(1, 4))
+    state, checkpointing = model.prefill(random_ids(1, 4)), small_model().train()
+    checkpointing.gradient_checkpointing_enable()
     for call, message in (
         (lambda: model.prefill(random_ids(1, 4)[0]), r"input_ids has shape \(4,\)"),
         (lambda: model.prefill(random_ids(1, 0)), r"input_ids has shape \(1, 0\)"),
@@ -222,6 +252,7 @@ def test_bad_arguments(small_model):
         (lambda: other.prefill(random_ids(1, 4), state), "attention_window_size = 8: allowed is this model's, 12"),
         (lambda: other.save_state(state, "x"), "attention_window_size = 8"),
         (lambda: state.fork(0), "copies = 0"),
+        (lambda: checkpointing.prefill(random_ids(1, 4)), "past_key_values with gradient checkpointing"),
         (lambda: GenerationState.concatenate([]), "states is empty"),
         (lambda: GenerationState.concatenate([state, other.prefill(random_ids(1, 4))]), "attention_window_size = 12"),
         (lambda: model.to(torch.bfloat16).prefill(random_ids(1, 4), state), "torch.float32 on cpu: allowed is"),

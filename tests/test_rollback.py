@@ -160,10 +160,26 @@ def test_reset_and_reordered_rows(kind, small_model):
         assert_close("logits", model(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_recording_starts_on_a_filled_cache(small_model):
+def test_recording_is_switched_off(kind, small_model):
+    """As Transformers does before it hands a cache back: the layers that recorded go on."""
+    model, ids = small_model(kind), random_ids(1, 12)
+    cache = recording_cache(model)
+    model(ids[:, :5], past_key_values=cache)
+    cache.crop(-1)
+    for layer in cache.layers:
+        layer.record_past = False
+    for begin, end in ((4, 5), (5, 8), (8, 12)):
+        logits = model(ids[:, begin:end], past_key_values=cache).logits
+        assert_close("logits", logits, model(ids[:, :end]).logits[:, begin:])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_recording_starts_on_a_filled_cache(attention, small_model):
     """And takes back as many tokens as it keeps, of a chunk that is longer too."""
-    model = small_model()
+    model = small_model("griffin", attention)
     for new, removed in ((8, 8), (MAX_ROLLBACK, MAX_ROLLBACK), (MAX_ROLLBACK + 1, MAX_ROLLBACK), (200, MAX_ROLLBACK)):
         ids = random_ids(1, 12 + new)
         cache = model(ids[:, :12]).past_key_values
