@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
 from .local_attention import LocalMask
 
@@ -47,8 +47,12 @@ def read_layout(
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
         return attention_mask.get("sliding_attention"), position_ids, documents
     _check_attention_mask(config, attention_mask, past_length, shape)
+    one_document = attention_mask is None and position_ids is None and boundaries is None
     position_ids = read_position_ids(attention_mask, position_ids, boundaries, past_length, shape, device)
-    documents = read_documents(attention_mask, position_ids, past_length, shape[1])
+    if one_document:  # known without reading values, which would stall a GPU
+        documents = Documents(position_ids == 0, real=None, packed=False)
+    else:
+        documents = read_documents(attention_mask, position_ids, past_length, shape[1])
     attention_mask = attention_mask_for_documents(
         config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
     )
@@ -224,13 +228,14 @@ def attention_mask_for_documents(
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
     """Whether a mask of pairs would be the larger part of SDPA's work, where nothing asks for it.
 
-    Static caches hand over keys in an order of their own, and a traced loop over blocks would fix their number.
+    Static caches hand over keys in an order of their own, and a traced loop over blocks would fix their number; what a
+    CUDA graph records is fixed anyway.
     """
     return (
         config._attn_implementation == "sdpa"
         and length > 2 * config.attention_window_size
         and not (past_key_values is not None and past_key_values.is_compileable)
-        and not is_tracing(position_ids)
+        and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 def logits(model):
     with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.flatten().tolist()
+        return model.eval()(torch.tensor(IDS).to(model.device)).logits.flatten().tolist()
 
 def pulled_logits(*name, **arguments):
     return logits(AutoModelForCausalLM.from_pretrained(*name, trust_remote_code=True, **arguments))
@@ -39,10 +39,12 @@ class HubClient:
         home: HF_HOME, an empty folder: caches of files and of remote code.
         token: or None.
         package: whether `modeling_griffin` can be imported.
+        triton: whether Triton can.
     """
 
-    def __init__(self, url: str, home: Path, token: str | None, package: bool):
+    def __init__(self, url: str, home: Path, token: str | None, package: bool, triton: bool = False):
         self.home = home
+        hidden = [name for name, found in {"modeling_griffin": package, "triton": triton}.items() if not found]
         path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry) != ROOT]
         keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment = {
@@ -56,7 +58,7 @@ class HubClient:
             **({"HF_TOKEN": token} if token else {}),
         }
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "with-package" if package else "without-package"],
+            [sys.executable, __file__, *hidden],
             env=environment,
             cwd=home,
             stdin=subprocess.PIPE,
@@ -104,9 +106,8 @@ class HubClient:
 
 def serve() -> None:
     """The process itself: reads [code, arguments, keep] a line, answers a line."""
-    if sys.argv[1] == "without-package":
-        sys.modules["modeling_griffin"] = None  # installed or not: here it cannot be imported
-        sys.modules["triton"] = None
+    for name in sys.argv[1:]:
+        sys.modules[name] = None  # installed or not: here it cannot be imported
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.remove(str(Path(__file__).parent))

@@ -26,7 +26,7 @@ def hub():
 @pytest.fixture(scope="module")
 def author(hub, tmp_path_factory):
     """A process with the package and a token, which has pushed me/griffin: a tiny model with a tokenizer."""
-    client = HubClient(hub.url, tmp_path_factory.mktemp("author"), "token-of-me", package=True)
+    client = HubClient(hub.url, tmp_path_factory.mktemp("author"), "token-of-me", package=True, triton=True)
     client.set_up(LOGITS, IDS=IDS)
     client.set_up(
         """
@@ -84,6 +84,30 @@ def test_without_the_package_and_without_triton(reader, expected):
     assert module.startswith("transformers_modules.me.griffin.") and package is None
     assert found == expected
     assert shape == [1, 18]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("triton", [True, False])
+def test_on_a_gpu(hub, author, tmp_path, triton):
+    """Pulled in a clean process: the scan that Triton's presence allows, the author's logits, the same tokens."""
+    client = HubClient(hub.url, tmp_path, None, package=False, triton=triton)
+    client.set_up(LOGITS, IDS=IDS)
+    code = """
+    model = AutoModelForCausalLM.from_pretrained("me/griffin", trust_remote_code=True).cuda()
+    scan = sys.modules[type(model).__module__.replace(".modeling_griffin", ".rg_lru_scan")]
+    sampled = model.generate(torch.tensor(IDS).cuda(), max_new_tokens=20, do_sample=False, eos_token_id=())
+    result = [sys.modules["modeling_griffin"], scan.describe_backend("cuda"), logits(model), sampled.tolist()]
+    """
+    package, backend, found, sampled = client.run(code)
+    client.close()
+    code = """
+    sampled = model.generate(torch.tensor(IDS), max_new_tokens=20, do_sample=False, eos_token_id=())
+    result = [logits(model), sampled.tolist()]
+    """
+    expected, expected_tokens = author.run(code)
+    assert package is None and backend.startswith(f"RG-LRU scan: {'triton' if triton else 'torch'} on cuda")
+    assert max(abs(e - a) for e, a in zip(expected, found, strict=True)) < 1e-5
+    assert sampled == expected_tokens
 
 
 def test_code_does_not_run_unasked(reader, author):

@@ -24,7 +24,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
-    client = HubClient(hub.url, tmp_path_factory.mktemp("home"), "token-of-me", package=True)
+    client = HubClient(hub.url, tmp_path_factory.mktemp("home"), "token-of-me", package=True, triton=True)
     client.set_up("""
         import os
         import push_to_hub
