@@ -6,6 +6,8 @@ Legend: B batch, T time, C channels, W taps.
 import torch
 from torch import nn
 
+from .fused import fuse_on_gpu
+
 
 class CausalConv1d(nn.Conv1d):
     """y_t = bias + sum_k weight[W - 1 - k] x_{t-k}, channel by channel, over real tokens of one document only.
@@ -48,24 +50,26 @@ class CausalConv1d(nn.Conv1d):
         before = x.new_zeros(batch, taps, channels) if state is None else state.to(x.dtype).transpose(1, 2)
         padded = torch.cat([before, x], dim=1)  # (B, W + T, C); token t stands at W + t
         age = None if document_start is None else _tokens_since_start(document_start)
-        y = self._convolve(padded[:, 1:], age)
+        y = convolve(padded[:, 1:], self.weight, self.bias, age)
         new_states = _states_behind(padded, taps, real, age, 1 if states_to_keep is None else states_to_keep)
         if order is not None:
             y = _take(y, torch.argsort(order, dim=1))
         return y, new_states[:, -1] if states_to_keep is None else new_states
 
-    def _convolve(self, padded: torch.Tensor, age: torch.Tensor | None) -> torch.Tensor:
-        """(B, W - 1 + T, C) -> (B, T, C). age (B, T): the tap k back is used where age >= k; None means everywhere."""
-        taps = self.weight.shape[-1]
-        length = padded.shape[1] - taps + 1
-        # In the dtype of the input: autocast does not cast products, and float32 weights would make the scan float32.
-        weight, y = self.weight.to(padded.dtype), self.bias.to(padded.dtype)
-        for back in range(taps):
-            tap = padded[:, taps - 1 - back : taps - 1 - back + length] * weight[:, 0, taps - 1 - back]
-            if age is not None and back:
-                tap = tap.masked_fill((age < back)[..., None], 0.0)
-            y = y + tap
-        return y
+
+@fuse_on_gpu
+def convolve(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, age: torch.Tensor | None) -> torch.Tensor:
+    """(B, W - 1 + T, C) -> (B, T, C). age (B, T): the tap k back is used where age >= k; None means everywhere."""
+    taps = weight.shape[-1]
+    length = padded.shape[1] - taps + 1
+    # In the dtype of the input: autocast does not cast products, and float32 weights would make the scan float32.
+    weight, y = weight.to(padded.dtype), bias.to(padded.dtype)
+    for back in range(taps):
+        tap = padded[:, taps - 1 - back : taps - 1 - back + length] * weight[:, 0, taps - 1 - back]
+        if age is not None and back:
+            tap = tap.masked_fill((age < back)[..., None], 0.0)
+        y = y + tap
+    return y
 
 
 def _tokens_since_start(document_start: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from .causal_conv1d import CausalConv1d
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
+from .fused import gated, rms_norm
 from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
@@ -50,9 +51,7 @@ class GriffinRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (x * (1.0 + self.weight.float())).type_as(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -180,7 +179,7 @@ class GriffinRecurrentBlock(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         conv_state, state = self._read_states(past_key_values)
         keep = states_to_keep(past_key_values, self.layer_idx)
-        y = self.act_fn(self.linear_y(hidden_states))
+        y = self.linear_y(hidden_states)
         x = self.linear_x(hidden_states)
         document_start = documents.start if documents.packed else None
         x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep)
@@ -188,7 +187,7 @@ class GriffinRecurrentBlock(nn.Module):
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(state, self.layer_idx)
-        return self.linear_out(x * y), None
+        return self.linear_out(gated(self.act_fn, y, x)), None
 
     def _read_states(self, past_key_values: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Convolution state (B, C, conv1d_width) and recurrent state (B, C) float32, or None before the first token."""
@@ -210,7 +209,7 @@ class GriffinMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(gated(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 def residual_output(in_features: int, config: GriffinConfig) -> nn.Linear:

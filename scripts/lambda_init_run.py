@@ -80,12 +80,31 @@ def make_model(config: GriffinConfig, seed: int) -> GriffinForCausalLM:
 
 
 def make_optimizer(model, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    decayed = set(decay_parameter_names(model))
+    """On a GPU ready to be recorded: the rate is a tensor, and all state exists before the first step."""
+    decayed, recorded = set(decay_parameter_names(model)), model.device.type == "cuda"
     groups = [
         {"params": [p for name, p in model.named_parameters() if (name in decayed) is decays], "weight_decay": amount}
         for decays, amount in ((True, weight_decay), (False, 0.0))
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    rate = torch.tensor(learning_rate, device=model.device) if recorded else learning_rate
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=recorded)
+    if recorded:
+        _make_state(optimizer, model)
+    return optimizer
+
+
+def _make_state(optimizer: torch.optim.AdamW, model) -> None:
+    """A step that changes nothing, taken back: state made within a recording would be made anew at each replay."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rate = optimizer.param_groups[0]["lr"]
+    value = rate.clone()
+    rate.zero_()
+    optimizer.step()
+    rate.copy_(value)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class Watch:
@@ -122,14 +141,59 @@ def train(model, task, run: dict) -> Iterator[tuple[int, torch.Tensor]]:
     settings, steps = run["settings"], run["steps"]
     optimizer = make_optimizer(model, run["learning_rate"], settings["weight_decay"])
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(settings["warmup"] * steps)), steps)
-    for step in range(1, steps + 1):
-        loss = task.loss(model)
+
+    def gradients(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = task.loss(model, batch)
         loss.backward()
+        return loss.detach()
+
+    def take_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = gradients(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["max_grad_norm"])
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    if model.device.type == "cuda":
+        take_step = Recorded(take_step, warm_up=gradients)
+    for step in range(1, steps + 1):
+        loss = take_step(task.batch())
         schedule.step()
-        yield step, loss.detach()
+        yield step, loss
+
+
+class Recorded:
+    """A function of a batch as a CUDA graph, one for each shape of batch: models this small wait for launches only.
+
+    function: batch -> a tensor; warm_up: what can run before without changing anything, so that kernels are compiled.
+    """
+
+    def __init__(self, function, warm_up):
+        self.function, self.warm_up = function, warm_up
+        self.recordings: dict[tuple, tuple] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # shared: recordings are replayed one after the other
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        shapes = tuple((name, tensor.shape) for name, tensor in batch.items())
+        if shapes not in self.recordings:
+            self.recordings[shapes] = self._record({name: tensor.clone() for name, tensor in batch.items()})
+        graph, inputs, output = self.recordings[shapes]
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor)
+        graph.replay()
+        return output.clone()
+
+    def _record(self, inputs: dict[str, torch.Tensor]) -> tuple:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.warm_up(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = self.function(inputs)
+        return graph, inputs, output
 
 
 def run_one(run: dict) -> dict:

@@ -1,9 +1,10 @@
 """The tasks on which initialisations of Λ are compared: batches, losses, and evaluation beyond the trained length.
 
 A task is made from its settings (a mapping of the sweep's YAML file) and a seed, which alone decides the order of the
-data: every arm of a comparison sees the same batches. `loss` is one training batch, `validate` the figures that curves
-and the choice of a learning rate rest on, `evaluate` the figures by size or position at the end of a run. What only
-text needs (such as `datasets`) is imported where text is read, so that the synthetic tasks run without it.
+data: every arm of a comparison sees the same batches. `batch` draws a training batch, `loss` is the model's on one,
+`validate` the figures that curves and the choice of a learning rate rest on, `evaluate` the figures by size or position
+at the end of a run. What only text needs (such as `datasets`) is imported where text is read, so that the synthetic
+tasks run without it.
 """
 
 import hashlib
@@ -36,11 +37,15 @@ class SyntheticTask:
         self.sizes = random.Random(seed)
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def loss(self, model) -> torch.Tensor:
-        """Mean -log p of a training batch's answers, nats."""
+    def batch(self) -> dict[str, torch.Tensor]:
         size = self.sizes.choice(self.settings["sizes"])
         tokens, targets = self.draw(self.settings["rows"], size, self.generator, **self.options)
-        return cross_entropy(_logits(model, tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return {"tokens": tokens, "targets": targets}
+
+    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean -log p of the answers, nats."""
+        logits = _logits(model, batch["tokens"]).flatten(0, 1)
+        return cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORED)
 
     def validate(self, model) -> dict[str, float]:
         """loss (nats an answer) and accuracy (share of right answers), both means over the trained sizes."""
@@ -95,8 +100,13 @@ class LanguageTask:
         self.long_rows = PackedRows(held_out, settings["long_length"], filler)
         self.order = _endless_order(len(self.train_rows), np.random.default_rng(seed))
 
-    def loss(self, model) -> torch.Tensor:
-        return self._loss(model, [self.train_rows[next(self.order)] for _ in range(self.settings["rows"])])
+    def batch(self) -> dict[str, torch.Tensor]:
+        return self._batch([self.train_rows[next(self.order)] for _ in range(self.settings["rows"])])
+
+    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """nats a token."""
+        with self._autocast():
+            return model(**batch, use_cache=False).loss
 
     @torch.no_grad()
     def validate(self, model) -> dict[str, float]:
@@ -105,7 +115,8 @@ class LanguageTask:
         size = self.settings["rows"]
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
         predicted = [sum(int((row["labels"][1:] != IGNORED).sum()) for row in batch) for batch in batches]
-        nats = torch.stack([self._loss(model, batch) * count for batch, count in zip(batches, predicted)]).sum()
+        losses = (self.loss(model, self._batch(batch)) for batch in batches)
+        nats = torch.stack([loss * count for loss, count in zip(losses, predicted)]).sum()
         return {"loss": nats.item() / sum(predicted)}
 
     def evaluate(self, model) -> list[dict[str, float]]:
@@ -119,16 +130,16 @@ class LanguageTask:
         names = ("tokens", "loss", "bits_per_byte")
         return [{"size": e["from"], **{name: e[name] for name in names}} for e in summarize(entries)["by_position"]]
 
-    def _loss(self, model, rows: list[dict]) -> torch.Tensor:
+    def _batch(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         if self.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        with self._autocast():
-            return model(**batch, use_cache=False).loss
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        # Without a cache of cast weights: a recorded step would go on with those of its recording.
+        on_gpu = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False)
 
 
 def _endless_order(count: int, generator):

@@ -8,6 +8,7 @@ import sys
 import time
 
 import datasets
+import lambda_init_run
 import pytest
 import torch
 import yaml
@@ -246,7 +247,7 @@ def test_arms_share_all_weights_but_lambda_and_all_data():
     assert not any(torch.equal(other[name], first[name]) for name in first if "weight" in name and "norm" not in name)
 
     tasks = [make_task({**SWEEP["common"], **RECALL}, seed, CPU) for seed in (5, 5, 6)]
-    losses = [[task.loss(models[0]).item() for _ in range(4)] for task in tasks]
+    losses = [[task.loss(models[0], task.batch()).item() for _ in range(4)] for task in tasks]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -273,6 +274,27 @@ def test_depth_ladder_rises_and_covers_the_range():
     model = make_model(make_config(GRIFFIN, {"lambda_init": "depth_ladder"}, 16), seed=0)
     first, last = (module.lambda_bias for module in model.modules() if isinstance(module, Decay))
     assert first.min() > last.max()  # a large Λ forgets fast
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [HAWK, {**GRIFFIN, "attention_window_size": 8}], ids=["hawk", "griffin"])
+@pytest.mark.parametrize("kind", ["delayed_recall", "language_modelling"])
+def test_recorded_steps_learn_what_steps_learn(kind, model, text_task, monkeypatch):
+    """The sizes take turns, and Griffin's attention is over one and over several windows."""
+    settings = (
+        prepare_text(*text_task) if kind == "language_modelling" else {**SWEEP["common"], **RECALL, "sizes": [1, 40]}
+    )
+    run = {"key": "k", "task": "t", "arm": "a", "seed": 0, "learning_rate": 1e-2, "steps": 12, "measured": True}
+    run |= {"settings": {**settings, "model": model}, "arm_settings": {"lambda_init": "uniform"}, "device": "cuda"}
+    recorded = run_one(run)
+    monkeypatch.setattr(lambda_init_run, "Recorded", lambda function, warm_up: function)
+    expected = run_one(run)
+    tolerance = (
+        2e-2 if kind == "language_modelling" else 1e-4
+    )  # under bfloat16 the two differ in the attention's kernel
+    for found, right in zip(recorded["curve"], expected["curve"], strict=True):
+        assert found["loss"] == pytest.approx(right["loss"], rel=tolerance)
+    assert recorded["curve"][-1]["loss"] < 0.99 * recorded["curve"][0]["loss"]
 
 
 # Language modelling

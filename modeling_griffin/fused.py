@@ -1,0 +1,66 @@
+"""Chains of elementwise operations as single kernels on a GPU, made by `torch.compile` from the functions themselves.
+
+Eagerly each operation reads and writes all of its tensors, and autograd keeps what lies between: on a GPU a layer then
+spends as long on them as on its matrix products. Small tensors stay eager, so that one token waits for no compiler.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import gelu
+from transformers.activations import ACT2FN
+
+from .rg_lru_scan_triton import triton_unavailable_reason
+
+
+LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much as the memory
+
+
+def fuse_on_gpu(function: Callable) -> Callable:
+    """`function` of tensors, compiled when it is called with a large plain tensor on a GPU.
+
+    Compiled for all lengths at once (`dynamic=True`), in the first call, and kept on disk for other processes. Within
+    an outer `torch.compile`, and for the wrapped tensors of other transformations, it is the function itself.
+    """
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return (compiled if _pays(*arguments) else function)(*arguments)
+
+    return call
+
+
+def _pays(first: torch.Tensor, *others) -> bool:
+    return (
+        first.is_cuda
+        and first.numel() >= LEAST_ELEMENTS
+        and not torch.compiler.is_compiling()
+        and triton_unavailable_reason(first) is None
+        and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (first, *others) if isinstance(x, torch.Tensor))
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+@fuse_on_gpu
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * (1 + weight) over the last axis, computed in float32, in the dtype of x."""
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    return (y * (1.0 + weight.float())).type_as(x)
+
+
+def gated(act_fn: torch.nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """act_fn(gate) * x; one kernel for the activation of the paper's and DeepMind's models."""
+    if isinstance(act_fn, GELU_TANH):
+        return _gelu_tanh_gated(gate, x)
+    return act_fn(gate) * x
+
+
+GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+
+
+@fuse_on_gpu
+def _gelu_tanh_gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return gelu(gate, approximate="tanh") * x
