@@ -27,12 +27,13 @@ def fuse_on_gpu(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*arguments):
-        return (compiled if _pays(*arguments) else function)(*arguments)
+        return (compiled if pays(*arguments) else function)(*arguments)
 
     return call
 
 
-def _pays(first: torch.Tensor, *others) -> bool:
+def pays(first: torch.Tensor, *others) -> bool:
+    """Whether to leave the eager operations: large plain tensors on a GPU, outside other transformations."""
     return (
         first.is_cuda
         and first.numel() >= LEAST_ELEMENTS

@@ -5,7 +5,9 @@ Legend: B batch, T time, C channels, N gate blocks.
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from .fused import pays
 from .rg_lru_scan import rg_lru_scan
 
 
@@ -19,12 +21,51 @@ class BlockDiagonalLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
+        if pays(x, self.weight, self.bias):
+            return _BlockDiagonalProduct.apply(*_as_autocast(x, self.weight, self.bias))
         blocks = x.unflatten(-1, self.weight.shape[:2])  # sizes come from tensors: they may be shards
         y = torch.einsum("btni,nij->btnj", blocks, self.weight)
         return (y + self.bias.to(y.dtype)).flatten(-2)  # under autocast y is bfloat16 and the bias float32
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}"  # whole: a launcher may have left an empty shard
+
+
+class _BlockDiagonalProduct(torch.autograd.Function):
+    """The same, with each product written where it belongs.
+
+    The batched product that einsum calls puts the blocks first, and then the bias, the scan and the way back each pay
+    for a copy of (B, T, C) into another order: more time than the products themselves.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(x.shape)
+        torch.bmm(_by_block(x, weight), weight, out=_by_block(y, weight))
+        return y.add_(bias.flatten())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        d_y, d_x = d_y.contiguous(), x.new_empty(x.shape)
+        torch.bmm(_by_block(d_y, weight), weight.mT, out=_by_block(d_x, weight))
+        d_weight = torch.bmm(_by_block(x, weight).mT, _by_block(d_y, weight))
+        return d_x, d_weight, d_y.flatten(0, -2).sum(0).view(weight.shape[:2])
+
+
+def _by_block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(B, T, C) -> a view (N, B * T, C/N)."""
+    return x.reshape(-1, *weight.shape[:2]).transpose(0, 1)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """In the dtype that autocast gives to products."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 class Decay(nn.Module):

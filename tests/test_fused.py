@@ -44,7 +44,7 @@ def compare(chain, dtype, device, weight_dtype):
     for length in (9, 33, 7):
         found = outcome(chain, length, dtype, device, weight_dtype)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused, "_pays", lambda *arguments: False)
+            patch.setattr(fused, "pays", lambda *arguments: False)
             expected = outcome(chain, length, dtype, device, weight_dtype)
             right = outcome(chain, length, torch.float64, device, torch.float64)
         for f, e, r in zip(found, expected, right, strict=True):
@@ -56,7 +56,7 @@ def compare(chain, dtype, device, weight_dtype):
 @pytest.mark.parametrize("chain", CHAINS)
 def test_compiled_is_as_near_to_the_truth(chain, monkeypatch):
     """By the compiler's CPU backend; and the third length compiles nothing more."""
-    monkeypatch.setattr(fused, "_pays", lambda *arguments: not any(x.dtype == torch.float64 for x in arguments[:1]))
+    monkeypatch.setattr(fused, "pays", lambda *arguments: not any(x.dtype == torch.float64 for x in arguments[:1]))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -70,12 +70,12 @@ def test_compiled_is_as_near_to_the_truth(chain, monkeypatch):
 def test_on_a_gpu(chain, dtype, monkeypatch):
     monkeypatch.setattr(fused, "LEAST_ELEMENTS", 1)
     calls = []
-    monkeypatch.setattr(fused, "_pays", lambda *arguments: calls.append(1) or pays(*arguments))
+    monkeypatch.setattr(fused, "pays", lambda *arguments: calls.append(1) or PAYS(*arguments))
     compare(chain, dtype, "cuda", torch.float32)
     assert calls
 
 
-pays = fused._pays
+PAYS = fused.pays
 
 
 def test_what_stays_eager(monkeypatch):
@@ -85,13 +85,13 @@ def test_what_stays_eager(monkeypatch):
         pass
 
     monkeypatch.setattr(fused, "triton_unavailable_reason", lambda x: None)
-    assert not pays(torch.zeros(2**20))
+    assert not PAYS(torch.zeros(2**20))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     large = torch.empty(2**20, device="meta")
-    assert pays(large) and not pays(large[1:])
-    assert not pays(large.as_subclass(OnGpu)) and not pays(large, large.as_subclass(OnGpu))
+    assert PAYS(large) and not PAYS(large[1:])
+    assert not PAYS(large.as_subclass(OnGpu)) and not PAYS(large, large.as_subclass(OnGpu))
     in_grad = []
-    torch.func.grad(lambda y: (in_grad.append(pays(large)), y.sum())[1])(torch.ones(2))
+    torch.func.grad(lambda y: (in_grad.append(PAYS(large)), y.sum())[1])(torch.ones(2))
     assert in_grad == [False]
 
 

@@ -6,6 +6,7 @@ Legend: B batch, T time, C channels, N gate blocks.
 import pytest
 import torch
 
+from modeling_griffin import rg_lru
 from modeling_griffin.rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from tests.tolerances import assert_close
 
@@ -41,6 +42,28 @@ def test_gate_is_a_block_diagonal_matrix(blocks):
     x = torch.randn(B, T, C)
     expected = x @ torch.block_diag(*gate.weight) + gate.bias.flatten()  # input axis first
     assert_close("layer", gate(x), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_products_written_in_place_are_the_same(blocks, autocast, monkeypatch):
+    """What large inputs on a GPU take: values and all gradients, for a strided input and a strided gradient too."""
+    gate = BlockDiagonalLinear(C, blocks)
+    torch.nn.init.normal_(gate.weight)
+    torch.nn.init.normal_(gate.bias)
+    x, weights = torch.randn(2, T, B, C, dtype=torch.bfloat16 if autocast else torch.float32)
+    x.requires_grad_()
+
+    def outcome():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = gate(x.transpose(0, 1))
+        return [y, *torch.autograd.grad(y, [x, *gate.parameters()], weights.transpose(0, 1).to(y.dtype))]
+
+    expected = outcome()
+    monkeypatch.setattr(rg_lru, "pays", lambda *tensors: True)
+    for right, found in zip(expected, outcome(), strict=True):
+        assert found.dtype == right.dtype
+        assert_close("bfloat16 layer" if autocast else "layer", found.float(), right.float())
 
 
 @pytest.mark.parametrize("c", [0.5, 8.0])
