@@ -25,6 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .causal_conv1d import CausalConv1d
+from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
@@ -371,6 +372,13 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, Generatio
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @PreTrainedModel.loss_function.getter
+    def loss_function(self):
+        """`causal_lm_loss`, where Transformers would take `ForCausalLMLoss` and no other loss was set."""
+        if hasattr(self, "_loss_function") or self.loss_type not in ("ForCausalLM", None):
+            return super().loss_function
+        return causal_lm_loss
 
     @can_return_tuple
     def forward(

@@ -7,6 +7,8 @@ G key-value heads, K head dimension; e bytes of a number in the matrix products,
 from math import prod
 from typing import NamedTuple
 
+from modeling_griffin.causal_lm_loss import CHUNK_ELEMENTS
+
 
 class Sizes(NamedTuple):
     """The numbers of a configuration that memory depends on. V rows of the embedding are held, `logits` computed."""
@@ -165,11 +167,11 @@ def keys_and_pairs(s: Sizes, length: int) -> tuple[int, int]:
 def kept_outside_layers(s: Sizes, rows: int, length: int, precision: Precision) -> int:
     """Final norm, head and loss; token ids, labels, starts of documents, rotation.
 
-    N (8 D + 4) + 4 D + e N D + 4 N V, the last one the log-probabilities in float32; e N V more for a cap on the
-    logits; a copy of the head under autocast, e V D; 16 N + 4 + N. (8 bytes more for B = 1.)
+    N (8 D + 4) + 4 D + e N D + e N V, the last one the logits; e N V more for a cap on them; a copy of the head under
+    autocast, e V D; 16 N + 4 + N. (8 bytes more for B = 1.)
     """
     e, tokens = precision.e, rows * length
-    kept = tokens * (8 * s.D + 4) + 4 * s.D + e * tokens * s.D + 4 * tokens * s.logits + 16 * tokens + 4
+    kept = tokens * (8 * s.D + 4) + 4 * s.D + e * tokens * s.D + e * tokens * s.logits + 16 * tokens + 4
     kept += e * tokens * s.logits if s.capped else 0
     kept += e * s.V * s.D if precision.copies else 0
     kept += tokens if "linear_attention" in s.kinds else 0
@@ -198,16 +200,19 @@ def kept(s: Sizes, rows: int, length: int, precision: Precision, checkpointing: 
 
 
 def activations(s: Sizes, rows: int, length: int, precision: Precision, checkpointing: bool = False) -> int:
-    """The most there is at a time: what is kept, and the largest of three workspaces on top of it.
+    """The most there is at a time: what is kept, and the largest of these workspaces on top of it.
 
-    Backward pass of the loss: 8 N V, two float32 gradients. With checkpointing also one layer's activations, made
-    again; and, at the end of the forward pass, 6 N V of logits beside the copies of all weights that autocast holds.
+    Backward pass of the loss: e N V, the gradient of the logits, and 4 c for the softmax of a chunk of at most
+    c = 2^25 logits; 8 c where they are cast to float32 for it. Where e = 2, the logits that the model returns, which
+    accelerate casts to float32: 4 N V. With checkpointing also one layer's activations, made again; and, in the loss
+    at the end of the forward pass, 8 c beside the copies of all weights that autocast holds.
     """
-    tokens = rows * length
-    workspaces = [8 * tokens * s.logits]
+    elements = rows * length * s.logits
+    chunk = (8 if precision.e == 2 else 4) * min(elements, CHUNK_ELEMENTS["cuda"])
+    workspaces = [precision.e * elements + chunk, 4 * elements]
     if checkpointing:
         workspaces += [kept_by_layer(s, kind, rows, length, precision) for kind in set(s.kinds)]
         if precision.copies:
             shapes = [shape for kind in s.kinds for shape in layer_tensors(s, kind).values() if len(shape) > 1]
-            workspaces += [6 * tokens * s.logits + precision.e * sum(map(prod, shapes))]
+            workspaces += [chunk + precision.e * sum(map(prod, shapes))]
     return kept(s, rows, length, precision, checkpointing) + max(workspaces)

@@ -267,7 +267,7 @@ of {large} GB; in brackets: neither.
 **Compared with real runs** by tests/test_plan_memory.py, on a CPU: the parameters of every model; bytes of weights,
 gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins and Hawks of several widths,
 lengths and batches, in float32, under autocast and in bfloat16, with and without checkpointing; the peak of memory,
-where the loss makes it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
+where the logits make it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
 processes, to the byte, and the shards. **Not compared**: anything on a GPU; FSDP2's workspace; the activations of
 tensor parallelism. On a GPU the scan keeps the same tensors (x, both gates, hidden), and so do the attention
 kernels, but for log-sum-exps rounded up to 32 rows. Not counted: workspaces of single operators other than the

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from _script_helpers import ROOT, run_to_end
+from accelerate.utils.operations import convert_outputs_to_fp32
 from memory_formulas import (
     AUTOCAST,
     BFLOAT16,
@@ -35,6 +36,7 @@ from plan_memory import (
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin.causal_lm_loss import CHUNK_ELEMENTS
 
 
 PRECISIONS = {"float32": FLOAT32, "autocast": AUTOCAST, "bfloat16": BFLOAT16}
@@ -68,8 +70,13 @@ def loss_of(model, ids: torch.Tensor, precision: str) -> torch.Tensor:
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
     half = ids.shape[1] // 2
     positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)]).repeat(ids.shape[0], 1)
-    with autocast:
-        return model(ids, labels=ids, position_ids=positions, use_cache=False).loss
+
+    @convert_outputs_to_fp32  # as accelerate does it
+    def outputs():
+        with autocast:
+            return model(ids, labels=ids, position_ids=positions, use_cache=False)
+
+    return outputs().loss
 
 
 def test_the_page_is_up_to_date():
@@ -165,11 +172,17 @@ def test_what_checkpointing_keeps_to_the_byte(kinds, precision, window):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [2**18, 2**25], ids=["chunks", "one chunk"])
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
-def test_the_peak(precision, checkpointing):
-    """With a large vocabulary, so that the loss makes it, and not the float32 temporaries of the scan on a CPU."""
+def test_the_peak(precision, chunk, checkpointing, monkeypatch):
+    """With a large vocabulary, so that the logits make it, and not the float32 temporaries of the scan on a CPU.
+
+    In one chunk it is the backward pass of the loss, in several what accelerate makes of the logits.
+    """
+    for device in CHUNK_ELEMENTS:
+        monkeypatch.setitem(CHUNK_ELEMENTS, device, chunk)
     changes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32, "num_gate_blocks": 4, "lru_width": 96}
-    config, shape = make_config((R, R, A), vocab_size=2000, attention_window_size=100, **changes), (2, 256)
+    config, shape = make_config((R, R, A), vocab_size=4000, attention_window_size=100, **changes), (2, 256)
     _, peak = tracked(config, precision, checkpointing, shape)
     expected = activations(sizes_of(config), *shape, PRECISIONS[precision], checkpointing)
     assert abs(peak - expected) <= PEAK_TOLERANCE * expected

@@ -20,6 +20,10 @@ TOLERANCES = {
     "gradient": 6e-6,
     "tensor parallel gradient": 2e-5,
     "loss": 4e-7,
+    "loss float64": 1e-14,
+    "loss gradient": 1e-6,
+    "bfloat16 rounding": 1.001 * 2**-8,  # half a unit in the last place, and little beside it
+    "float16 rounding": 1.001 * 2**-11,
     "trained parameter": 1e-6,  # after three steps of AdamW
     "bfloat16 logits": 2e-2,
     "float16 logits": 3e-3,
