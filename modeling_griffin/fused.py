@@ -23,11 +23,14 @@ def fuse_on_gpu(function: Callable) -> Callable:
     Compiled for all lengths at once (`dynamic=True`), in the first call, and kept on disk for other processes. Within
     an outer `torch.compile`, and for the wrapped tensors of other transformations, it is the function itself.
     """
-    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.cache
+    def compiled() -> Callable:  # not at import, where torch.compile already makes folders
+        return torch.compile(function, dynamic=True, fullgraph=True)
 
     @functools.wraps(function)
     def call(*arguments):
-        return (compiled if pays(*arguments) else function)(*arguments)
+        return (compiled() if pays(*arguments) else function)(*arguments)
 
     return call
 

@@ -95,13 +95,13 @@ def test_on_a_gpu(hub, author, tmp_path, triton):
     code = """
     model = AutoModelForCausalLM.from_pretrained("me/griffin", trust_remote_code=True).cuda()
     scan = sys.modules[type(model).__module__.replace(".modeling_griffin", ".rg_lru_scan")]
-    sampled = model.generate(torch.tensor(IDS).cuda(), max_new_tokens=20, do_sample=False, eos_token_id=())
+    sampled = model.generate(torch.tensor(IDS).cuda(), max_new_tokens=20, min_new_tokens=20, do_sample=False)
     result = [sys.modules["modeling_griffin"], scan.describe_backend("cuda"), logits(model), sampled.tolist()]
     """
     package, backend, found, sampled = client.run(code)
     client.close()
     code = """
-    sampled = model.generate(torch.tensor(IDS), max_new_tokens=20, do_sample=False, eos_token_id=())
+    sampled = model.generate(torch.tensor(IDS), max_new_tokens=20, min_new_tokens=20, do_sample=False)
     result = [logits(model), sampled.tolist()]
     """
     expected, expected_tokens = author.run(code)
