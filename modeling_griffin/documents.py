@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
+from .flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents, runs_of_rows
 from .local_attention import LocalMask
 
 
@@ -193,12 +194,14 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; a `LocalMask`
-    where SDPA runs over more than two windows.
+    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; `Runs` where
+    flash attention can take them; a `LocalMask` where SDPA runs over more than two windows.
     """
     if "sliding_attention" not in config.layer_types:
         return None
     length = position_ids.shape[1]
+    if (runs := _runs(config, inputs_embeds, attention_mask, past_key_values, documents)) is not None:
+        return runs
     first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
         layer = past_key_values.is_sliding.index(True)
@@ -223,6 +226,29 @@ def attention_mask_for_documents(
         past_key_values=past_key_values,
         and_mask_function=same_document if documents.packed else None,
     )
+
+
+def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Documents) -> Runs | None:
+    """What flash attention takes in place of a mask; None where it cannot run, or for one token, which needs no mask.
+
+    Behind a cache only rows of one document without padding are runs: how many of the cached keys belong to another
+    document would have to be read from the GPU. Static caches hand over keys in an order of their own.
+    """
+    shape, window = inputs_embeds.shape[:2], config.attention_window_size
+    if shape[1] == 1 or flash_unavailable_reason(config, inputs_embeds) is not None:
+        return None
+    if past_key_values is not None and past_key_values.is_compileable:
+        return None
+    past = _tokens_in_cache(config, past_key_values)
+    simple = not documents.packed and documents.real is None
+    if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
+        return None
+    if simple:
+        num_keys = shape[1]
+        if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(shape[1], past_key_values.is_sliding.index(True))
+        return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
+    return None if is_tracing(documents.start) else runs_of_documents(documents.start, documents.real, window)
 
 
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:

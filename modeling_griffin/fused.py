@@ -68,3 +68,13 @@ GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 @fuse_on_gpu
 def _gelu_tanh_gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gelu(gate, approximate="tanh") * x
+
+
+@fuse_on_gpu
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R dimensions of each head and leaves the others; x (B, T, H, K), cos and sin (B, T, R)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.type_as(x), kept), dim=-1)

@@ -29,7 +29,8 @@ from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
-from .fused import gated, rms_norm
+from .flash_local_attention import Runs, flash_local_attention
+from .fused import gated, rms_norm, rotate
 from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
@@ -78,14 +79,6 @@ class GriffinRotaryEmbedding(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first dimensions of each head by cos, sin (B, T, R) and leaves the others; x (B, H, T, K)."""
-    cos, sin = cos[:, None], sin[:, None]
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, kept), dim=-1)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -105,6 +98,10 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# What `read_layout` hands over in place of a mask says which attention can read it.
+OWN_ATTENTION = {LocalMask: local_attention, Runs: flash_local_attention}
 
 
 class GriffinAttention(nn.Module):
@@ -137,17 +134,17 @@ class GriffinAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         per_head = (*input_shape, -1, self.head_dim)
-        query = rotate(self.q_proj(hidden_states).view(per_head).transpose(1, 2), *position_embeddings)
-        key = rotate(self.k_proj(hidden_states).view(per_head).transpose(1, 2), *position_embeddings)
+        query = rotate(self.q_proj(hidden_states).view(per_head), *position_embeddings).transpose(1, 2)
+        key = rotate(self.k_proj(hidden_states).view(per_head), *position_embeddings).transpose(1, 2)
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         # Transformers' attention reads it here; a rank of tensor parallelism has other heads than the configuration.
         self.num_key_value_groups = query.shape[1] // key.shape[1]
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(attention_mask, LocalMask):
-            attention = local_attention
+        attention = OWN_ATTENTION.get(type(attention_mask)) or ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attention(
             self,
             query,
