@@ -30,7 +30,8 @@ from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
 from .flash_local_attention import Runs, flash_local_attention
-from .fused import gated, rms_norm, rotate
+from .fused import add_rms_norm, gated, rms_norm, rotate
+from .fused_linear import gated_linears, linears
 from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
@@ -52,8 +53,11 @@ class GriffinRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.eps)
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+        """(B, T, D) -> (B, T, D); with a residual: the norm of their sum, and the sum."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.eps)
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -134,9 +138,10 @@ class GriffinAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         per_head = (*input_shape, -1, self.head_dim)
-        query = rotate(self.q_proj(hidden_states).view(per_head), *position_embeddings).transpose(1, 2)
-        key = rotate(self.k_proj(hidden_states).view(per_head), *position_embeddings).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        projected = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (x.view(per_head) for x in projected)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -177,8 +182,7 @@ class GriffinRecurrentBlock(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         conv_state, state = self._read_states(past_key_values)
         keep = states_to_keep(past_key_values, self.layer_idx)
-        y = self.linear_y(hidden_states)
-        x = self.linear_x(hidden_states)
+        x, y = linears(hidden_states, self.linear_x, self.linear_y)
         document_start = documents.start if documents.packed else None
         x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep)
         x, state = self.rg_lru(x, documents.start, documents.real, state, keep)
@@ -207,7 +211,7 @@ class GriffinMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        return self.down_proj(gated_linears(self.act_fn, hidden_states, self.gate_proj, self.up_proj))
 
 
 def residual_output(in_features: int, config: GriffinConfig) -> nn.Linear:
@@ -232,8 +236,8 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         mixed, _ = self.temporal_block(self.temporal_pre_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp_block(self.channel_pre_norm(hidden_states))
+        normed, hidden_states = self.channel_pre_norm(mixed, residual=hidden_states)
+        return hidden_states + self.mlp_block(normed)
 
 
 class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTrainedModel):

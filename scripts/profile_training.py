@@ -190,8 +190,8 @@ def text(report: dict) -> str:
     lines = [f"# Where a training step's time goes: {report['size']}, {batch} x {length}, bfloat16", ""]
     lines += [*birth_lines(report["birth"]), ""]
     lines += [
-        f"Copy rate {report['copy_bytes_per_s'] / 1e12:.2f} TB/s. Forward and backward of each part alone, times its number",
-        "in a step; medians. The floor is the products' time at the GPU's peak or the fewest bytes' at the copy rate.",
+        f"Copy rate {report['copy_bytes_per_s'] / 1e12:.2f} TB/s. Forward and backward of each part alone, times its",
+        "number in a step; medians. The floor: the products at the GPU's peak, or the fewest bytes at the copy rate.",
         "",
         "| part | times | ms each | ms a step | floor, ms a step | bound by | share of the floor |",
         "|---|---|---|---|---|---|---|",
