@@ -11,10 +11,14 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
 from .flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents, runs_of_rows
 from .local_attention import LocalMask
+
+
+logger = logging.get_logger(__name__)
 
 
 class Documents(NamedTuple):
@@ -235,7 +239,11 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     document would have to be read from the GPU. Static caches hand over keys in an order of their own.
     """
     shape, window = inputs_embeds.shape[:2], config.attention_window_size
-    if shape[1] == 1 or flash_unavailable_reason(config, inputs_embeds) is not None:
+    if shape[1] == 1:
+        return None
+    if (reason := flash_unavailable_reason(config, inputs_embeds)) is not None:
+        if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
+            logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
         return None
     if past_key_values is not None and past_key_values.is_compileable:
         return None
