@@ -11,6 +11,7 @@ Writes OUTPUT.json and OUTPUT.md.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     device, name = arguments.device, short_device_name(arguments.device)
     output = arguments.output or Path("results") / f"training_profile_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
-    peak, copy = PEAK_FLOPS.get(name, float("nan")), copy_rate(device)
+    peak, copy = PEAK_FLOPS.get(name, math.inf), copy_rate(device)
     model = _make(OWN, arguments.size, device, torch.bfloat16)
     steps = [_step(model, arguments.cell, device)[0] for _ in range(arguments.repeats + 1)][1:]
     report = {"birth": birth_certificate(device, arguments.commit), "size": arguments.size, "cell": arguments.cell}
