@@ -29,6 +29,7 @@ from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
+from .fast_generate import FastGenerationMixin
 from .fused import gated, rms_norm
 from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
@@ -359,7 +360,7 @@ class GriffinModel(GriffinPreTrainedModel):
         )
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, GenerationMixin):
+class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGenerationMixin, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
