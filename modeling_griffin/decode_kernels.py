@@ -51,8 +51,9 @@ def _scale_of(squares, D, eps):
 
 @triton.jit
 def _project_rows(
-    p_x, p_norm, p_w, p_b, p_residual, p_y, i_tile, eps, N, D, ROWS: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_x, p_norm, p_w, p_b, p_residual, p_y, i_tile, eps, N, D: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = ()
@@ -60,7 +61,7 @@ def _project_rows(
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
         squares = squares + (tl.zeros((BLOCK_D,), tl.float32),)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
         i_d = start + tl.arange(0, BLOCK_D)
         w = _load_weight(p_w, i_n, i_d, N, D, EVEN)
         if NORM:
@@ -91,9 +92,10 @@ def _project_rows(
 
 @triton.jit
 def project_kernel(
-    p_x, p_norm, p_w0, p_b0, p_y0, p_w1, p_b1, p_y1, p_w2, p_b2, p_y2, p_residual, eps, N0, N1, N2, D,
-    ROWS: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_x, p_norm, p_w0, p_b0, p_y0, p_w1, p_b1, p_y1, p_w2, p_b2, p_y2, p_residual, eps, N0, N1, N2,
+    D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). One program: BLOCK_N outputs.
 
@@ -105,25 +107,26 @@ def project_kernel(
     if i_tile < end0:
         _project_rows(
             p_x, p_norm, p_w0, p_b0, p_residual, p_y0, i_tile, eps, N0, D,
-            ROWS, NORM, BIAS, RESIDUAL, EVEN, BLOCK_N, BLOCK_D,
+            ROWS, NORM, BIAS, RESIDUAL, EVEN, BLOCK_N, BLOCK_D, UNROLL, STAGES,
         )  # fmt: skip
     elif MATRICES > 1:
         if i_tile < end1:
             _project_rows(
                 p_x, p_norm, p_w1, p_b1, p_residual, p_y1, i_tile - end0, eps, N1, D,
-                ROWS, NORM, BIAS, RESIDUAL, EVEN, BLOCK_N, BLOCK_D,
+                ROWS, NORM, BIAS, RESIDUAL, EVEN, BLOCK_N, BLOCK_D, UNROLL, STAGES,
             )  # fmt: skip
         elif MATRICES > 2:
             _project_rows(
                 p_x, p_norm, p_w2, p_b2, p_residual, p_y2, i_tile - end1, eps, N2, D,
-                ROWS, NORM, BIAS, RESIDUAL, EVEN, BLOCK_N, BLOCK_D,
+                ROWS, NORM, BIAS, RESIDUAL, EVEN, BLOCK_N, BLOCK_D, UNROLL, STAGES,
             )  # fmt: skip
 
 
 @triton.jit
 def gated_project_kernel(
-    p_x, p_norm, p_w_gate, p_b_gate, p_w_up, p_b_up, p_y, eps, N, D,
-    ROWS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_x, p_norm, p_w_gate, p_b_gate, p_w_up, p_b_up, p_y, eps, N, D: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); x (ROWS, D) -> y (ROWS, N)."""
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -134,7 +137,7 @@ def gated_project_kernel(
         gates = gates + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
         ups = ups + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
         squares = squares + (tl.zeros((BLOCK_D,), tl.float32),)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES, loop_unroll_factor=UNROLL):
         i_d = start + tl.arange(0, BLOCK_D)
         w_gate = _load_weight(p_w_gate, i_n, i_d, N, D, EVEN)
         w_up = _load_weight(p_w_up, i_n, i_d, N, D, EVEN)
@@ -218,7 +221,7 @@ def _one_minus_exp(z):
 @triton.jit
 def recurrent_kernel(
     p_x, p_y, p_past, p_state, p_out, p_conv_w, p_conv_b, p_w_r, p_b_r, p_w_i, p_b_i, p_log_decay, p_time,
-    B, C, P, TAPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    B, C, P: tl.constexpr, TAPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Convolution, both gates, recurrence, and the branch's gate: out = h * gelu(y). One program: BLOCK_C channels.
 
@@ -277,8 +280,8 @@ def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
 
 @triton.jit
 def attention_kernel(
-    p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_time, p_padding, p_sums, p_top, p_total, scaling, W, SPLIT,
-    K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
+    p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_time, p_padding, p_sums, p_top, p_total, scaling, W,
+    SPLIT: tl.constexpr, K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One query against SPLIT slots of the ring of keys and values (B, H_kv, W, K), in which this step's are stored.
@@ -306,8 +309,8 @@ def attention_kernel(
     top = tl.full((BLOCK_G,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
-    for start in range(i_split * SPLIT, (i_split + 1) * SPLIT, BLOCK_S):
-        i_s = start + tl.arange(0, BLOCK_S)
+    for start in range(0, SPLIT, BLOCK_S):
+        i_s = i_split * SPLIT + start + tl.arange(0, BLOCK_S)
         is_new = i_s == slot
         seen = (i_s < W) & (time - (time + W - i_s) % W >= first)
         m_old = (seen & (i_s != slot))[:, None] & m_k[None, :]

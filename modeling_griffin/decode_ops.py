@@ -123,8 +123,9 @@ def _rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
 
 # Rows up to which a product is done one row after the other on each tile of weights; beyond, by cuBLAS.
 MATVEC_ROWS = (1, 2, 4)
-MATVEC = {"BLOCK_N": 8, "BLOCK_D": 512, "num_warps": 4}
-GATED_MATVEC = {"BLOCK_N": 4, "BLOCK_D": 512, "num_warps": 4}
+# A thread loads 16 bytes of each of BLOCK_N rows: with 256 inputs a warp, nothing has to be exchanged between threads.
+MATVEC = {"BLOCK_N": 8, "BLOCK_D": 512, "UNROLL": 1, "STAGES": 1, "num_warps": 2}
+GATED_MATVEC = {"BLOCK_N": 4, "BLOCK_D": 512, "UNROLL": 1, "STAGES": 1, "num_warps": 2}
 ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
 
 
@@ -145,7 +146,8 @@ class KernelOps(PlainOps):
             return y
         tile = _tile(GATED_MATVEC, x)
         gated_project_kernel[(triton.cdiv(width, tile["BLOCK_N"]),)](
-            *(x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, y, norm.eps, width, x.shape[1]),
+            *(x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, y, norm.eps, width),
+            D=x.shape[1],
             ROWS=x.shape[0],
             EVEN=_is_even(tile, x.shape[1], width),
             **tile,
@@ -167,7 +169,8 @@ class KernelOps(PlainOps):
         recurrent_kernel[grid](
             *(x, y, past, state, out, block.conv_1d.weight, block.conv_1d.bias),
             *(gates.recurrence_gate.weight, gates.recurrence_gate.bias, gates.input_gate.weight, gates.input_gate.bias),
-            *(log_decay, clock.time, batch, channels, width),
+            *(log_decay, clock.time, batch, channels),
+            P=width,
             TAPS=past.shape[1],
             BLOCK_B=block_b,
             BLOCK_P=32,
@@ -186,7 +189,8 @@ class KernelOps(PlainOps):
         top, total = (torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device) for _ in range(2))
         attention_kernel[(batch * key_heads, splits)](
             *(q, k, v, clock.cos, clock.sin, keys, values, clock.time, clock.padding, sums, top, total),
-            *(scaling, window, blocks // splits * block_s),
+            *(scaling, window),
+            SPLIT=blocks // splits * block_s,
             K=head_dim,
             KEY_HEADS=key_heads,
             GROUP=heads // key_heads,
@@ -220,7 +224,8 @@ class KernelOps(PlainOps):
         project_kernel[(sum(triton.cdiv(size, tile["BLOCK_N"]) for size in sizes),)](
             *(x, x if norm is None else norm.weight, *(tensor for matrix in padded for tensor in matrix)),
             *(x if residual is None else residual, 1.0 if norm is None else norm.eps),
-            *(*sizes, *[0] * (3 - len(sizes)), x.shape[1]),
+            *(*sizes, *[0] * (3 - len(sizes))),
+            D=x.shape[1],
             ROWS=x.shape[0],
             MATRICES=len(linears),
             NORM=norm is not None,

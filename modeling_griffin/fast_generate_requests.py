@@ -93,7 +93,7 @@ def _in_model(model) -> Iterator[str]:
 def _in_module(module: nn.Module, weight: torch.Tensor) -> str | None:
     """Anything that adds to what the module's own class computes, or keeps its weights elsewhere."""
     source = type(module).__module__
-    if source.rpartition(".")[0] != OWN_MODULES and not source.startswith("torch.nn.") and source != ACT2FN_SOURCE:
+    if source.rpartition(".")[0] != OWN_MODULES and not source.startswith("torch.nn.modules.") and source != ACT2FN_SOURCE:
         return f"is a {type(module).__name__}"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     # Transformers leaves hooks behind that record outputs when they are asked for.
