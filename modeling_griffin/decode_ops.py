@@ -22,10 +22,9 @@ from .rg_lru_scan import rg_lru_scan
 try:
     import triton
 
+    from .decode_attention_kernels import attention_kernel, combine_kernel
     from .decode_kernels import (
         add_norm_kernel,
-        attention_kernel,
-        combine_kernel,
         gate_kernel,
         gated_project_kernel,
         project_kernel,

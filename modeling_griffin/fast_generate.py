@@ -12,6 +12,7 @@ Legend: B rows, T tokens of the prompt.
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -64,9 +65,10 @@ class FastGenerationMixin:
                 **kwargs,
             )
         try:
-            logits = self._read_prompt_into(step, input_ids, kwargs.get("attention_mask"), generation_config)
-            choice = _Choice(input_ids, logits_processor, stopping_criteria, generation_config)
-            return _decode(step, logits, choice, stopping_criteria.max_length, streamer)
+            with torch.cuda.device(step.device) if step.on_gpu else nullcontext():
+                logits = self._read_prompt_into(step, input_ids, kwargs.get("attention_mask"), generation_config)
+                choice = _Choice(input_ids, logits_processor, stopping_criteria, generation_config)
+                return _decode(step, logits, choice, stopping_criteria.max_length, streamer)
         finally:
             step.busy = False
 

@@ -40,6 +40,7 @@ CACHES = ("past_key_values", "cache")  # newer versions of Transformers call it 
 ARGUMENTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHES)
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 OWN_MODULES = __name__.rpartition(".")[0]
+ACTIVATIONS = type(ACT2FN["gelu_pytorch_tanh"]).__module__
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -93,7 +94,8 @@ def _in_model(model) -> Iterator[str]:
 def _in_module(module: nn.Module, weight: torch.Tensor) -> str | None:
     """Anything that adds to what the module's own class computes, or keeps its weights elsewhere."""
     source = type(module).__module__
-    if source.rpartition(".")[0] != OWN_MODULES and not source.startswith("torch.nn.modules.") and source != ACT2FN_SOURCE:
+    is_known = source.rpartition(".")[0] in (OWN_MODULES, "torch.nn.modules") or source == ACTIVATIONS
+    if not is_known:
         return f"is a {type(module).__name__}"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     # Transformers leaves hooks behind that record outputs when they are asked for.
@@ -109,9 +111,6 @@ def _in_module(module: nn.Module, weight: torch.Tensor) -> str | None:
         if parameter.dtype != weight.dtype and name != "lambda_bias":
             return f"has a {name} of another dtype"
     return None
-
-
-ACT2FN_SOURCE = type(ACT2FN["gelu_pytorch_tanh"]).__module__
 
 
 def _in_prompt(input_ids: torch.Tensor, kwargs: dict) -> Iterator[str]:
