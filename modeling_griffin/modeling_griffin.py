@@ -29,6 +29,7 @@ from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
+from .fast_generate import FastGenerationMixin
 from .flash_local_attention import Runs, flash_local_attention
 from .fused import add_rms_norm, gated, rms_norm, rotate
 from .fused_linear import gated_linears, linears
@@ -360,7 +361,7 @@ class GriffinModel(GriffinPreTrainedModel):
         )
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, GenerationMixin):
+class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGenerationMixin, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
