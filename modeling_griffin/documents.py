@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
+from .cache_name import takes_cache_by_either_name
 from .local_attention import LocalMask
 
 
@@ -59,6 +60,7 @@ def read_layout(
     return attention_mask, position_ids, documents
 
 
+@takes_cache_by_either_name
 def masks_for_generate(
     config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
 ) -> dict[str, torch.Tensor | None]:
@@ -217,10 +219,10 @@ def attention_mask_for_documents(
         return number[batch_idx, kv_idx] >= first[batch_idx, q_idx - first_query]
 
     return create_sliding_window_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        config,
+        inputs_embeds,
+        attention_mask,
+        past_key_values,  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
     )
 
