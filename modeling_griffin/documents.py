@@ -201,9 +201,10 @@ def attention_mask_for_documents(
     if "sliding_attention" not in config.layer_types:
         return None
     length = position_ids.shape[1]
-    first_key, num_keys, first_query = 0, length, 0
+    first_key, num_keys, first_query, has_empty_slots = 0, length, 0, False
     if past_key_values is not None:
         layer = past_key_values.is_sliding.index(True)
+        has_empty_slots = past_key_values.layers[layer].is_compileable
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -224,6 +225,8 @@ def attention_mask_for_documents(
         attention_mask,
         past_key_values,  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
+        # Transformers 5.24 would leave the mask of one token out, while a recurrent layer beside records its past.
+        allow_is_causal_skip=not (has_empty_slots and length == 1),
     )
 
 

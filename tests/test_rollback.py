@@ -289,12 +289,16 @@ def test_a_static_cache_and_several_rows_are_refused(small_model):
     assert not hasattr(StaticCache(config=model.config, max_cache_len=4).layers[2], "activate_past_recording")
 
 
-def test_a_static_cache_within_the_window(small_model):
+@pytest.mark.parametrize("kind", ["griffin", "attention_first"])
+def test_a_static_cache_within_the_window(kind, small_model, removed):
     """Transformers crops static attention layers from 5.24 on, as long as they hold no more than the window."""
-    model, prompt = small_model(attention="sdpa", attention_window_size=64), repetitive_prompt(7)
+    model = small_model(kind, "sdpa", attention_window_size=64)
     options = {"prompt_lookup_num_tokens": 3, "cache_implementation": "static"}
     if not getattr(StaticLayer, "is_croppable", False):
         with pytest.raises(ValueError, match="Static"):
-            generate(model, prompt, **options)
+            generate(model, repetitive_prompt(7), **options)
         return
-    assert torch.equal(generate(model, prompt, **options), generate(model, prompt))
+    for seed in range(12):
+        ids = repetitive_prompt(seed)
+        assert torch.equal(generate(model, ids, **options), generate(model, ids)), seed
+    assert 0 in removed and max(removed) == 3
