@@ -49,7 +49,7 @@ class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
     """
 
     model_type = "griffin"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"sliding_window": "attention_window_size"}
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
+from .cache_name import takes_cache_by_either_name
 from .flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents, runs_of_rows
 from .local_attention import LocalMask
 
@@ -64,6 +65,7 @@ def read_layout(
     return attention_mask, position_ids, documents
 
 
+@takes_cache_by_either_name
 def masks_for_generate(
     config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
 ) -> dict[str, torch.Tensor | None]:
@@ -206,9 +208,10 @@ def attention_mask_for_documents(
     length = position_ids.shape[1]
     if (runs := _runs(config, inputs_embeds, attention_mask, past_key_values, documents)) is not None:
         return runs
-    first_key, num_keys, first_query = 0, length, 0
+    first_key, num_keys, first_query, has_empty_slots = 0, length, 0, False
     if past_key_values is not None:
         layer = past_key_values.is_sliding.index(True)
+        has_empty_slots = past_key_values.layers[layer].is_compileable
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -224,11 +227,13 @@ def attention_mask_for_documents(
         return number[batch_idx, kv_idx] >= first[batch_idx, q_idx - first_query]
 
     return create_sliding_window_causal_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        config,
+        inputs_embeds,
+        attention_mask,
+        past_key_values,  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
+        # Transformers 5.24 would leave the mask of one token out, while a recurrent layer beside records its past.
+        allow_is_causal_skip=not (has_empty_slots and length == 1),
     )
 
 

@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_name import CACHE_NAME, takes_cache_by_either_name
 from .causal_conv1d import CausalConv1d
 from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
@@ -248,7 +249,7 @@ class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTra
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GriffinDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["lambda_bias"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -298,6 +299,7 @@ class GriffinModel(GriffinPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -320,7 +322,8 @@ class GriffinModel(GriffinPreTrainedModel):
                 real tokens the attention is exact only while the row fits the window.
             position_ids: (B, T), positions within each document; 0 starts a document. None: from the packing arguments,
                 else from the mask, else counting on from the cache.
-            past_key_values: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place.
+            past_key_values: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place. `cache` is
+                another name of this argument, as in Transformers from 5.24 on.
             cu_seq_lens_q (documents + 1,), seq_idx (B, T): packed documents, as data collators give them.
 
         Raises:
@@ -357,7 +360,7 @@ class GriffinModel(GriffinPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.final_norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.final_norm(hidden_states), **{CACHE_NAME: past_key_values}
         )
 
 
@@ -382,6 +385,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGener
             return super().loss_function
         return causal_lm_loss
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -420,16 +424,16 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGener
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def _assisted_decoding(self, *args, past_key_values: Cache | None = None, **kwargs):
+    def _assisted_decoding(self, *args, **kwargs):
         """For Hawk, whose cache `generate` leaves to the model: assisted decoding asks for one beforehand."""
-        if past_key_values is None and kwargs.get("use_cache"):
-            past_key_values = DynamicCache(config=self.config)
-        return super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
+        if kwargs.get(CACHE_NAME) is None and kwargs.get("use_cache"):
+            kwargs[CACHE_NAME] = DynamicCache(config=self.config)
+        return super()._assisted_decoding(*args, **kwargs)
 
     def _supports_default_dynamic_cache(self) -> bool:
         """False for Hawk: `generate` asks a cache it makes itself for a length that only attention layers know."""
@@ -459,6 +463,7 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -493,9 +498,9 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _last_real_token(self, input_ids, attention_mask, shape, device) -> torch.Tensor | int:
@@ -524,6 +529,7 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,

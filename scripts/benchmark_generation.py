@@ -31,6 +31,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_griffin import GenerationRequest, GriffinConfig, GriffinForCausalLM
+from modeling_griffin.cache_name import CACHE_NAME
 
 
 OURS = "griffin"
@@ -235,12 +236,12 @@ def context(models, settings, report) -> None:
             try:
                 begin = _now(settings["device"])
                 for chunk in random_ids(model, 1, length).split(CHUNK, dim=1):
-                    model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    model(chunk, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
                 read = _now(settings["device"]) - begin
                 steps, token = [], random_ids(model, 1, 1)
                 for _ in range(settings["new"]):
                     begin = _now(settings["device"])
-                    model(token, past_key_values=cache, use_cache=True)
+                    model(token, **{CACHE_NAME: cache}, use_cache=True)
                     steps.append(_now(settings["device"]) - begin)
             except torch.OutOfMemoryError:
                 continue
@@ -255,7 +256,7 @@ def long(models, settings, report) -> None:
     """One generation of many tokens: time a token and memory as it grows."""
     model, stamps, cache = models[OURS], Stamps(), DynamicCache(config=models[OURS].config)
     _free(settings["device"])
-    generate(model, random_ids(model, 1, 8), settings["long"], streamer=stamps, past_key_values=cache)
+    generate(model, random_ids(model, 1, 8), settings["long"], streamer=stamps, **{CACHE_NAME: cache})
     steps = [after - before for before, after in zip(stamps.times[2:], stamps.times[3:])]
     tenth = len(steps) // 10
     report["long"] = {

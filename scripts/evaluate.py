@@ -17,6 +17,8 @@ from text_data import PackedRows, load_documents, tokenize
 from text_tokenizer import document_ends
 from train_report import bits_per_byte, versions
 
+from modeling_griffin.cache_name import CACHE_NAME
+
 
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     """How many bytes of `text` each token brings, by the tokens' spans of characters; the sum is all of its bytes.
@@ -50,10 +52,10 @@ def row_losses(model, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
         output = model(
             input_ids=input_ids[:, begin:end],
             position_ids=position_ids[:, begin:end],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
         )
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
         next_tokens = labels[0, begin + 1 : end + 1]
         losses.append(torch.nn.functional.cross_entropy(output.logits[0].float(), next_tokens, reduction="none"))
     return torch.cat(losses).cpu()

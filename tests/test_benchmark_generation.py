@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_griffin import GriffinForCausalLM
+from modeling_griffin.cache_name import CACHE_NAME
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +58,8 @@ def test_nothing_is_timed_that_is_wrong(arguments, tmp_path, monkeypatch):
     """A step that forgets its cache finds other logits than a forward pass without one."""
     forward = GriffinForCausalLM.forward
 
-    def forgetful(self, *args, past_key_values=None, **kwargs):
-        return forward(self, *args, past_key_values=None, **{**kwargs, "attention_mask": None})
+    def forgetful(self, *args, **kwargs):
+        return forward(self, *args, **{**kwargs, CACHE_NAME: None, "attention_mask": None})
 
     monkeypatch.setattr(GriffinForCausalLM, "forward", forgetful)
     with pytest.raises(SystemExit, match="griffin: logits differ by .* nothing is timed"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling_griffin.cache_name import CACHE_NAME
 from tests.tolerances import assert_close
 
 
@@ -284,10 +285,11 @@ def test_greedy_generation(kind, how, small_model):
         "default": {},
         "static": {"cache_implementation": "static"},
         "no cache": {"use_cache": False},
-        "own cache": {"past_key_values": DynamicCache(config=model.config)},
+        "own cache": {CACHE_NAME: DynamicCache(config=model.config)},
     }[how]
-    if kind == "hawk" and how == "own cache":  # only attention layers know the length that generate asks for
-        with pytest.raises(ValueError):
+    if kind == "hawk" and how == "own cache" and CACHE_NAME == "past_key_values":
+        # Up to Transformers 5.23 generate asks for a length that only attention layers know.
+        with pytest.raises(ValueError, match="get_seq_length"):
             generate(model, ids, **kwargs)
         return
     expected = greedy_by_hand(model, ids, PROMPT_MASK, 14)
@@ -327,7 +329,7 @@ def test_a_conversation_through_generate(small_model):
     model, ids = small_model(), random_ids(1, 5)
     first = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     question = torch.cat([first.sequences, random_ids(1, 4)], dim=1)
-    cached = model.generate(question, max_new_tokens=6, do_sample=False, past_key_values=first.past_key_values)
+    cached = model.generate(question, max_new_tokens=6, do_sample=False, **{CACHE_NAME: first[CACHE_NAME]})
     assert torch.equal(cached, model.generate(question, max_new_tokens=6, do_sample=False))
 
 

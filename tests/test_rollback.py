@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from modeling_griffin.rollback import MAX_ROLLBACK, RollbackLayer
 from tests.tolerances import assert_close
@@ -281,8 +282,23 @@ def test_sampling_with_drafts_is_reproducible(kind, small_model):
 def test_a_static_cache_and_several_rows_are_refused(small_model):
     """By Transformers, in its own words."""
     model = small_model()
-    with pytest.raises(ValueError, match="Static"):
+    with pytest.raises(ValueError, match="Static|can be cropped"):
         generate(model, random_ids(1, 4), prompt_lookup_num_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="batch_size = 1"):
         generate(model, random_ids(2, 4), prompt_lookup_num_tokens=2)
     assert not hasattr(StaticCache(config=model.config, max_cache_len=4).layers[2], "activate_past_recording")
+
+
+@pytest.mark.parametrize("kind", ["griffin", "attention_first"])
+def test_a_static_cache_within_the_window(kind, small_model, removed):
+    """Transformers crops static attention layers from 5.24 on, as long as they hold no more than the window."""
+    model = small_model(kind, "sdpa", attention_window_size=64)
+    options = {"prompt_lookup_num_tokens": 3, "cache_implementation": "static"}
+    if not getattr(StaticLayer, "is_croppable", False):
+        with pytest.raises(ValueError, match="Static"):
+            generate(model, repetitive_prompt(7), **options)
+        return
+    for seed in range(12):
+        ids = repetitive_prompt(seed)
+        assert torch.equal(generate(model, ids, **options), generate(model, ids)), seed
+    assert 0 in removed and max(removed) == 3

@@ -98,6 +98,10 @@ class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
     model_tester = None
     test_can_init_all_missing_weights_before_2023 = True  # "run it although no year of copyright is found"
 
+    @unittest.skip("asks that past_key_values be deprecated; here it stays, beside cache: tests/test_cache_name.py")
+    def test_bc_cache_name_forward(self):
+        pass
+
 
 class GriffinCommonTest(
     CommonTests,
