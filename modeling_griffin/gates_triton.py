@@ -44,7 +44,7 @@ BACKWARD, BACKWARD_WIDE = Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 2)
 def gates_unavailable_reason(x: torch.Tensor, *parameters: torch.Tensor) -> str | None:
     """None where `rg_lru_gates` can run on these, else why not. Whether `fused.pays` is asked before."""
     if x.dtype not in DTYPES or any(parameter.dtype != x.dtype for parameter in parameters):
-        return f"x and parameters are {[tensor.dtype for tensor in (x, *parameters)]}, allowed is float16 or bfloat16"
+        return f"x and parameters are {[t.dtype for t in (x, *parameters)]}, allowed is one of float16 and bfloat16"
     if (width := parameters[0].shape[-1]) > LARGEST_WIDTH:
         return f"gate blocks are {width} wide, the kernels take up to {LARGEST_WIDTH}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):

@@ -226,8 +226,7 @@ def backward_pre_hook(layer, monkeypatch):
 
 
 def global_hook(layer, monkeypatch):
-    hooks = torch.nn.modules.module._global_forward_hooks
-    monkeypatch.setitem(hooks, -1, lambda *arguments: None)
+    monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, -1, lambda *arguments: None)
 
 
 def forward_of_the_instance(layer, monkeypatch):
