@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .fused import pays
+from .gates_triton import gates_unavailable_reason, rg_lru_gates
 from .rg_lru_scan import rg_lru_scan
 
 
@@ -117,7 +118,7 @@ class RGLRU(nn.Module):
         Returns:
             hidden (B, T, C) in the dtype of x and the last state (B, C) float32; or the last states (B, min(N, T), C).
         """
-        recurrence_gate, input_gate = self.recurrence_gate(x), self.input_gate(x)
+        recurrence_gate, input_gate = self._gates(x)
         if real is not None:
             padding = real.logical_not()[..., None]
             x, recurrence_gate = x.masked_fill(padding, 0.0), recurrence_gate.masked_fill(padding, -torch.inf)
@@ -128,3 +129,29 @@ class RGLRU(nn.Module):
             x, recurrence_gate, input_gate, self.decay(), initial_state=state, reset=document_start
         )
         return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]
+
+    def _gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both pre-activations (B, T, C): on a GPU as a pair where the two modules are nothing but their numbers."""
+        gates = (self.recurrence_gate, self.input_gate)
+        if all(_is_plain(gate) for gate in gates):
+            inputs = (x, *(parameter for gate in gates for parameter in (gate.weight, gate.bias)))
+            if pays(*inputs):
+                inputs = _as_autocast(*inputs)
+                if gates_unavailable_reason(*inputs) is None:
+                    return rg_lru_gates(*inputs)
+        return self.recurrence_gate(x), self.input_gate(x)
+
+
+def _is_plain(gate: nn.Module) -> bool:
+    """Whether calling it does no more than `BlockDiagonalLinear.forward`.
+
+    Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
+    offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
+    """
+    hooks = (gate._forward_pre_hooks, gate._forward_hooks, gate._backward_pre_hooks, gate._backward_hooks)
+    return (
+        type(gate) is BlockDiagonalLinear
+        and "forward" not in vars(gate)
+        and not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
