@@ -30,9 +30,18 @@ def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Mo
 
 
 def is_plain(module: nn.Module, cls: type) -> bool:
-    """Whether calling the module is nothing but its class's forward: no adapter, no hook, no replaced forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is cls and "forward" not in vars(module) and not any(hooks)
+    """Whether calling the module does no more than the forward of its class.
+
+    Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
+    offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return (
+        type(module) is cls
+        and "forward" not in vars(module)
+        and not any(hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
 
 
 def as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .fused import pays
+from .fused_linear import as_autocast, is_plain
 from .gates_triton import gates_unavailable_reason, rg_lru_gates
 from .rg_lru_scan import rg_lru_scan
 
@@ -23,7 +24,7 @@ class BlockDiagonalLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
         if pays(x, self.weight, self.bias):
-            return _BlockDiagonalProduct.apply(*_as_autocast(x, self.weight, self.bias))
+            return _BlockDiagonalProduct.apply(*as_autocast(x, self.weight, self.bias))
         blocks = x.unflatten(-1, self.weight.shape[:2])  # sizes come from tensors: they may be shards
         y = torch.einsum("btni,nij->btnj", blocks, self.weight)
         return (y + self.bias.to(y.dtype)).flatten(-2)  # under autocast y is bfloat16 and the bias float32
@@ -59,14 +60,6 @@ class _BlockDiagonalProduct(torch.autograd.Function):
 def _by_block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(B, T, C) -> a view (N, B * T, C/N)."""
     return x.reshape(-1, *weight.shape[:2]).transpose(0, 1)
-
-
-def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """In the dtype that autocast gives to products."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 class Decay(nn.Module):
@@ -133,25 +126,10 @@ class RGLRU(nn.Module):
     def _gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both pre-activations (B, T, C): on a GPU as a pair where the two modules are nothing but their numbers."""
         gates = (self.recurrence_gate, self.input_gate)
-        if all(_is_plain(gate) for gate in gates):
+        if all(is_plain(gate, BlockDiagonalLinear) for gate in gates):
             inputs = (x, *(parameter for gate in gates for parameter in (gate.weight, gate.bias)))
             if pays(*inputs):
-                inputs = _as_autocast(*inputs)
+                inputs = as_autocast(*inputs)
                 if gates_unavailable_reason(*inputs) is None:
                     return rg_lru_gates(*inputs)
         return self.recurrence_gate(x), self.input_gate(x)
-
-
-def _is_plain(gate: nn.Module) -> bool:
-    """Whether calling it does no more than `BlockDiagonalLinear.forward`.
-
-    Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
-    offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
-    """
-    hooks = (gate._forward_pre_hooks, gate._forward_hooks, gate._backward_pre_hooks, gate._backward_hooks)
-    return (
-        type(gate) is BlockDiagonalLinear
-        and "forward" not in vars(gate)
-        and not any(hooks)
-        and not nn.modules.module._has_any_global_hook()
-    )
