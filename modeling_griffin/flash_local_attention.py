@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .local_attention import LocalMask, local_attention
+
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -113,3 +115,7 @@ def flash_local_attention(
         **ENABLE_GQA,
     )
     return output.unflatten(0, (batch, length)), None
+
+
+# What `read_layout` hands over in place of a mask says which attention can read it.
+OWN_ATTENTION = {LocalMask: local_attention, Runs: flash_local_attention}

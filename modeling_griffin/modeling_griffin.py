@@ -31,13 +31,12 @@ from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
 from .fast_generate import FastGenerationMixin
-from .flash_local_attention import Runs, flash_local_attention
+from .flash_local_attention import OWN_ATTENTION
 from .fused import add_rms_norm, gated, rms_norm, rotate
 from .fused_linear import gated_linears, linears
 from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
-from .local_attention import LocalMask, local_attention
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from .rollback import states_to_keep
@@ -104,10 +103,6 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-# What `read_layout` hands over in place of a mask says which attention can read it.
-OWN_ATTENTION = {LocalMask: local_attention, Runs: flash_local_attention}
 
 
 class GriffinAttention(nn.Module):

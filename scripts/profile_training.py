@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from modeling_griffin import rg_lru_scan
 from modeling_griffin.documents import read_layout
+from modeling_griffin.flash_local_attention import OWN_ATTENTION
 from modeling_griffin.fused import gated, rotate
-from modeling_griffin.modeling_griffin import OWN_ATTENTION, GriffinForCausalLM
+from modeling_griffin.modeling_griffin import GriffinForCausalLM
 
 
 class Part(NamedTuple):
