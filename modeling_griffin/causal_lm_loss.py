@@ -11,6 +11,8 @@ Legend: B batch, T time, V vocabulary, N = B T rows.
 import torch
 from torch.nn import functional as F
 
+from .fused import fuse_on_gpu, pays
+
 
 # Elements of a chunk. A CPU is fastest where chunks stay in its caches, 4 MiB of float32. A GPU needs enough rows to be
 # busy and enough work to hide the launches: 128 MiB of float32 are 1,048 rows of 32,000 logits, 131 of 256,000.
@@ -67,8 +69,16 @@ def _cross_entropy(logits, targets, ignore_index: int, reduction: str) -> torch.
     small = logits.dtype == dtype and logits.numel() <= SMALL_ELEMENTS
     if small or torch.compiler.is_compiling():
         return F.cross_entropy(logits.to(dtype), targets, ignore_index=ignore_index, reduction=reduction)
+    if pays(logits):
+        return _compiled(logits, targets, ignore_index, reduction)
     total = RowLosses.apply(logits, targets, ignore_index).sum()
     return total if reduction == "sum" else total / (targets != ignore_index).sum(dtype=dtype)
+
+
+@fuse_on_gpu
+def _compiled(logits, targets, ignore_index: int, reduction: str) -> torch.Tensor:
+    """One pass over the logits each way, where the chunks make several."""
+    return F.cross_entropy(logits.to(_computed_in(logits)), targets, ignore_index=ignore_index, reduction=reduction)
 
 
 class RowLosses(torch.autograd.Function):

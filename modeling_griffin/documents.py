@@ -11,10 +11,15 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
 from .cache_name import takes_cache_by_either_name
+from .flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents, runs_of_rows
 from .local_attention import LocalMask
+
+
+logger = logging.get_logger(__name__)
 
 
 class Documents(NamedTuple):
@@ -195,16 +200,17 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; a `LocalMask`
-    where SDPA runs over more than two windows.
+    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; `Runs` where
+    flash attention can take them; a `LocalMask` where SDPA runs over more than two windows.
     """
     if "sliding_attention" not in config.layer_types:
         return None
     length = position_ids.shape[1]
-    first_key, num_keys, first_query, has_empty_slots = 0, length, 0, False
+    if (runs := _runs(config, inputs_embeds, attention_mask, past_key_values, documents)) is not None:
+        return runs
+    first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
         layer = past_key_values.is_sliding.index(True)
-        has_empty_slots = past_key_values.layers[layer].is_compileable
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -225,9 +231,44 @@ def attention_mask_for_documents(
         attention_mask,
         past_key_values,  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
-        # Transformers 5.24 would leave the mask of one token out, while a recurrent layer beside records its past.
-        allow_is_causal_skip=not (has_empty_slots and length == 1),
+        allow_is_causal_skip=not (_is_static(past_key_values) and length == 1),  # one token sees no empty slots
     )
+
+
+def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Documents) -> Runs | None:
+    """What flash attention takes in place of a mask; None where it cannot run, or for one token, which needs no mask.
+
+    Behind a cache only rows of one document without padding are runs: how many of the cached keys belong to another
+    document would have to be read from the GPU. Static caches hand over keys in an order of their own.
+    """
+    shape, window = inputs_embeds.shape[:2], config.attention_window_size
+    if shape[1] == 1:
+        return None
+    if (reason := flash_unavailable_reason(config, inputs_embeds)) is not None:
+        if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
+            logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
+        return None
+    if _is_static(past_key_values):
+        return None
+    past = _tokens_in_cache(config, past_key_values)
+    simple = not documents.packed and documents.real is None
+    if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
+        return None
+    if simple:
+        num_keys = shape[1]
+        if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(shape[1], past_key_values.is_sliding.index(True))
+        return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
+    return None if is_tracing(documents.start) else runs_of_documents(documents.start, documents.real, window)
+
+
+def _is_static(past_key_values: Cache | None) -> bool:
+    """Whether attention gets the slots of a static cache, some of them empty.
+
+    Asked of the attention layer: from Transformers 5.24 on the cache as a whole does not call itself compileable while
+    a recurrent layer records its past.
+    """
+    return past_key_values is not None and past_key_values.layers[past_key_values.is_sliding.index(True)].is_compileable
 
 
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
@@ -239,7 +280,7 @@ def _reaches_beyond_two_windows(config, length: int, past_key_values, position_i
     return (
         config._attn_implementation == "sdpa"
         and length > 2 * config.attention_window_size
-        and not (past_key_values is not None and past_key_values.is_compileable)
+        and not _is_static(past_key_values)
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 

@@ -1,4 +1,4 @@
-"""Chains of elementwise operations as single kernels on a GPU, made by `torch.compile` from the functions themselves.
+"""Chains of elementwise operations as single kernels on a GPU: Triton's where we have them, else `torch.compile`'s.
 
 Eagerly each operation reads and writes all of its tensors, and autograd keeps what lies between: on a GPU a layer then
 spends as long on them as on its matrix products. Small tensors stay eager, so that one token waits for no compiler.
@@ -8,9 +8,9 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import gelu
 from transformers.activations import ACT2FN
 
+from .fused_triton import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm
 from .rg_lru_scan_triton import triton_unavailable_reason
 
 
@@ -47,18 +47,29 @@ def pays(first: torch.Tensor, *others) -> bool:
     )
 
 
-@fuse_on_gpu
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * (1 + weight) over the last axis, computed in float32, in the dtype of x."""
+    if pays(x, weight) and x.shape[-1] <= LARGEST_ROW:
+        return triton_rms_norm(x, weight, eps)
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return (y * (1.0 + weight.float())).type_as(x)
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x + residual, and that sum."""
+    if pays(x, residual, weight) and x.shape[-1] <= LARGEST_ROW:
+        return triton_add_rms_norm(x, residual, weight, eps)
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
 def gated(act_fn: torch.nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """act_fn(gate) * x; one kernel for the activation of the paper's and DeepMind's models."""
-    if isinstance(act_fn, GELU_TANH):
-        return _gelu_tanh_gated(gate, x)
+    if isinstance(act_fn, GELU_TANH) and pays(gate, x):
+        return triton_gelu_gated(gate, x)
     return act_fn(gate) * x
 
 
@@ -66,5 +77,10 @@ GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
 @fuse_on_gpu
-def _gelu_tanh_gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return gelu(gate, approximate="tanh") * x
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R dimensions of each head and leaves the others; x (B, T, H, K), cos and sin (B, T, R)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.type_as(x), kept), dim=-1)

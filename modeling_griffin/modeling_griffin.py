@@ -30,7 +30,10 @@ from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
-from .fused import gated, rms_norm
+from .fast_generate import FastGenerationMixin
+from .flash_local_attention import Runs, flash_local_attention
+from .fused import add_rms_norm, gated, rms_norm, rotate
+from .fused_linear import gated_linears, linears
 from .generate_batch import BatchGenerationMixin
 from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
@@ -52,8 +55,11 @@ class GriffinRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.eps)
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
+        """(B, T, D) -> (B, T, D); with a residual: the norm of their sum, and the sum."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.eps)
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -79,14 +85,6 @@ class GriffinRotaryEmbedding(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first dimensions of each head by cos, sin (B, T, R) and leaves the others; x (B, H, T, K)."""
-    cos, sin = cos[:, None], sin[:, None]
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, kept), dim=-1)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -106,6 +104,10 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# What `read_layout` hands over in place of a mask says which attention can read it.
+OWN_ATTENTION = {LocalMask: local_attention, Runs: flash_local_attention}
 
 
 class GriffinAttention(nn.Module):
@@ -138,17 +140,18 @@ class GriffinAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         per_head = (*input_shape, -1, self.head_dim)
-        query = rotate(self.q_proj(hidden_states).view(per_head).transpose(1, 2), *position_embeddings)
-        key = rotate(self.k_proj(hidden_states).view(per_head).transpose(1, 2), *position_embeddings)
-        value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
+        projected = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (x.view(per_head) for x in projected)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         # Transformers' attention reads it here; a rank of tensor parallelism has other heads than the configuration.
         self.num_key_value_groups = query.shape[1] // key.shape[1]
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(attention_mask, LocalMask):
-            attention = local_attention
+        attention = OWN_ATTENTION.get(type(attention_mask)) or ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attention(
             self,
             query,
@@ -181,8 +184,7 @@ class GriffinRecurrentBlock(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         conv_state, state = self._read_states(past_key_values)
         keep = states_to_keep(past_key_values, self.layer_idx)
-        y = self.linear_y(hidden_states)
-        x = self.linear_x(hidden_states)
+        x, y = linears(hidden_states, self.linear_x, self.linear_y)
         document_start = documents.start if documents.packed else None
         x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep)
         x, state = self.rg_lru(x, documents.start, documents.real, state, keep)
@@ -211,7 +213,7 @@ class GriffinMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        return self.down_proj(gated_linears(self.act_fn, hidden_states, self.gate_proj, self.up_proj))
 
 
 def residual_output(in_features: int, config: GriffinConfig) -> nn.Linear:
@@ -236,8 +238,8 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         mixed, _ = self.temporal_block(self.temporal_pre_norm(hidden_states), **kwargs)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp_block(self.channel_pre_norm(hidden_states))
+        normed, hidden_states = self.channel_pre_norm(mixed, residual=hidden_states)
+        return hidden_states + self.mlp_block(normed)
 
 
 class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTrainedModel):
@@ -320,8 +322,7 @@ class GriffinModel(GriffinPreTrainedModel):
                 real tokens the attention is exact only while the row fits the window.
             position_ids: (B, T), positions within each document; 0 starts a document. None: from the packing arguments,
                 else from the mask, else counting on from the cache.
-            past_key_values: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place. `cache` is
-                another name of this argument, as in Transformers from 5.24 on.
+            past_key_values, or cache: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place.
             cu_seq_lens_q (documents + 1,), seq_idx (B, T): packed documents, as data collators give them.
 
         Raises:
@@ -357,12 +358,11 @@ class GriffinModel(GriffinPreTrainedModel):
                 documents=documents,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_norm(hidden_states), **{CACHE_NAME: past_key_values}
-        )
+        hidden_states = self.final_norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, GenerationMixin):
+class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGenerationMixin, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -1,12 +1,14 @@
 """`rg_lru_scan`: the one entry to the recurrence. Checks its arguments and chooses the implementation."""
 
 import torch
+from transformers.utils import logging
 
 from .rg_lru_scan_reference import rg_lru_scan_reference
 from .rg_lru_scan_torch import rg_lru_scan_torch
 from .rg_lru_scan_triton import rg_lru_scan_triton, triton_unavailable_reason
 
 
+logger = logging.get_logger(__name__)
 BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_torch, "triton": rg_lru_scan_triton}
 
 
@@ -51,7 +53,10 @@ def rg_lru_scan(
     """
     _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
     if backend is None:
-        backend = "triton" if triton_unavailable_reason(x) is None else "torch"
+        reason = triton_unavailable_reason(x)
+        backend = "triton" if reason is None else "torch"
+        if reason is not None and x.is_cuda and not torch.compiler.is_compiling():
+            logger.warning_once(f"RG-LRU scan: the torch backend runs on {x.device}, not the Triton kernels: {reason}")
     elif backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r}: allowed are {sorted(BACKENDS)} and None")
     elif backend == "triton" and (reason := triton_unavailable_reason(x)) is not None:

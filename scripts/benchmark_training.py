@@ -6,8 +6,9 @@
 A step is forward and backward over random tokens, every parameter's gradient included, no optimizer. The peers are
 RecurrentGemma and a Llama with multi-query attention in Transformers, and HGRN of flash-linear-attention where it is
 installed, all of the same depth, width, MLP and vocabulary. Nothing is timed unless this project's loss and gradients
-agree with those of the scan's definition. The models' repetitions take turns, so that all meet the same machine. Writes
-OUTPUT.json, OUTPUT.md and OUTPUT.png.
+agree with those of the scan's definition. The models' repetitions take turns, so that all meet the same machine. On a
+GPU this project's model is timed in other ways too: long rows under activation checkpointing at equal tokens a step,
+packed and padded rows, short rows, float32, LoRA. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -39,7 +41,7 @@ SIZES = {
     "400m": (1536, 12, 4608, 12, 32000, 1024),
     "2b": (2560, 26, 7680, 20, 32000, 1024),
 }
-CELLS = {"cpu": [(1, 256), (1, 1024), (1, 4096)], "cuda": [(8, 2048), (2, 8192), (1, 32768), (1, 131072)]}
+CELLS = {"cpu": [(1, 256), (1, 1024), (1, 4096)], "cuda": [(8, 2048), (2, 8192), (1, 16384)]}
 PEAK_FLOPS = {"h100": 989e12, "h200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 OWN = "Griffin, this project"
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the loss and of the gradient's norm
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="of the table"
     )
+    parser.add_argument("--no-ways", action="store_true", help="leave out the other ways to train")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model at each cell")
     parser.add_argument("--longest", type=float, default=60.0, help="seconds: a slower model is timed once")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
@@ -70,12 +73,16 @@ def main(argv: list[str] | None = None) -> None:
     birth = birth_certificate(device, arguments.commit, ["flash-linear-attention"])
     errors = check(device, dtype)
     report = {"birth": birth, "device": device, "size": size, "dtype": str(dtype).removeprefix("torch.")}
-    report |= {"errors": errors, "rows": []}
+    report |= {"errors": errors, "rows": [], "ways": []}
     for cell in arguments.cells or CELLS[device]:
         report["rows"] += measure(arguments, size, cell, dtype, PEAK_FLOPS.get(name))
         output.with_suffix(".json").write_text(json.dumps(report, indent=1))
         output.with_suffix(".md").write_text(text(report))
         plot(report, output.with_suffix(".png"))
+    for way in WAYS if device == "cuda" and not arguments.no_ways else []:
+        report["ways"].append(measure_way(way, size, dtype, arguments.repeats, PEAK_FLOPS.get(name)))
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        output.with_suffix(".md").write_text(text(report))
     print(text(report))
 
 
@@ -169,6 +176,71 @@ MODELS: dict[str, Callable[[str], PreTrainedModel]] = {
 }
 
 
+# Other ways to train
+
+
+class Way(NamedTuple):
+    """prepare: of the model before it is timed. inputs: of tokens (B, T), further arguments of the model."""
+
+    name: str
+    cell: tuple[int, int]
+    prepare: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model
+    inputs: Callable[[torch.Tensor], dict] = lambda tokens: {}
+    dtype: torch.dtype | None = None
+
+
+def _checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def _with_lora(model: PreTrainedModel) -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _packed(tokens: torch.Tensor) -> dict:
+    """Documents of 300 tokens, the last of a row shorter."""
+    return {"position_ids": (torch.arange(tokens.shape[1], device=tokens.device) % 300).expand(tokens.shape[0], -1)}
+
+
+def _padded(tokens: torch.Tensor) -> dict:
+    """Left-padded: 0, 1, 2, ... eighths of a row."""
+    padding = tokens.shape[1] // 8 * torch.arange(tokens.shape[0], device=tokens.device)[:, None] % tokens.shape[1]
+    return {"attention_mask": (torch.arange(tokens.shape[1], device=tokens.device) >= padding).long()}
+
+
+WAYS = [
+    *(
+        Way("activation checkpointing", cell, _checkpointed)
+        for cell in [(64, 2048), (16, 8192), (4, 32768), (1, 131072)]
+    ),
+    Way("packed documents of 300 tokens", (8, 2048), inputs=_packed),
+    Way("left-padded rows, padding counted as tokens", (8, 2048), inputs=_padded),
+    Way("short rows", (64, 256)),
+    Way("float32", (2, 2048), dtype=torch.float32),
+    Way("LoRA of rank 16 on every linear layer", (8, 2048), _with_lora),
+]
+
+
+def measure_way(way: Way, size: str, dtype: torch.dtype, repeats: int, peak_flops: float | None) -> dict:
+    row = {"way": way.name, "batch": way.cell[0], "length": way.cell[1]}
+    try:
+        model = way.prepare(_make(OWN, size, "cuda", way.dtype or dtype))
+        row["parameters"] = model.num_parameters() if hasattr(model, "num_parameters") else 0
+        steps = [_step(model, way.cell, "cuda", way.inputs) for _ in range(repeats + 1)][1:]
+    except (torch.OutOfMemoryError, ImportError) as error:
+        return row | {"failed": str(error).splitlines()[0]}
+    finally:
+        model = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    row |= {"memory": steps[-1][1], **_speed([seconds for seconds, _ in steps], row, peak_flops)}
+    print(f"{row['batch']} x {row['length']}, {way.name}: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
+    return row
+
+
 # Measuring
 
 
@@ -249,15 +321,16 @@ def _take_turns(models: dict, cell: tuple[int, int], arguments) -> tuple[dict, d
     return seconds, memory
 
 
-def _step(model, cell: tuple[int, int], device: str) -> tuple[float, int | None]:
-    """Seconds, and peak bytes on a GPU, of one forward and backward."""
+def _step(model, cell: tuple[int, int], device: str, inputs: Callable | None = None) -> tuple[float, int | None]:
+    """Seconds, and peak bytes on a GPU, of one forward and backward. inputs: see `Way`."""
     tokens = torch.randint(0, model.config.vocab_size, cell, device=device)
+    further = inputs(tokens) if inputs else {}
     model.zero_grad()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    model(tokens, labels=tokens, use_cache=False, **further).loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if device == "cuda" else None
@@ -296,7 +369,27 @@ def text(report: dict) -> str:
     ]
     lines += [_table_row(row, rows) for row in rows]
     errors = ", ".join(f"{name} {error:.1e}" for name, error in report["errors"].items())
+    lines += _ways_text(report.get("ways", []))
     return "\n".join([*lines, "", f"Before timing, errors against the scan's definition: {errors}."]) + "\n"
+
+
+def _ways_text(ways: list[dict]) -> list[str]:
+    if not ways:
+        return []
+    lines = ["", "This project's model in other ways:", ""]
+    lines += ["| batch x T | | step, ms (10%, 90%) | tokens/s | MFU | peak memory, GiB |", "|---|---|---|---|---|---|"]
+    for row in ways:
+        head = f"| {row['batch']} x {row['length']} | {row['way']} |"
+        if "failed" in row:
+            lines.append(f"{head} {row['failed']} | | | |")
+            continue
+        milliseconds = "{median:,.0f} ({10%:,.0f}, {90%:,.0f})".format(
+            **{k: s * 1e3 for k, s in row["seconds"].items()}
+        )
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        memory = f"{row['memory'] / 2**30:.1f}"
+        lines.append(f"{head} {milliseconds} | {row['tokens_per_second']:,.0f} | {mfu} | {memory} |")
+    return [*lines, "", "MFU leaves out what checkpointing computes twice, and counts LoRA's frozen weights."]
 
 
 def _table_row(row: dict, rows: list[dict]) -> str:

@@ -1,0 +1,98 @@
+"""Triton kernels of one query's attention over a ring of keys and values, in splits that run side by side.
+
+Names: p_ pointer, i_ index, m_ mask. The time is read from the device, as in `decode_kernels`.
+
+Legend: B rows, H heads, K head dimension, W attention window, S splits of the window.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("Triton is not installed") from error
+
+
+@triton.jit
+def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
+    """x with its first ROTARY dimensions rotated, in the dtype of x; offset: of each head's first dimension."""
+    m_turn = i_k < ROTARY
+    partner = tl.where(i_k < ROTARY // 2, i_k + ROTARY // 2, i_k - ROTARY // 2)
+    x = tl.load(p_x + offset + i_k, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(p_x + offset + partner, mask=mask & m_turn, other=0.0).to(tl.float32)
+    cos = tl.load(p_cos + i_k, mask=m_turn, other=1.0).to(tl.float32)
+    sin = tl.load(p_sin + i_k, mask=m_turn, other=0.0).to(tl.float32)
+    turned = x * cos + tl.where(i_k < ROTARY // 2, -other, other) * sin
+    return turned.to(p_x.dtype.element_ty)
+
+
+@triton.jit
+def attention_kernel(
+    p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_time, p_padding, p_sums, p_top, p_total, scaling, W,
+    SPLIT: tl.constexpr, K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One query against SPLIT slots of the ring of keys and values (B, H_kv, W, K), in which this step's are stored.
+
+    q (B, H, K), k and v (B, H_kv, K) before the rotation. Slot s holds the last time that is s modulo W; a row sees it
+    from its first token on, at time `padding`. Results of a split: sums (B, H, S, K) of exp(score - top) * value, top
+    and total (B, H, S). Program: (B * H_kv, S).
+    """
+    i_head, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_row = i_head // KEY_HEADS
+    time = tl.load(p_time)
+    first = tl.load(p_padding + i_row)
+    i_g, i_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
+    m_k = i_k < K
+    m_q = (i_g < GROUP)[:, None] & m_k[None, :]
+    p_cos += i_row * ROTARY
+    p_sin += i_row * ROTARY
+    i_query = i_head * GROUP + i_g
+    q = _rotated(p_q, p_cos, p_sin, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
+    new_k = _rotated(p_k, p_cos, p_sin, i_head * K, i_k, m_k, ROTARY)
+    new_v = tl.load(p_v + i_head * K + i_k, mask=m_k, other=0.0)
+    slot = time % W
+    p_keys += i_head.to(tl.int64) * W * K
+    p_values += i_head.to(tl.int64) * W * K
+    top = tl.full((BLOCK_G,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
+    for start in range(0, SPLIT, BLOCK_S):
+        i_s = i_split * SPLIT + start + tl.arange(0, BLOCK_S)
+        is_new = i_s == slot
+        seen = (i_s < W) & (time - (time + W - i_s) % W >= first)
+        m_old = (seen & (i_s != slot))[:, None] & m_k[None, :]
+        tile = i_s[:, None] * K + i_k[None, :]
+        k = tl.load(p_keys + tile, mask=m_old, other=0.0)
+        v = tl.load(p_values + tile, mask=m_old, other=0.0)
+        k = tl.where(is_new[:, None], new_k[None, :], k)
+        v = tl.where(is_new[:, None], new_v[None, :], v)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        scores = tl.where(seen[None, :], scores, -1e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shares = tl.where(seen[None, :], tl.exp(scores - new_top[:, None]), 0.0)
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(shares, 1)
+        sums = tl.dot(shares.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+        top = new_top
+    m_new = m_k & (slot >= i_split * SPLIT) & (slot < (i_split + 1) * SPLIT)
+    tl.store(p_keys + slot * K + i_k, new_k, mask=m_new)
+    tl.store(p_values + slot * K + i_k, new_v, mask=m_new)
+    i_part = i_query * splits + i_split
+    tl.store(p_top + i_part, top, mask=i_g < GROUP)
+    tl.store(p_total + i_part, total, mask=i_g < GROUP)
+    tl.store(p_sums + i_part[:, None] * K + i_k[None, :], sums, mask=m_q)
+
+
+@triton.jit
+def combine_kernel(p_sums, p_top, p_total, p_out, K, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The attention's output (B, H, K) from its splits. Program: one head of one row."""
+    i_query = tl.program_id(0)
+    i_k, i_s = tl.arange(0, BLOCK_K), tl.arange(0, SPLITS)
+    m_k = i_k < K
+    top = tl.load(p_top + i_query * SPLITS + i_s)
+    share = tl.exp(top - tl.max(top, 0))
+    total = tl.sum(share * tl.load(p_total + i_query * SPLITS + i_s), 0)
+    tile = (i_query * SPLITS + i_s)[:, None] * K + i_k[None, :]
+    sums = tl.load(p_sums + tile, mask=m_k[None, :], other=0.0)
+    y = tl.sum(sums * share[:, None], 0) / total
+    tl.store(p_out + i_query * K + i_k, y.to(p_out.dtype.element_ty), mask=m_k)

@@ -1,0 +1,121 @@
+"""One decoding step over a state in fixed buffers: on a GPU recorded once as a CUDA graph and then replayed.
+
+Every tensor of a step has its place for good, and where in it to write is computed on the device from the time. So the
+host has nothing to decide, and a step is one call. Parameters are read where they lie: nothing is copied or packed.
+
+Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K head dimension, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from .decode_ops import Clock, KernelOps, PlainOps, Stream
+
+
+class DecodeStep:
+    """The state of B rows and the step that reads one more token of each.
+
+    token (B,) int64: what the next `step` reads. logits (B, V): what it leaves, in the model's dtype.
+    """
+
+    def __init__(self, base: nn.Module, head: nn.Linear, batch: int):
+        self.base, self.head, self.config = base, head, base.config
+        self.device, self.dtype = head.weight.device, head.weight.dtype
+        self.on_gpu = self.device.type == "cuda"
+        self.ops = KernelOps() if self.on_gpu else PlainOps()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.busy = False
+        with torch.inference_mode(False), torch.no_grad():
+            self._make_buffers(batch)
+
+    def _make_buffers(self, batch: int) -> None:
+        config, new = self.config, {"dtype": self.dtype, "device": self.device}
+        self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.logits = torch.zeros(batch, self.head.weight.shape[0], **new)
+        self.clock = Clock(torch.zeros(1, dtype=torch.long, device=self.device), torch.zeros_like(self.token))
+        self.layers = []
+        for kind in config.layer_types:
+            if kind == "sliding_attention":
+                shape = (batch, config.num_key_value_heads, config.attention_window_size, config.head_dim)
+                self.layers.append((torch.zeros(shape, **new), torch.zeros(shape, **new)))
+            else:
+                past = torch.zeros(batch, config.conv1d_width, config.lru_width, **new)
+                state = torch.zeros(batch, config.lru_width, dtype=torch.float32, device=self.device)
+                self.layers.append((past, state, torch.zeros(config.lru_width, device=self.device)))
+        rotary = self.base.rotary_emb
+        exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
+        self.frequencies = torch.cat([rotary.theta**-exponents] * 2)  # as rotary_emb computes them
+
+    @torch.no_grad()
+    def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
+        """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
+        self.clock.time.fill_(length)
+        self.clock.padding.copy_(torch.zeros_like(self.token) if padding is None else padding)
+        for layer, buffers, block in zip(cache.layers, self.layers, self.base.layers):
+            if len(buffers) == 2:
+                window, kept = buffers[0].shape[2], layer.keys.shape[2]
+                slots = torch.arange(length - kept, length, device=self.device) % window
+                buffers[0].index_copy_(2, slots, layer.keys)
+                buffers[1].index_copy_(2, slots, layer.values)
+            else:
+                past, state, log_decay = buffers
+                slots = torch.arange(length, length + past.shape[1], device=self.device) % past.shape[1]
+                past.index_copy_(1, slots, layer.conv_states[0].transpose(1, 2).contiguous())
+                state.copy_(layer.recurrent_states[0])
+                log_decay.copy_(block.temporal_block.rg_lru.decay())
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """Reads `token` and returns `logits`, which the next step overwrites."""
+        if self.graph is None:
+            self._compute()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Compiles what has to be and records the step. Overwrites the state: `load` comes afterwards."""
+        with torch.inference_mode(False), torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._compute()
+            self.graph = graph
+
+    def _compute(self) -> None:
+        ops, clock, stream = self.ops, self._clock_with_rotation(), self._embedded()
+        for layer, buffers in zip(self.base.layers, self.layers):
+            stream = self._mix(stream, layer, buffers, clock)
+            mlp = layer.mlp_block
+            x = ops.gated_project(stream, layer.channel_pre_norm, mlp.gate_proj, mlp.up_proj)
+            stream = ops.add_project(stream, x, mlp.down_proj)
+        logits = ops.project(stream, self.base.final_norm, [self.head])[0]
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        self.logits.copy_(logits)
+        clock.time.add_(1)
+
+    def _mix(self, stream: Stream, layer: nn.Module, buffers: tuple, clock: Clock) -> Stream:
+        ops, block, norm = self.ops, layer.temporal_block, layer.temporal_pre_norm
+        if len(buffers) == 2:
+            q, k, v = ops.project(stream, norm, [block.q_proj, block.k_proj, block.v_proj])
+            return ops.add_project(stream, ops.attend(q, k, v, *buffers, clock, block.scaling), block.o_proj)
+        x, y = ops.project(stream, norm, [block.linear_x, block.linear_y])
+        return ops.add_project(stream, ops.recurrent(x, y, block, *buffers, clock), block.linear_out)
+
+    def _embedded(self) -> Stream:
+        x = self.base.embed_tokens.weight.index_select(0, self.token)
+        return Stream(x * self.base.embedding_scale if self.config.scale_embeddings else x)
+
+    def _clock_with_rotation(self) -> Clock:
+        clock = self.clock
+        if "sliding_attention" not in self.config.layer_types:
+            return clock
+        angles = (clock.time - clock.padding)[:, None].float() * self.frequencies
+        return Clock(clock.time, clock.padding, angles.cos().to(self.dtype), angles.sin().to(self.dtype))

@@ -1,0 +1,213 @@
+"""`generate` on a GPU by a recorded step: no Python a layer, and the host never waits for the token it just asked for.
+
+`generate` prepares everything as for any model and then calls `_sample`; here a request that can be honoured exactly
+runs on a `DecodeStep`, and every other goes on to Transformers' loop. Logits processors are Transformers' own.
+
+The host stays two steps ahead of the tokens that it has seen. Steps beyond the end are thus computed and dropped; what
+they leave behind is a random generator that has drawn for them too.
+
+Legend: B rows, T tokens of the prompt.
+"""
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
+
+from .decode_step import DecodeStep
+from .fast_generate_requests import reason_against
+
+
+logger = logging.get_logger(__name__)
+
+PREFILL_TOKENS = 16384  # of all rows together in one forward pass
+LEAST_CHUNK = 128  # tokens a row
+STEPS_AHEAD = 2
+KEPT_STEPS = 4  # batch sizes whose recorded step and buffers stay with the model
+STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, DecodeStep]]" = weakref.WeakKeyDictionary()
+
+
+class FastGenerationMixin:
+    """For the model with a language-model head: plain `generate` is fast where it can be."""
+
+    _fast_generation_devices = ("cuda",)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ):
+        """Arguments and result as in Transformers."""
+        step = None
+        if self.device.type in self._fast_generation_devices:
+            request = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, kwargs)
+            reason = reason_against(self, *request)
+            step = None if reason else _take_step(self, input_ids.shape[0])
+            if step is None:
+                logger.info_once(f"generate runs Transformers' own loop: {reason or 'another call of it is running'}")
+        if step is None:
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **kwargs,
+            )
+        try:
+            with torch.cuda.device(step.device) if step.on_gpu else nullcontext():
+                logits = self._read_prompt_into(step, input_ids, kwargs.get("attention_mask"), generation_config)
+                choice = _Choice(input_ids, logits_processor, stopping_criteria, generation_config)
+                return _decode(step, logits, choice, stopping_criteria.max_length, streamer)
+        finally:
+            step.busy = False
+
+    def _read_prompt_into(self, step: DecodeStep, input_ids, attention_mask, generation_config) -> torch.Tensor:
+        """The logits (B, V) behind the prompt, read in chunks of bounded memory."""
+        batch, length = input_ids.shape
+        padding = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            padding = length - attention_mask.long().sum(1)
+        cache = DynamicCache(config=self.config)
+        chunk = generation_config.prefill_chunk_size or max(LEAST_CHUNK, PREFILL_TOKENS // batch)
+        for start in range(0, length, chunk):
+            end = min(length, start + chunk)
+            output = self(
+                input_ids[:, start:end],
+                attention_mask=None if padding is None else attention_mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        step.load(cache, length, padding)
+        return output.logits[:, -1]
+
+
+def _take_step(model, batch: int) -> DecodeStep | None:
+    """The model's step for so many rows, recorded unless it is; None while another call uses it."""
+    steps = STEPS.setdefault(model, OrderedDict())
+    weights = tuple((p.data_ptr(), p.dtype, p.shape) for p in model.parameters())
+    key = (batch, weights, model.config.final_logit_softcapping)
+    for other in [other for other in steps if other[1:] != key[1:]]:  # of weights that were moved or replaced
+        del steps[other]
+    if key not in steps:
+        steps[key] = DecodeStep(model.model, model.lm_head, batch)
+    steps.move_to_end(key)
+    step = steps[key]
+    if step.busy:
+        return None
+    step.busy = True
+    try:
+        if step.on_gpu and step.graph is None:
+            step.record()
+    except BaseException:
+        del steps[key]
+        raise
+    while len(steps) > KEPT_STEPS:
+        steps.popitem(last=False)
+    return step
+
+
+class _Choice:
+    """The next token of each row, as Transformers' loop finds it, without a look at what was found."""
+
+    def __init__(self, prompt: torch.Tensor, logits_processor, stopping_criteria, generation_config):
+        self.processors, self.do_sample = list(logits_processor), generation_config.do_sample
+        self.length, self.tokens = prompt.shape[1], prompt
+        self.going_on = torch.ones(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+        ends = [each.eos_token_id.to(prompt.device) for each in stopping_criteria if hasattr(each, "eos_token_id")]
+        self.eos = torch.cat([end.flatten() for end in ends]) if ends else None
+        if self.eos is not None:
+            pad = getattr(generation_config, "_pad_token_tensor", None)
+            self.pad = self.eos[0] if pad is None else pad.to(prompt.device)
+
+    def next(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (B, V) -> tokens (B,), padding for rows that have ended; they are also put behind the others."""
+        scores = logits.to(copy=True, dtype=torch.float32)
+        for processor in self.processors:
+            scores = processor(self.tokens[:, : self.length], scores)
+        if self.do_sample:
+            token = _draw(scores.softmax(-1))
+        else:
+            token = scores.argmax(-1)
+        if self.eos is not None:
+            token = torch.where(self.going_on, token, self.pad)
+            self.going_on = self.going_on & ~torch.isin(token, self.eos)
+        if self.length == self.tokens.shape[1]:  # room for as many again, whatever max_length allows
+            room = max(1024, self.length)
+            self.tokens = torch.nn.functional.pad(self.tokens, (0, room))
+        self.tokens[:, self.length] = token
+        self.length += 1
+        return token
+
+
+def _draw(shares: torch.Tensor) -> torch.Tensor:
+    """A sample of each row, the same as `torch.multinomial(shares, 1)` draws, which makes the host wait."""
+    return (shares / torch.empty_like(shares).exponential_(1)).argmax(-1)
+
+
+def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length: int | None, streamer) -> torch.Tensor:
+    """The prompt and the new tokens (B, T + new)."""
+    reports, end = _Reports(choice, streamer), None
+    while end is None:
+        token = choice.next(logits)
+        reports.send(token)
+        if max_length is not None and choice.length >= max_length:
+            break
+        step.token.copy_(token)
+        logits = step.step()
+        end = next(reports.received(STEPS_AHEAD), None)
+    if end is None:
+        end = next(reports.received(0), choice.length)
+    if streamer is not None:
+        streamer.end()
+    return choice.tokens[:, :end].clone()
+
+
+class _Reports:
+    """What the host learns of each step, some steps later: tokens for a streamer, and whether all rows have ended."""
+
+    def __init__(self, choice: _Choice, streamer):
+        self.choice, self.streamer = choice, streamer
+        self.on_gpu = choice.tokens.is_cuda
+        self.sent, self.free = deque(), []
+
+    def send(self, token: torch.Tensor) -> None:
+        report = self.free.pop() if self.free else self._new(token)
+        going_on, tokens, event = report
+        if self.choice.eos is not None:
+            going_on.copy_(self.choice.going_on.any(), non_blocking=True)
+        if self.streamer is not None:
+            tokens.copy_(token, non_blocking=True)
+        if event is not None:
+            event.record()
+        self.sent.append((self.choice.length, report))
+
+    def received(self, ahead: int) -> Iterator[int]:
+        """Waits for all but the last `ahead` reports; yields the length at which the last row ended, and stops."""
+        while len(self.sent) > ahead:
+            length, report = self.sent.popleft()
+            going_on, tokens, event = report
+            if event is not None:
+                event.synchronize()
+            if self.streamer is not None:
+                self.streamer.put(tokens.clone())
+            if not going_on:
+                yield length
+                return
+            self.free.append(report)
+
+    def _new(self, token: torch.Tensor) -> tuple:
+        going_on = torch.ones((), dtype=torch.bool, pin_memory=self.on_gpu)
+        tokens = torch.empty(token.shape, dtype=token.dtype, pin_memory=self.on_gpu)
+        return going_on, tokens, torch.cuda.Event() if self.on_gpu else None

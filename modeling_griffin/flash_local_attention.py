@@ -1,0 +1,115 @@
+"""Local attention on a GPU: PyTorch's flash attention over runs of tokens, each with a window of its own.
+
+A batch of documents, packed or padded, is a list of runs that attend to themselves only, which is what
+`torch.nn.attention.varlen` takes. No mask is built, nothing of size T x T or T x W is computed outside the kernel, and
+nothing is compiled for a length.
+
+Legend: B batch, H heads, H_kv key-value heads, T queries, S keys, K head dimension, W window, N runs.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    PARAMETERS = inspect.signature(varlen_attn).parameters
+except ImportError:
+    PARAMETERS = {}
+
+DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+ENABLE_GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}  # before, the kernel was simply asked
+
+
+class Runs(NamedTuple):
+    """N runs of tokens that attend to themselves only, in the order of the flattened (B * T) tokens.
+
+    window: W. queries, keys (N + 1,) int32: where each run starts, and the end. longest_queries, longest_keys: at least
+    the length of the longest run; it is the number of blocks that are started, not of what is computed.
+    """
+
+    window: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+def flash_unavailable_reason(config, inputs_embeds: torch.Tensor) -> str | None:
+    """None where local attention of this model can run as flash attention, else why not."""
+    if config._attn_implementation != "sdpa":
+        return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
+    if "window_size" not in PARAMETERS:
+        return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
+    if not inputs_embeds.is_cuda or torch.version.hip is not None:
+        return f"tokens are on {inputs_embeds.device.type}, not on an NVIDIA GPU"
+    if torch.cuda.get_device_capability(inputs_embeds.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if (dtype := _computed_in(inputs_embeds)) not in DTYPES:
+        return f"attention is computed in {dtype}, flash attention in float16 and bfloat16"
+    if config.head_dim % 8 or config.head_dim > LARGEST_HEAD:
+        return f"head_dim is {config.head_dim}, flash attention takes multiples of 8 up to {LARGEST_HEAD}"
+    if config.attention_dropout:
+        return f"attention_dropout is {config.attention_dropout}"
+    if type(inputs_embeds) not in (torch.Tensor, torch.nn.Parameter):
+        return f"tokens are {type(inputs_embeds).__name__}s"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the model"
+    return None
+
+
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def runs_of_rows(shape: tuple[int, int], num_keys: int, window: int, device: torch.device) -> Runs:
+    """Of B rows of one document each: T queries, the last of `num_keys` keys. Reads nothing from the GPU."""
+    rows, length = shape
+    queries = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    return Runs(window, queries * length, queries * num_keys, length, num_keys)
+
+
+def runs_of_documents(start: torch.Tensor, real: torch.Tensor | None, window: int) -> Runs | None:
+    """Of rows with several documents or padding, without a cache; padding makes runs of its own.
+
+    start, real: (B, T), see `Documents`. None where padding stands inside a document: then it is no run. Waits for the
+    GPU, since the number of runs is a size.
+    """
+    edge = start.clone()
+    edge[:, 0] = True
+    if real is not None:
+        turns = real[:, 1:] != real[:, :-1]
+        if bool((turns & real[:, 1:] & ~start[:, 1:]).any()):
+            return None
+        edge[:, 1:] |= turns
+    starts = edge.flatten().nonzero()[:, 0].int()
+    starts = torch.cat([starts, starts.new_tensor([edge.numel()])])
+    return Runs(window, starts, starts, edge.shape[1], edge.shape[1])
+
+
+def flash_local_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: Runs,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K), and no weights."""
+    batch, _, length, _ = query.shape
+    output = varlen_attn(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        runs.queries,
+        runs.keys,
+        runs.longest_queries,
+        runs.longest_keys,
+        scale=scaling,
+        window_size=(runs.window - 1, 0),  # keys before the query's own, and after it
+        **ENABLE_GQA,
+    )
+    return output.unflatten(0, (batch, length)), None

@@ -1,0 +1,91 @@
+"""Linear layers that read the same input, as one node of the graph on a GPU.
+
+Alone, each layer makes a gradient of the input, and autograd adds them up in a pass of its own; here the second product
+adds to the first one's result. In front of a gated activation, the gradients of the biases come with its own.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from .fused import GELU_TANH, gated, pays
+from .fused_triton import gelu_gated_backward, gelu_gated_forward
+
+
+def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
+    """module(x) of each."""
+    if not pays(x) or not all(is_plain(module, nn.Linear) for module in modules):
+        return tuple(module(x) for module in modules)
+    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+    return _Linears.apply(*as_autocast(x, *weights, *biases))
+
+
+def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor:
+    """act_fn(gate(x)) * up(x)."""
+    plain = isinstance(act_fn, GELU_TANH) and is_plain(gate, nn.Linear) and is_plain(up, nn.Linear)
+    if not pays(x) or not plain or gate.bias is None or up.bias is None:
+        return gated(act_fn, gate(x), up(x))
+    return _GeluGatedLinears.apply(*as_autocast(x, gate.weight, up.weight, gate.bias, up.bias))
+
+
+def is_plain(module: nn.Module, cls: type) -> bool:
+    """Whether calling the module is nothing but its class's forward: no adapter, no hook, no replaced forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is cls and "forward" not in vars(module) and not any(hooks)
+
+
+def as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """In the dtype that autocast gives to products."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.save_for_backward(x, *weights)
+        return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *d_outputs):
+        x, *weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        d_outputs = [d.flatten(0, -2) for d in d_outputs]
+        d_biases = [d.sum(0) if need else None for d, need in zip(d_outputs, needed[1 + len(weights) :])]
+        return *_gradients(x, weights, d_outputs, needed), *d_biases
+
+
+class _GeluGatedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        gate_weight, up_weight, gate_bias, up_bias = parameters
+        gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
+        ctx.save_for_backward(x, gate_weight, up_weight, gate, up)
+        return gelu_gated_forward(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, *weights, gate, up = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        *d_outputs, sums = gelu_gated_backward(d_y, gate, up, sums=any(needed[3:]))
+        d_biases = (None, None) if sums is None else [each.to(gate.dtype) for each in sums]
+        return *_gradients(x, weights, [d.flatten(0, -2) for d in d_outputs], needed), *d_biases
+
+
+def _gradients(x, weights, d_outputs, needed) -> list[torch.Tensor | None]:
+    """Of x and of each weight, where needed; d_outputs (rows, features)."""
+    d_x = None
+    if needed[0]:
+        d_x = d_outputs[0] @ weights[0]
+        for d, weight in zip(d_outputs[1:], weights[1:]):
+            d_x.addmm_(d, weight)
+        d_x = d_x.view(x.shape)
+    rows = x.flatten(0, -2)
+    return [d_x, *(d.mT @ rows if need else None for d, need in zip(d_outputs, needed[1:]))]

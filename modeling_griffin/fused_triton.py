@@ -1,0 +1,208 @@
+"""Norm and gated activation on a GPU: one Triton kernel each way, every tensor read or written once.
+
+Column sums (gradients of the norm's weight, and of the biases in front of a gated activation) are made on the way: each
+program adds up its rows, and the programs' sums are added in a fixed order, so that gradients are deterministic.
+
+Legend: N rows, D columns. Kernels: p_ pointer, i_ index, m_ mask.
+"""
+
+import contextlib
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
+PROGRAMS_PER_PROCESSOR = 4  # of the norm's backward pass, which walks over rows
+GATED_ROWS, GATED_COLUMNS, GATED_STEPS = 16, 128, 8  # a program: GATED_STEPS times a tile of rows and columns
+
+
+def triton_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * (1 + weight) over the last axis, in the dtype of x."""
+    return _AddRMSNorm.apply(x, None, weight, eps)
+
+
+def triton_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x + residual, and that sum, both in the dtype of the sum."""
+    return _AddRMSNorm.apply(x, residual, weight, eps)
+
+
+def triton_gelu_gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * x, the tanh form."""
+    return _GeluGated.apply(gate, x)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        x, columns, total = x.contiguous(), x.shape[-1], None
+        if residual is not None:
+            residual = residual.contiguous()
+            total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+        normed = torch.empty_like(x if total is None else total)
+        arguments = (x, residual, weight, normed, total, columns, eps)
+        with on_its_device(x):
+            _norm_forward[(x.numel() // columns,)](*arguments, **_row_in_registers(columns))
+        ctx.save_for_backward(x if total is None else total, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return normed if total is None else (normed, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_normed, d_total=None):
+        if d_normed is None:
+            return d_total, d_total, None, None
+        total, weight = ctx.saved_tensors
+        rows, columns = total.numel() // total.shape[-1], total.shape[-1]
+        programs = min(rows, PROGRAMS_PER_PROCESSOR * _processors(total.device))
+        d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
+        d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
+        arguments = (d_normed, d_total, total, weight, d_x, partial, rows, columns, ctx.eps)
+        with on_its_device(total):
+            _norm_backward[(programs,)](*arguments, **_row_in_registers(columns))
+        return d_x, d_x if ctx.needs_input_grad[1] else None, partial.sum(0).to(weight.dtype), None
+
+
+class _GeluGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, x):
+        gate, x = gate.contiguous(), x.contiguous()
+        ctx.save_for_backward(gate, x)
+        return gelu_gated_forward(gate, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        return gelu_gated_backward(d_y, *ctx.saved_tensors, sums=False)[:2]
+
+
+def gelu_gated_forward(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of contiguous tensors, without a graph."""
+    y, columns = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // columns
+    with on_its_device(x):
+        _gated_forward[_gated_grid(rows, columns)](gate, x, y, rows, columns, *_GATED_TILE)
+    return y
+
+
+def gelu_gated_backward(d_y, gate, x, sums: bool) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+    """d_gate, d_x and, if asked, their column sums (D,) in float32."""
+    d_gate, d_x, columns = torch.empty_like(gate), torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // columns
+    grid = _gated_grid(rows, columns)
+    partial = x.new_empty(2, grid[0], columns, dtype=torch.float32) if sums else None
+    with on_its_device(x):
+        _gated_backward[grid](d_y.contiguous(), gate, x, d_gate, d_x, partial, rows, columns, *_GATED_TILE)
+    return d_gate, d_x, partial.sum(1).unbind(0) if sums else None
+
+
+_GATED_TILE = (GATED_ROWS, GATED_COLUMNS, GATED_STEPS)
+
+
+def _gated_grid(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // (GATED_ROWS * GATED_STEPS)), -(-columns // GATED_COLUMNS)
+
+
+def _row_in_registers(columns: int) -> dict[str, int]:
+    num_warps = 4 if columns <= 1024 else 8 if columns <= 8192 else 16
+    return {"COLUMNS": triton.next_power_of_2(columns), "num_warps": num_warps}
+
+
+def on_its_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+if triton is not None:
+
+    @triton.jit
+    def _norm_forward(p_x, p_residual, p_weight, p_normed, p_total, D, eps, COLUMNS: tl.constexpr):
+        start = tl.program_id(0).to(tl.int64) * D
+        i = tl.arange(0, COLUMNS)
+        m = i < D
+        total = tl.load(p_x + start + i, mask=m, other=0.0).to(tl.float32)
+        if p_residual is not None:
+            total += tl.load(p_residual + start + i, mask=m, other=0.0).to(tl.float32)
+            rounded = total.to(p_total.dtype.element_ty)
+            tl.store(p_total + start + i, rounded, mask=m)
+            total = rounded.to(tl.float32)  # what the next layer sees
+        scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
+        weight = tl.load(p_weight + i, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_normed + start + i, (total * scale * (1.0 + weight)).to(p_normed.dtype.element_ty), mask=m)
+
+    @triton.jit
+    def _norm_backward(p_d_normed, p_d_total, p_total, p_weight, p_d_x, p_partial, N, D, eps, COLUMNS: tl.constexpr):
+        """With n = s / rms(s) and g = d_normed (1 + weight): d_x = (g - n mean(g n)) / rms(s) + d_total."""
+        program = tl.program_id(0)
+        i = tl.arange(0, COLUMNS)
+        m = i < D
+        weight = tl.load(p_weight + i, mask=m, other=0.0).to(tl.float32)
+        d_weight = tl.zeros([COLUMNS], tl.float32)
+        row = program.to(tl.int64)
+        while row < N:
+            start = row * D
+            total = tl.load(p_total + start + i, mask=m, other=0.0).to(tl.float32)
+            d_normed = tl.load(p_d_normed + start + i, mask=m, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
+            normed, g = total * scale, d_normed * (1.0 + weight)
+            d_weight += d_normed * normed
+            d_x = scale * (g - normed * (tl.sum(g * normed, 0) / D))
+            if p_d_total is not None:
+                d_x += tl.load(p_d_total + start + i, mask=m, other=0.0).to(tl.float32)
+            tl.store(p_d_x + start + i, d_x.to(p_d_x.dtype.element_ty), mask=m)
+            row += tl.num_programs(0)
+        tl.store(p_partial + program.to(tl.int64) * D + i, d_weight, mask=m)
+
+    @triton.jit
+    def _gelu(x):
+        """gelu(x) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3), and its derivative."""
+        square = x * x
+        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+
+    @triton.jit
+    def _gated_forward(p_gate, p_x, p_y, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None]
+        for step in tl.static_range(STEPS):
+            row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
+            i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
+            activated, _ = _gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
+            y = activated * tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
+            tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=m)
+
+    @triton.jit
+    def _gated_backward(
+        p_d_y, p_gate, p_x, p_d_gate, p_d_x, p_partial, N, D,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    ):  # fmt: skip
+        i_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        column = i_column[None]
+        sum_gate, sum_x = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in tl.static_range(STEPS):
+            row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
+            i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
+            d_y = tl.load(p_d_y + i, mask=m, other=0.0).to(tl.float32)
+            activated, slope = _gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
+            x = tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
+            d_gate, d_x = d_y * x * slope, d_y * activated
+            tl.store(p_d_gate + i, d_gate.to(p_d_gate.dtype.element_ty), mask=m)
+            tl.store(p_d_x + i, d_x.to(p_d_x.dtype.element_ty), mask=m)
+            sum_gate, sum_x = sum_gate + d_gate, sum_x + d_x
+        if p_partial is not None:
+            i_partial = tl.program_id(0).to(tl.int64) * D + i_column
+            p_second = p_partial + tl.num_programs(0).to(tl.int64) * D
+            tl.store(p_partial + i_partial, tl.sum(sum_gate, 0), mask=i_column < D)
+            tl.store(p_second + i_partial, tl.sum(sum_x, 0), mask=i_column < D)

@@ -1,0 +1,147 @@
+"""The Triton kernels of a decoding step against the same operations in plain PyTorch, which is their definition.
+
+On a GPU everything runs. Without one, `TRITON_INTERPRET=1 pytest tests/test_decode_kernels.py` runs it in Triton's
+interpreter.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import nn
+
+from modeling_griffin import decode_ops
+from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps, Stream
+from modeling_griffin.decode_step import DecodeStep
+from modeling_griffin.modeling_griffin import GriffinRMSNorm
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16]
+# The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
+DTYPES_OF_STEPS = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+LOGITS = {torch.float32: "logits", torch.float16: "float16 logits", torch.bfloat16: "bfloat16 logits"}
+ROWS = [1, 2, 3, 4, 17]  # three and seventeen go by cuBLAS
+
+pytestmark = pytest.mark.skipif(
+    decode_ops.triton is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
+)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def make_linear(inputs, outputs, dtype, bias=True):
+    return nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype)
+
+
+def make_norm(width, dtype):
+    norm = GriffinRMSNorm(width, 1e-6)
+    norm.weight.data.normal_()
+    return norm.to(DEVICE, dtype)
+
+
+def both(call):
+    """The results of the plain operations and of the kernels, and what each left of the tensors that `call` changes."""
+    return call(PlainOps()), call(KernelOps())
+
+
+@pytest.mark.parametrize("inputs, sizes", [(24, (17, 40, 8)), (512, (16, 8)), (1024, (3,)), (600, (5, 32))])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_projections(dtype, rows, inputs, sizes):
+    x, norm = normal(rows, inputs, dtype=dtype), make_norm(inputs, dtype)
+    for bias in (True, False):
+        linears = [make_linear(inputs, size, dtype, bias) for size in sizes]
+        expected, actual = both(lambda ops, linears=linears: ops.project(Stream(x), norm, linears))
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(LOGITS[dtype], one, other)
+
+
+@pytest.mark.parametrize("inputs, width", [(24, 17), (512, 64), (600, 40)])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_gated_mlp_and_what_is_added_to_the_stream(dtype, rows, inputs, width):
+    x, norm, after = normal(rows, inputs, dtype=dtype), make_norm(inputs, dtype), make_norm(inputs, dtype)
+    gate, up, down = (make_linear(*shape, dtype) for shape in ((inputs, width), (inputs, width), (width, inputs)))
+    head = make_linear(inputs, 9, dtype, bias=False)
+
+    def mlp(ops):
+        stream = Stream(x.clone())
+        inner = ops.gated_project(stream, norm, gate, up)
+        stream = ops.add_project(stream, inner, down)
+        return [inner, ops.project(stream, after, [head])[0], stream.residual]
+
+    for expected, actual in zip(*both(mlp), strict=True):
+        assert_close(LOGITS[dtype], actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+def test_steps_past_the_window(dtype, rows, kind, small_model):
+    """Logits and states after each of many steps; rows have started at different times."""
+    model = small_model(kind).to(DEVICE, dtype)
+    steps = [DecodeStep(model.model, model.lm_head, rows) for _ in range(2)]
+    steps[0].ops, steps[1].ops = PlainOps(), KernelOps()
+    for step in steps:
+        step.clock.time.fill_(rows)
+        step.clock.padding.copy_(torch.arange(rows))
+        for layer, buffers in zip(model.model.layers, step.layers):
+            if len(buffers) == 3:
+                buffers[2].copy_(layer.temporal_block.rg_lru.decay().detach())
+    for tokens in torch.randint(0, 29, (9, rows), device=DEVICE):
+        for step in steps:
+            step.token.copy_(tokens)
+            step.step()
+        assert_close(LOGITS[dtype], steps[1].logits, steps[0].logits)
+        for one, other in zip(steps[1].layers, steps[0].layers):
+            for actual, expected in zip(one[:2], other[:2]):
+                assert_close(LOGITS[dtype], actual, expected)
+                expected.copy_(actual)  # so that rounding does not pile up over the steps
+
+
+@pytest.mark.parametrize("heads, key_heads, head_dim, window", [(20, 1, 128, 200), (4, 2, 24, 100), (3, 3, 256, 64)])
+@pytest.mark.parametrize("time", [0, 63, 64, 1234])
+@torch.no_grad()
+def test_attention(time, heads, key_heads, head_dim, window):
+    rows, rotary = 3, head_dim // 2
+    q, k, v = (normal(rows, n * head_dim) for n in (heads, key_heads, key_heads))
+    rings = [normal(rows, key_heads, window, head_dim) for _ in range(2)]
+    angles = torch.rand(rows, rotary // 2, device=DEVICE).repeat(1, 2)
+    padding = torch.tensor([0, max(0, time - 3), time], device=DEVICE)
+    clock = Clock(torch.tensor([time], device=DEVICE), padding, angles.cos(), angles.sin())
+
+    def attend(ops):
+        keys, values = copy.deepcopy(rings)
+        return [ops.attend(q, k, v, keys, values, clock, head_dim**-0.5), keys, values]
+
+    for expected, actual in zip(*both(attend), strict=True):
+        assert_close("logits", actual, expected)
+
+
+@pytest.mark.parametrize("width, blocks, rows", [(48, 3, 2), (160, 2, 1), (70, 1, 65)])
+@pytest.mark.parametrize("lambda_bias", [-9.0, -2.0, 3.0])
+@torch.no_grad()
+def test_recurrence(lambda_bias, width, blocks, rows, small_model):
+    model = small_model("hawk", lru_width=width, num_gate_blocks=blocks).to(DEVICE)
+    block = model.model.layers[0].temporal_block
+    block.rg_lru.decay.lambda_bias.data.fill_(lambda_bias)
+    x, y, past = normal(rows, width), normal(rows, width), normal(rows, 4, width)
+    state, log_decay = normal(rows, width), block.rg_lru.decay()
+
+    def recurrent(ops, clock):
+        buffers = past.clone(), state.clone()
+        return [ops.recurrent(x, y, block, *buffers, log_decay, clock), *buffers]
+
+    for time in (0, 102):
+        clock = Clock(torch.tensor([time], device=DEVICE), torch.zeros(rows, dtype=torch.long, device=DEVICE))
+        for expected, actual in zip(*both(lambda ops, clock=clock: recurrent(ops, clock)), strict=True):
+            assert_close("logits", actual, expected)
