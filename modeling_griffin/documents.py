@@ -208,10 +208,9 @@ def attention_mask_for_documents(
     length = position_ids.shape[1]
     if (runs := _runs(config, inputs_embeds, attention_mask, past_key_values, documents)) is not None:
         return runs
-    first_key, num_keys, first_query, has_empty_slots = 0, length, 0, False
+    first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
         layer = past_key_values.is_sliding.index(True)
-        has_empty_slots = past_key_values.layers[layer].is_compileable
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -232,8 +231,7 @@ def attention_mask_for_documents(
         attention_mask,
         past_key_values,  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
-        # Transformers 5.24 would leave the mask of one token out, while a recurrent layer beside records its past.
-        allow_is_causal_skip=not (has_empty_slots and length == 1),
+        allow_is_causal_skip=not (_is_static(past_key_values) and length == 1),  # one token sees no empty slots
     )
 
 
@@ -250,7 +248,7 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
         if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
             logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
         return None
-    if past_key_values is not None and past_key_values.is_compileable:
+    if _is_static(past_key_values):
         return None
     past = _tokens_in_cache(config, past_key_values)
     simple = not documents.packed and documents.real is None
@@ -264,6 +262,15 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     return None if is_tracing(documents.start) else runs_of_documents(documents.start, documents.real, window)
 
 
+def _is_static(past_key_values: Cache | None) -> bool:
+    """Whether attention gets the slots of a static cache, some of them empty.
+
+    Asked of the attention layer: from Transformers 5.24 on the cache as a whole does not call itself compileable while
+    a recurrent layer records its past.
+    """
+    return past_key_values is not None and past_key_values.layers[past_key_values.is_sliding.index(True)].is_compileable
+
+
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
     """Whether a mask of pairs would be the larger part of SDPA's work, where nothing asks for it.
 
@@ -273,7 +280,7 @@ def _reaches_beyond_two_windows(config, length: int, past_key_values, position_i
     return (
         config._attn_implementation == "sdpa"
         and length > 2 * config.attention_window_size
-        and not (past_key_values is not None and past_key_values.is_compileable)
+        and not _is_static(past_key_values)
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 

@@ -317,8 +317,7 @@ class GriffinModel(GriffinPreTrainedModel):
                 real tokens the attention is exact only while the row fits the window.
             position_ids: (B, T), positions within each document; 0 starts a document. None: from the packing arguments,
                 else from the mask, else counting on from the cache.
-            past_key_values: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place. `cache` is
-                another name of this argument, as in Transformers from 5.24 on.
+            past_key_values, or cache: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place.
             cu_seq_lens_q (documents + 1,), seq_idx (B, T): packed documents, as data collators give them.
 
         Raises:
@@ -354,9 +353,8 @@ class GriffinModel(GriffinPreTrainedModel):
                 documents=documents,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_norm(hidden_states), **{CACHE_NAME: past_key_values}
-        )
+        hidden_states = self.final_norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
 
 class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGenerationMixin, GenerationMixin):
