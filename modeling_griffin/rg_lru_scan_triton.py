@@ -1,8 +1,9 @@
 """The RG-LRU recurrence on a GPU: one fused Triton kernel forward, one backward, both at the speed of memory.
 
 Forward moves 4 tensors of (B, T, C), backward 8: each is read or written once, and gates, decay, input scaling and
-recurrence happen in registers. Kept for the backward pass: x, both gates and hidden. `rg_lru_scan_triton_kernels` has
-the kernels and how they work; this file chooses tiles, launches, and registers both as PyTorch operators.
+recurrence happen in registers. Kept for the backward pass: x, both gates and hidden. How they work is said in
+`rg_lru_scan_triton_kernels`; a single step has a kernel of its own, in `rg_lru_scan_triton_step`. This file chooses
+tiles, launches, and registers forward and backward as PyTorch operators.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ import torch
 try:
     import triton
 
-    from .rg_lru_scan_triton_kernels import PTX, backward_kernel, forward_kernel
+    from .rg_lru_scan_triton_kernels import backward_kernel, forward_kernel
+    from .rg_lru_scan_triton_math import PTX
+    from .rg_lru_scan_triton_step import step_kernel
 except ImportError:
     triton = None
 
@@ -41,15 +44,9 @@ class Tile(NamedTuple):
 
 # Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels / 64) make long waits:
 # there the backward pass takes taller tiles, whose carries are fewer; else smaller ones, of which more fit.
-ONE_STEP = Tile(1, 1, 256)
+ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
 FORWARD, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(4, 8, 64, 96)
 BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
-
-
-def _forward_tile(length: int, exact: bool) -> Tile:
-    if length == 1:
-        return ONE_STEP
-    return FORWARD_FLOAT32 if exact else FORWARD
 
 
 def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
@@ -95,7 +92,10 @@ def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
         return hidden, last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
     inputs = _contiguous(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
     exact = _is_exact(x, recurrence_gate, input_gate)
-    _launch(forward_kernel, _forward_tile(x.shape[1], exact), exact, inputs, (hidden, last_state))
+    if x.shape[1] == 1:
+        _launch_step(exact, inputs, (hidden, last_state))
+    else:
+        _launch(forward_kernel, FORWARD_FLOAT32 if exact else FORWARD, exact, inputs, (hidden, last_state))
     return hidden, last_state
 
 
@@ -137,6 +137,27 @@ def _is_exact(*tensors) -> bool:
     return any(tensor.dtype not in (torch.float16, torch.bfloat16) for tensor in tensors)
 
 
+def _launch_step(exact: bool, inputs, outputs, channels_each: int = 256) -> None:
+    x = inputs[0]
+    batch, _, channels = x.shape
+    with _on_device_of(x):
+        step_kernel[(batch, triton.cdiv(channels, channels_each))](
+            *inputs,
+            *outputs,
+            channels,
+            HAS_INITIAL=inputs[4] is not None,
+            HAS_RESET=inputs[5] is not None,
+            MASKED=channels % channels_each != 0,
+            EXACT=exact,
+            CHANNELS=channels_each,
+            num_warps=channels_each // 64,
+        )
+
+
+def _on_device_of(x):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
     """inputs: x, both gates, log_decay, initial_state, reset, ... ; each kernel takes inputs, outputs, words, sizes."""
     x = inputs[0]
@@ -146,7 +167,7 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
     # Tiles pass the state on through words that start as 0, with the ticket counter behind them. They are this call's
     # own: other streams have theirs, and a CUDA graph clears them at each replay.
     words = x.new_zeros(tiles * tile.channels + 1, dtype=torch.int64) if steps > 1 else None
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with _on_device_of(x):
         kernel[(tiles,)](
             *inputs,
             *outputs,

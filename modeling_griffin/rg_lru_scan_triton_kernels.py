@@ -18,104 +18,18 @@ SEGMENTS * CHANNELS is twice the number of threads: every array, of 16, 32 or 64
 value is held by two threads. The look-back needs that: two threads that poll one word may see different values.
 """
 
-import torch
-
-
 try:
     import triton
     import triton.language as tl
+
+    from .rg_lru_scan_triton_math import compute_again, decay, load, reciprocal, sigmoid, square_root, store, to_float32
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 
-# Inline PTX where a kernel is compiled for NVIDIA; the interpreter runs the plain expression beside it.
-PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_LOW = tl.constexpr(1.925963033500e-08)  # log2(e) minus its float32 rounding
-LN_2 = tl.constexpr(0.6931471805599453)
 COMPLETE = tl.constexpr(1 << 32)  # the published map h -> 0
+UNCHANGED = tl.constexpr((0x3F800000 + 1) << 32)  # the published map h -> h
 SIZES = ["B", "T"]  # compile once, whatever these are
-
-
-@triton.jit
-def _float32(x):
-    """bfloat16 is the upper half of float32: two channels are one shift and one mask."""
-    if PTX and x.dtype == tl.bfloat16:
-        asm: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _reciprocal(x, EXACT: tl.constexpr):
-    if EXACT:
-        return tl.div_rn(1.0, x)
-    elif PTX:
-        asm: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return 1.0 / x
-
-
-@triton.jit
-def _sqrt(x, EXACT: tl.constexpr):
-    if EXACT:
-        return tl.sqrt_rn(x)
-    elif PTX:
-        asm: tl.constexpr = "sqrt.approx.ftz.f32 $0, $1;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.sqrt(x)
-
-
-@triton.jit
-def _exp(x):
-    """To the last bits: exp2 with the rounding of x * log2(e) put back."""
-    power = x * LOG2_E
-    error = tl.fma(x, LOG2_E, -power) + x * LOG2_E_LOW
-    e = tl.exp2(power)
-    return tl.fma(e, error * LN_2, e)
-
-
-@triton.jit
-def _sigmoid(x, EXACT: tl.constexpr):
-    if EXACT:
-        return tl.div_rn(1.0, 1.0 + _exp(-tl.where(x < -87.0, -87.0, x)))  # below, exp overflows
-    else:
-        return _reciprocal(1.0 + tl.exp2(x * -LOG2_E), False)
-
-
-@triton.jit
-def _again(x):
-    """x, but the compiler does not know: what is computed from it is computed again, instead of held in registers."""
-    if PTX and x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
-    else:
-        return x
-
-
-@triton.jit
-def _decay(log_decay, r, EXACT: tl.constexpr):
-    """a = exp(log_decay * r) and y = 1 - a^2: near a = 1 from a series, the difference has no digits there."""
-    if EXACT:
-        log_a = log_decay * r
-        p = tl.fma(log_a, 1.0 / 40320, 1.0 / 5040)
-        p = tl.fma(log_a, p, 1.0 / 720)
-        p = tl.fma(log_a, p, 1.0 / 120)
-        p = tl.fma(log_a, p, 1.0 / 24)
-        p = tl.fma(log_a, p, 1.0 / 6)
-        p = tl.fma(log_a, p, 0.5)
-        q = -log_a * tl.fma(log_a, p, 1.0)  # 1 - a
-        a_far = _exp(log_a)
-        near = log_a > -0.5
-        return tl.where(near, 1.0 - q, a_far), tl.where(near, q * (2.0 - q), tl.fma(-a_far, a_far, 1.0))
-    else:
-        log2_a = (log_decay * LOG2_E) * r
-        a = tl.exp2(log2_a)
-        # -expm1(2 ln2 z) to second order, for z > -0.008: 2e-5 off, far under the last bit of float16
-        series = log2_a * tl.fma(log2_a, -0.9609060278364028, -1.3862943611198906)
-        return a, tl.where(log2_a > -0.008, series, tl.fma(-a, a, 1.0))
 
 
 @triton.jit
@@ -149,19 +63,23 @@ def _pack(a, b):
 
 @triton.jit
 def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The state that leaves the n_before earlier tiles of a chain, (CHANNELS,), from the words of the last SEGMENTS.
+    """The state that leaves the n_before earlier tiles of a chain, (CHANNELS,), from the words of the last few.
 
     Waits until one of these is complete, and applies the maps after it one by one. Whichever is complete by then, these
     are the same operations in the same order, so the result does not depend on timing. The scan goes from warp to warp
-    in order; that holds because a row of CHANNELS >= 64 fills whole warps.
+    in order, but pairs up the rows within a warp: where CHANNELS < 64, one row of a warp is a word, the others are the
+    map h -> h, which changes no bit.
     """
+    GROUP: tl.constexpr = 64 // CHANNELS if CHANNELS < 64 else 1  # rows of a warp
     i_s = tl.arange(0, SEGMENTS)[:, None]
-    i_tile = n_before - SEGMENTS + i_s
+    is_word = i_s % GROUP == 0
+    i_tile = n_before - SEGMENTS // GROUP + i_s // GROUP
     offset = (i_tile.to(tl.int64) * n_chains + i_chain) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    other = tl.where(is_word, COMPLETE, UNCHANGED)
     state = tl.full([CHANNELS], 0.0, tl.float32)
     waiting = n_before > 0
     while waiting:
-        words = tl.load(p_words + offset, mask=i_tile >= 0, other=COMPLETE, volatile=True)
+        words = tl.load(p_words + offset, mask=is_word & (i_tile >= 0), other=other, volatile=True)
         high = (words >> 32).to(tl.int32)
         score = tl.where(high == 0, -2 * SEGMENTS, tl.where(high == 1, 1, 0))
         waiting = tl.min(tl.sum(score, 0)) <= 0  # until all are published and, for each channel, one is complete
@@ -184,27 +102,11 @@ def _take_tile(p_words, n_tiles, CHANNELS: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
-def _load(p, mask, other, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(p, mask=mask, other=other)
-    else:
-        return tl.load(p)
-
-
-@triton.jit
 def _load_resets(p_reset, t, T, ROWS: tl.constexpr):
     """Bit i: is row i of the segment a reset? (SEGMENTS, 1)"""
     i = tl.arange(0, ROWS)[None, :]
     resets = tl.load(p_reset + t + i, mask=t + i < T, other=0)
     return tl.sum(resets.to(tl.int32) << i, 1)[:, None]
-
-
-@triton.jit
-def _store(p, value, mask, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(p, value, mask=mask)
-    else:
-        tl.store(p, value)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -232,10 +134,10 @@ def forward_kernel(
     rs, gs, xs = (), (), ()
     for i in tl.static_range(ROWS):
         m = m_c & (t + i < T)  # past the end: no input, nothing forgotten
-        rs = rs + (_load(p_recurrence_gate + first + i * C + offset, m, float("-inf"), MASKED),)
-        gs = gs + (_load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
-        xs = xs + (_load(p_x + first + i * C + offset, m, 0.0, MASKED),)
-    log_decay = _load(p_log_decay + c, m_c, 0.0, MASKED)
+        rs = rs + (load(p_recurrence_gate + first + i * C + offset, m, float("-inf"), MASKED),)
+        gs = gs + (load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
+        xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
+    log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     if HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
@@ -243,13 +145,13 @@ def forward_kernel(
     a_s = tl.full([SEGMENTS, CHANNELS], 1.0, tl.float32)
     b_s = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
     for i in tl.static_range(ROWS):
-        a, y = _decay(log_decay, _sigmoid(_float32(rs[i]), EXACT), EXACT)
-        multiplier = _sqrt(y, EXACT)
+        a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT)
+        multiplier = square_root(y, EXACT)
         if HAS_RESET:
             reset = ((resets >> i) & 1) != 0
             a = tl.where(reset, 0.0, a)
             multiplier = tl.where(reset, 1.0, multiplier)
-        b = (multiplier * _sigmoid(_float32(gs[i]), EXACT)) * _float32(xs[i])
+        b = (multiplier * sigmoid(to_float32(gs[i]), EXACT)) * to_float32(xs[i])
         a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
@@ -271,7 +173,7 @@ def forward_kernel(
     h = tl.fma(a_start, carry, b_start)
     for i in tl.static_range(ROWS):
         h = tl.fma(a_rows[i], h, b_rows[i])
-        _store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
+        store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
     if (i_t + 1) * (SEGMENTS * ROWS) >= T:
         tl.store(p_last_state + i_b * C + c, state, mask=m_end & m_c)
 
@@ -307,24 +209,24 @@ def backward_kernel(
     rs, ds, gs, xs, hs = (), (), (), (), ()
     for i in tl.static_range(ROWS):
         m = m_c & (t + i < T)
-        rs = rs + (_load(p_recurrence_gate + first + i * C + offset, m, float("-inf"), MASKED),)
-        ds = ds + (_load(p_d_hidden + first + i * C + offset, m, 0.0, MASKED),)
-        gs = gs + (_load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
-        xs = xs + (_load(p_x + first + i * C + offset, m, 0.0, MASKED),)
+        rs = rs + (load(p_recurrence_gate + first + i * C + offset, m, float("-inf"), MASKED),)
+        ds = ds + (load(p_d_hidden + first + i * C + offset, m, 0.0, MASKED),)
+        gs = gs + (load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
+        xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
         # the state before each row; the row before the sequence is the initial state, added below
-        hs = hs + (_load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
-    log_decay = _load(p_log_decay + c, m_c, 0.0, MASKED)
+        hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
+    log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     if HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
     a_s = tl.full([SEGMENTS, CHANNELS], 1.0, tl.float32)
     b_s = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        a, _ = _decay(log_decay, _sigmoid(_float32(rs[i]), EXACT), EXACT)
+        a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT)
         if HAS_RESET:
             reset = ((resets >> i) & 1) != 0
             a = tl.where(reset, 0.0, a)
-        a_s, b_s = a_s * a, a * (b_s + _float32(ds[i]))
+        a_s, b_s = a_s * a, a * (b_s + to_float32(ds[i]))
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == SEGMENTS - 1
@@ -344,12 +246,12 @@ def backward_kernel(
     k = tl.fma(a_start, carry, b_start)
     d_log_decay = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        r, s = _sigmoid(_float32(_again(rs[i])), EXACT), _sigmoid(_float32(gs[i]), EXACT)
-        a, y = _decay(log_decay, r, EXACT)
-        multiplier = _sqrt(y, EXACT)
+        r, s = sigmoid(to_float32(compute_again(rs[i])), EXACT), sigmoid(to_float32(gs[i]), EXACT)
+        a, y = decay(log_decay, r, EXACT)
+        multiplier = square_root(y, EXACT)
         # Differs: 1 / sqrt(y) is bounded at 2 * 1000, as in `BoundedSqrt`; the paper has no bound.
-        inverse = tl.minimum(_reciprocal(multiplier, EXACT), 2000.0)
-        x, h_before = _float32(xs[i]), _float32(hs[i])
+        inverse = tl.minimum(reciprocal(multiplier, EXACT), 2000.0)
+        x, h_before = to_float32(xs[i]), to_float32(hs[i])
         if HAS_INITIAL:
             if i == 0:
                 h_before += tl.load(p_initial_state + i_b * C + c, mask=m_c & (t == 0), other=0.0)
@@ -359,15 +261,15 @@ def backward_kernel(
             a = tl.where(reset, 0.0, a)
             multiplier = tl.where(reset, 1.0, multiplier)
             d_log_a = tl.where(reset, 0.0, d_log_a)
-        dh = _float32(ds[i]) + k
+        dh = to_float32(ds[i]) + k
         k = a * dh
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r
         d_log_decay += d_r
         m = m_c & (t + i < T)
-        _store(p_d_x + first + i * C + offset, d_x, m, MASKED)
-        _store(p_d_input_gate + first + i * C + offset, d_x * x * (1.0 - s), m, MASKED)
-        _store(p_d_recurrence_gate + first + i * C + offset, d_r * log_decay * (1.0 - r), m, MASKED)
+        store(p_d_x + first + i * C + offset, d_x, m, MASKED)
+        store(p_d_input_gate + first + i * C + offset, d_x * x * (1.0 - s), m, MASKED)
+        store(p_d_recurrence_gate + first + i * C + offset, d_r * log_decay * (1.0 - r), m, MASKED)
 
     c_tile = (i_chain % n_blocks) * CHANNELS + i_c
     tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(d_log_decay, 0), mask=c_tile < C)

@@ -6,13 +6,17 @@ in Triton's interpreter, one program after the other: arithmetic, masks and indi
 
 import importlib.util
 import os
+import re
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import modeling_griffin.rg_lru_scan_triton as triton_scan
+from modeling_griffin.rg_lru import RGLRU
 from modeling_griffin.rg_lru_scan import rg_lru_scan
 from modeling_griffin.rg_lru_scan_triton import Tile, rg_lru_scan_triton, triton_unavailable_reason
 
@@ -116,6 +120,38 @@ def test_small_tiles_without_state_or_reset(small_tiles):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_narrow_tiles(dtype, monkeypatch):
+    """Fewer than 64 channels: a warp holds several segments, and the look-back fills up with maps h -> h."""
+    for name in ("FORWARD", "FORWARD_FLOAT32"):
+        monkeypatch.setattr(triton_scan, name, Tile(8, 2, 32))
+    for name in ("BACKWARD_TALL", "BACKWARD_FLOAT32"):
+        monkeypatch.setattr(triton_scan, name, Tile(8, 1, 16))
+    check(make_inputs(1, 37, 40, dtype, reset_share=0.02))
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [33, 256])
+def test_one_step_without_state_or_reset(channels):
+    check({**make_inputs(3, 1, channels, torch.bfloat16), "initial_state": None, "reset": None})
+
+
+@needs_kernels
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradients_through_one_result(small_tiles, which):
+    """The other result's gradient is then None, not zeros."""
+    inputs = make_inputs(2, 21, 33, torch.float32)
+    gradients = []
+    for backend in ("triton", "torch"):
+        leaves = [inputs[name].detach().requires_grad_() for name in ("x", "log_decay", "initial_state")]
+        x, log_decay, state = leaves
+        gates = (inputs["recurrence_gate"], inputs["input_gate"])
+        result = rg_lru_scan(x, *gates, log_decay, initial_state=state, reset=inputs["reset"], backend=backend)[which]
+        gradients.append(torch.autograd.grad(result, leaves, inputs["d_last_state" if which else "d_hidden"]))
+    assert all(share(a, e.double()) < 1e-5 for a, e in zip(*gradients))
+
+
+@needs_kernels
 def test_padding_carries_exactly(small_tiles):
     inputs = make_inputs(2, 30, 32, torch.float32, reset_share=0)
     for name, value in (("x", 0.0), ("recurrence_gate", -torch.inf)):
@@ -142,6 +178,17 @@ def test_loads_several_times_in_one_process():
     ]
     operators = {str(module._OPERATORS.forward) for module in [triton_scan, *copies]}
     assert len(operators) == 4
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this test starts the interpreter")
+@pytest.mark.skipif(triton_scan.triton is None, reason="needs Triton")
+def test_small_cases_in_the_interpreter():
+    """So that a machine without a GPU, and one with, runs the kernels' arithmetic, masks and indices on a CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-1000:]
+    assert re.search(r"\b[3-9]\d passed", finished.stdout), finished.stdout[-300:]
 
 
 def test_says_why_it_cannot_run():
@@ -196,6 +243,15 @@ def test_extremes(gate, log_decay, dtype):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [-40.0, 40.0])
+def test_extreme_input_gates(gate, dtype):
+    inputs = make_inputs(2, 300, 48, dtype)
+    inputs["input_gate"].fill_(gate)
+    check(inputs)
+
+
+@gpu
 @pytest.mark.parametrize("where", ["first", "edges", "everywhere", "nowhere"])
 def test_resets(where):
     inputs = make_inputs(2, 520, 48, torch.bfloat16, reset_share=0)
@@ -215,6 +271,38 @@ def test_backward_tiles(tile, monkeypatch):
     """The shape classes choose between these; here both at one shape."""
     monkeypatch.setattr(triton_scan, "_backward_tile", lambda *shape: tile)
     check(make_inputs(2, 1024, 128, torch.bfloat16, reset_share=0.001))
+
+
+@gpu
+@pytest.mark.parametrize("tile", [Tile(8, 8, 32, 96), Tile(8, 4, 16, 64), Tile(16, 4, 32, 64)])
+@pytest.mark.parametrize("channels", [256, 63])
+def test_narrow_tiles(tile, channels, monkeypatch):
+    """Right, and the same bits each time: which earlier tile is complete must not show."""
+    monkeypatch.setattr(triton_scan, "FORWARD", tile)
+    monkeypatch.setattr(triton_scan, "_backward_tile", lambda *shape: tile)
+    inputs = make_inputs(1, 3000, channels, torch.bfloat16, reset_share=0.001)
+    check(inputs, judge="torch")
+    first = run(inputs, "triton")
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(500):
+        different += sum((a != f).any() for a, f in zip(run(inputs, "triton"), first))
+    assert different.item() == 0
+
+
+@gpu
+def test_a_new_length_costs_no_compilation():
+    """Compiled once for lengths that tiles divide and once for others; the shape classes choose by batch * channels."""
+    for length in (4096, 4095, 1):
+        run(make_inputs(1, length, 192, torch.bfloat16), "triton")
+    torch.cuda.synchronize()
+    for length in (2048, 8192, 65536, 2, 63, 1000, 5001):
+        inputs = make_inputs(1, length, 192, torch.bfloat16)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run(inputs, "triton")
+        torch.cuda.synchronize()
+        # a length within one tile has a kernel without chains: one more compilation
+        assert time.perf_counter() - start < (15 if length < 128 else 0.5), length
 
 
 @gpu
@@ -337,6 +425,21 @@ def test_compiles_in_one_graph():
     compiled = torch.compile(layer, fullgraph=True)
     for a, e in zip(run(inputs, None, scan=compiled), run(inputs, "triton", scan=layer)):
         assert share(a, e.double()) < 1e-2
+
+
+@gpu
+def test_layer_compiles_in_one_graph():
+    layer = RGLRU(128, 4, c=8.0).cuda()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.uniform_(layer.decay.lambda_bias, -7.0, -4.0)
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True)):
+        x = torch.randn(2, 300, 128, generator=torch.Generator().manual_seed(3)).cuda().requires_grad_()
+        hidden, last_state = function(x)
+        gradients = torch.autograd.grad(hidden.square().sum() + last_state.sum(), [x, *layer.parameters()])
+        results.append([hidden, last_state, *gradients])
+    assert all(share(a, e.double()) < 1e-4 for a, e in zip(*results))
 
 
 @gpu
