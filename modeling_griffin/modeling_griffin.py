@@ -180,7 +180,8 @@ class GriffinRecurrentBlock(nn.Module):
         y = self.linear_y(hidden_states)
         x = self.linear_x(hidden_states)
         document_start = documents.start if documents.packed else None
-        x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep)
+        keep_inputs = 0 if past_key_values is None else keep
+        x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep_inputs)
         x, state = self.rg_lru(x, documents.start, documents.real, state, keep)
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)

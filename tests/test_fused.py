@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from modeling_griffin import fused
-from modeling_griffin.causal_conv1d import convolve
 from modeling_griffin.fused import gated, rms_norm
 
 
@@ -16,16 +15,7 @@ def gate(x, other, weight):
     return gated(fused.GELU_TANH(), x, other)
 
 
-def convolution(x, other, weight):
-    return convolve(x, weight, weight[:, 0, 1], None)
-
-
-def convolution_of_documents(x, other, weight):
-    age = torch.arange(x.shape[1] - 3, device=x.device).expand(x.shape[0], -1) % 5
-    return convolve(x, weight, weight[:, 0, 1], age)
-
-
-CHAINS = [norm, gate, convolution, convolution_of_documents]
+CHAINS = [norm, gate]
 
 
 def outcome(chain, length, dtype, device, weight_dtype):
