@@ -6,7 +6,8 @@ Legend: B batch, T time, C channels, W taps.
 import torch
 from torch import nn
 
-from .fused import fuse_on_gpu
+from .causal_conv1d_triton import causal_conv1d_triton
+from .fused import pays
 
 
 class CausalConv1d(nn.Conv1d):
@@ -33,13 +34,12 @@ class CausalConv1d(nn.Conv1d):
             document_start: (B, T) bool; None when no document starts behind another.
             real: (B, T) bool, False for padding; None when there is none. Padding is skipped wherever it stands; what
                 comes out at padding is finite and means nothing.
-            states_to_keep: N, to get the states behind the last N tokens instead of the new state alone.
+            states_to_keep: N, to get the states behind the last N tokens instead of the new state alone. With 0, which
+                costs nothing, none.
 
         Returns:
             y (B, T, C) and the new state (B, C, W); or the last min(N, T) states, (B, min(N, T), C, W).
         """
-        batch, length, channels = x.shape
-        taps = self.weight.shape[-1]
         order = None
         if real is not None:
             # Real tokens move to the front of the row, so that they stand right behind the state.
@@ -47,17 +47,47 @@ class CausalConv1d(nn.Conv1d):
             x = _take(x, order)
             document_start = document_start.gather(1, order) if document_start is not None else None
 
-        before = x.new_zeros(batch, taps, channels) if state is None else state.to(x.dtype).transpose(1, 2)
-        padded = torch.cat([before, x], dim=1)  # (B, W + T, C); token t stands at W + t
-        age = None if document_start is None else _tokens_since_start(document_start)
-        y = convolve(padded[:, 1:], self.weight, self.bias, age)
-        new_states = _states_behind(padded, taps, real, age, 1 if states_to_keep is None else states_to_keep)
+        number = 1 if states_to_keep is None else states_to_keep
+        on_gpu = pays(x, state, self.weight, self.bias, document_start)
+        run = _convolve_on_gpu if on_gpu else _convolve_eagerly
+        y, new_states = run(x, state, self.weight, self.bias, document_start, real, number)
         if order is not None:
             y = _take(y, torch.argsort(order, dim=1))
         return y, new_states[:, -1] if states_to_keep is None else new_states
 
 
-@fuse_on_gpu
+def _convolve_eagerly(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and the last states, for real tokens first."""
+    padded = _behind_state(x, state, weight.shape[-1])
+    age = None if document_start is None else _tokens_since_start(document_start)
+    y = convolve(padded[:, 1:], weight, bias, age)
+    return y, _states_behind(padded, weight.shape[-1], real, age, number)
+
+
+def _convolve_on_gpu(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one kernel, and x is copied only where the states cannot do without."""
+    taps, age = weight.shape[-1], None
+    y = causal_conv1d_triton(x, state, weight, bias, document_start)
+    if number == 0:
+        return y, _no_states(x, taps)
+    slots = number + taps
+    if real is None and x.shape[1] >= slots:  # then no state has anything from before the last slots
+        padded = x[:, -slots:]
+        document_start = None if document_start is None else document_start[:, -slots:]
+    else:
+        padded = _behind_state(x, state, taps)
+    if document_start is not None:
+        age = _tokens_since_start(document_start)[:, taps - padded.shape[1] :]
+    return y, _states_behind(padded, taps, real, age, number)
+
+
+def _behind_state(x: torch.Tensor, state: torch.Tensor | None, taps: int) -> torch.Tensor:
+    """(B, W + T, C): token t stands at W + t, and the state before, or zeros."""
+    batch, _, channels = x.shape
+    before = x.new_zeros(batch, taps, channels) if state is None else state.to(x.dtype).transpose(1, 2)
+    return torch.cat([before, x], dim=1)
+
+
 def convolve(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, age: torch.Tensor | None) -> torch.Tensor:
     """(B, W - 1 + T, C) -> (B, T, C). age (B, T): the tap k back is used where age >= k; None means everywhere."""
     taps = weight.shape[-1]
@@ -88,6 +118,8 @@ def _states_behind(
     """
     batch, slots, _ = padded.shape
     length = slots - taps
+    if number == 0:
+        return _no_states(padded, taps)
     if real is None and age is None or length == 0:
         return padded.unfold(1, taps, 1)[:, -min(number, max(length, 1)) :]
     if real is None:
@@ -104,6 +136,10 @@ def _states_behind(
         outside = (taps - 1 - columns > last_age[..., None]) & (count > 0)[..., None]
         states = states.masked_fill(outside[..., None], 0.0)
     return states.transpose(2, 3)
+
+
+def _no_states(x: torch.Tensor, taps: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], 0, x.shape[2], taps)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,8 @@ class GriffinRecurrentBlock(nn.Module):
         keep = states_to_keep(past_key_values, self.layer_idx)
         x, y = linears(hidden_states, self.linear_x, self.linear_y)
         document_start = documents.start if documents.packed else None
-        x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep)
+        keep_inputs = 0 if past_key_values is None else keep
+        x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep_inputs)
         x, state = self.rg_lru(x, documents.start, documents.real, state, keep)
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from modeling_griffin import fused
-from modeling_griffin.causal_conv1d import convolve
 from modeling_griffin.causal_lm_loss import _compiled
 from modeling_griffin.fused import gated, rotate
 
@@ -19,16 +18,7 @@ def losses(x, other, weight):
     return _compiled(x.flatten(0, 1), targets.masked_fill(targets < 0, -100), -100, "sum")
 
 
-def convolution(x, other, weight):
-    return convolve(x, weight, weight[:, 0, 1], None)
-
-
-def convolution_of_documents(x, other, weight):
-    age = torch.arange(x.shape[1] - 3, device=x.device).expand(x.shape[0], -1) % 5
-    return convolve(x, weight, weight[:, 0, 1], age)
-
-
-CHAINS = [rotation, losses, convolution, convolution_of_documents]
+CHAINS = [rotation, losses]
 
 
 def outcome(chain, length, dtype, device, weight_dtype):
