@@ -36,7 +36,7 @@ from .lambda_init import find_lambda_init
 from .local_attention import LocalMask, local_attention
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
-from .rollback import states_to_keep
+from .rollback import check_drafts, states_to_keep
 from .sharded_weights import split_like
 
 
@@ -425,6 +425,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, Generatio
 
     def _assisted_decoding(self, *args, past_key_values: Cache | None = None, **kwargs):
         """For Hawk, whose cache `generate` leaves to the model: assisted decoding asks for one beforehand."""
+        check_drafts(kwargs.get("generation_config"))
         if past_key_values is None and kwargs.get("use_cache"):
             past_key_values = DynamicCache(config=self.config)
         return super()._assisted_decoding(*args, past_key_values=past_key_values, **kwargs)
