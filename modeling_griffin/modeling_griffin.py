@@ -287,6 +287,7 @@ class GriffinModel(GriffinPreTrainedModel):
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
+        config.validate_architecture()  # `from_pretrained(..., field=value)` sets fields after construction
         # Without padding_idx: padding is masked, and where the padding token also ends documents it has to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GriffinDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
