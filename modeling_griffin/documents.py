@@ -47,6 +47,8 @@ def read_layout(
         for argument in (attention_mask, position_ids, cu_seq_lens_q, seq_idx)
     )
     past_length = _tokens_in_cache(config, past_key_values)
+    if past_key_values is not None and not is_tracing(inputs_embeds):
+        _check_room(config, past_key_values, past_length + shape[1])
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
     if isinstance(attention_mask, dict):  # from `masks_for_generate`
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
@@ -314,6 +316,16 @@ def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
     if "sliding_attention" in config.layer_types:
         return past_key_values.get_seq_length()
     return int(past_key_values.has_previous_state())
+
+
+def _check_room(config, past_key_values: Cache, length: int) -> None:
+    """A static cache shorter than the window forgets keys that the window still sees, without a word."""
+    slots = min(getattr(layer, "max_cache_len", length) for layer in past_key_values.layers)
+    if slots < min(length, config.attention_window_size):
+        raise ValueError(
+            f"past_key_values has room for {slots} tokens and would hold {length}: allowed is a max_cache_len of all "
+            f"tokens, or of attention_window_size = {config.attention_window_size}"
+        )
 
 
 def _check_attention_mask(config, attention_mask, past_length: int, shape: tuple[int, int]) -> None:

@@ -13,7 +13,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
-from .model_card_facts import architecture, is_hawk, lambda_text, limits, measured, summary, training, without_folders
+from .model_card_facts import (
+    HELD_OUT,
+    architecture,
+    is_hawk,
+    lambda_text,
+    limits,
+    measured,
+    summary,
+    training,
+    without_folders,
+)
 from .model_card_template import TEMPLATE
 
 
@@ -175,7 +185,10 @@ def read_metadata(path: Path) -> dict:
 
 
 def _metadata(card: ModelCard) -> dict:
-    return {name: value for name in KEPT if (value := getattr(card.data, name, None)) is not None}
+    """What an earlier card was told; not what metrics.json said of the weights of then."""
+    told = {name: value for name in KEPT if (value := getattr(card.data, name, None)) is not None}
+    results = [result for result in told.pop("eval_results", []) if result.dataset_type != HELD_OUT]
+    return {**told, "eval_results": results} if results else told
 
 
 def _read_json(path: Path) -> dict:

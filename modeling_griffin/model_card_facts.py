@@ -9,6 +9,7 @@ from safetensors import safe_open
 from .lambda_init import LAMBDA_INITS
 
 
+HELD_OUT = "held-out-text"  # the type, in the card's metadata, of data that results of metrics.json are about
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -98,7 +99,7 @@ def measured(metrics: dict) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type="held-out-text",
+            dataset_type=HELD_OUT,
             dataset_name=without_folders(metrics.get("eval_data")) or "held-out text",
             metric_type=key,
             metric_name=name,
@@ -113,14 +114,9 @@ def limits(config: dict) -> list[str]:
     """What follows from the architecture."""
     state = "states of fixed size, so exact recall over long distances is not to be expected."
     if is_hawk(config):
-        sentences = [f"All context passes through {state}"]
-    else:
-        window = f"{config['attention_window_size']:,}"
-        sentences = [
-            f"Attention sees the last {window} tokens. What lies further back reaches the model only through {state}"
-        ]
-    sentences.append("Generation that rolls the state back (assisted decoding, cropping the cache) is refused.")
-    return sentences
+        return [f"All context passes through {state}"]
+    window = f"{config['attention_window_size']:,}"
+    return [f"Attention sees the last {window} tokens. What lies further back reaches the model only through {state}"]
 
 
 def read_headers(saved: Path) -> tuple[dict[str, list[int]], list[str]]:

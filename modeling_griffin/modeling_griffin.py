@@ -39,7 +39,7 @@ from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
 from .recurrent_gemma import load_recurrent_gemma
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
-from .rollback import states_to_keep
+from .rollback import check_drafts, states_to_keep
 from .sharded_weights import split_like
 
 
@@ -286,6 +286,7 @@ class GriffinModel(GriffinPreTrainedModel):
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
+        config.validate_architecture()  # `from_pretrained(..., field=value)` sets fields after construction
         # Without padding_idx: padding is masked, and where the padding token also ends documents it has to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GriffinDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
@@ -425,6 +426,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGener
 
     def _assisted_decoding(self, *args, **kwargs):
         """For Hawk, whose cache `generate` leaves to the model: assisted decoding asks for one beforehand."""
+        check_drafts(kwargs.get("generation_config"))
         if kwargs.get(CACHE_NAME) is None and kwargs.get("use_cache"):
             kwargs[CACHE_NAME] = DynamicCache(config=self.config)
         return super()._assisted_decoding(*args, **kwargs)

@@ -165,7 +165,8 @@ def griffin_tensors_from_deepmind(name: str, tensor: torch.Tensor) -> dict[str, 
     if name == "final_norm.scale":
         return {"model.final_norm.weight": tensor}
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if block is None:
+    known = (*DEEPMIND_NAMES, "mlp_block.ffw_up.w", "mlp_block.ffw_up.b")
+    if block is None or block[2] not in known:
         raise KeyError(f"{name}: not a parameter of DeepMind's recurrentgemma")
     layer, inside = f"model.layers.{block[1]}.", block[2]
     if inside in ("mlp_block.ffw_up.w", "mlp_block.ffw_up.b"):  # (2, D, E) and (2, 1, 1, E), gate first

@@ -81,6 +81,18 @@ class RollbackLayer(LinearAttentionLayer):
             self.recurrent_history = self.recurrent_history.index_select(0, beam_idx.to(self.device))
 
 
+def check_drafts(generation_config) -> None:
+    """Raises ValueError for drafts by the model's own first layers, for which Transformers edits its configuration.
+
+    An error within would leave the model with that configuration.
+    """
+    if (layers := getattr(generation_config, "assistant_early_exit", None)) is not None:
+        raise ValueError(
+            f"assistant_early_exit = {layers}: allowed is None; drafts come from assistant_model or "
+            "prompt_lookup_num_tokens"
+        )
+
+
 def states_to_keep(cache: Cache | None, layer_idx: int) -> int | None:
     """How many tokens' states a recurrent layer hands to the cache; None: only the state behind the last token.
 

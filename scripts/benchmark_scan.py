@@ -236,14 +236,14 @@ def _decode() -> dict:
 # On a CPU
 
 
-def benchmark_cpu() -> Iterator[dict]:
-    channels, blocks, length = 256, 8, 4096
+def benchmark_cpu(channels: int = 256, blocks: int = 8, length: int = 4096) -> Iterator[dict]:
+    """One report: seconds of a step at lengths around `length`, of both layers, and their ratio at `length`."""
     torch.manual_seed(0)
     own = RGLRU(channels, blocks, c=8.0)
     for parameter in own.parameters():
         nn.init.normal_(parameter, std=0.1)
     nn.init.uniform_(own.decay.lambda_bias, -7.0, -4.0)
-    lengths = [512, 1024, 2048, 4096, 8192]
+    lengths = [length // 8, length // 4, length // 2, length, 2 * length]
     curve = {t: statistics.median([_step_seconds(own, t, channels) for _ in range(12)][3:]) for t in lengths}
     peer = _recurrent_gemma_layer(channels, blocks)
     peer_lengths = (length // 4, length)
@@ -313,10 +313,12 @@ def _cpu_text(report: dict) -> str:
     for length, seconds in report["own"].items():
         peer = report["recurrent_gemma"].get(length)
         lines.append(f"| {length} | {seconds * 1e3:.1f} | {'' if peer is None else f'{peer * 1e3:.0f}'} |")
-    growth = report["own"][8192] / report["own"][512]
+    shortest, longest = min(report["own"]), max(report["own"])
+    growth = report["own"][longest] / report["own"][shortest]
     lines += [
         "",
-        f"At T = 4096: {report['ratio']:.0f} times faster. From T = 512 to 8192: {growth:.1f} times the time.",
+        f"At T = {max(report['recurrent_gemma'])}: {report['ratio']:.0f} times faster. "
+        f"From T = {shortest} to {longest}: {growth:.1f} times the time.",
     ]
     return "\n".join(lines) + "\n"
 

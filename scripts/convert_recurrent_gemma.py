@@ -8,17 +8,18 @@ import argparse
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, RecurrentGemmaForCausalLM
 
-from modeling_griffin import GriffinConfig
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.model_card import write_model_card
 from modeling_griffin.recurrent_gemma import (
     griffin_config_from_deepmind,
@@ -47,13 +48,14 @@ class ShardWriter:
         self.folder, self.max_bytes = folder, max_bytes
         self.waiting, self.waiting_bytes = {}, 0
         self.shards: list[list[str]] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
         if self.waiting and self.waiting_bytes + size > self.max_bytes:
             self.flush()
-        self.waiting[name] = tensor.contiguous()
+        self.waiting[name], self.shapes[name] = tensor.contiguous(), tuple(tensor.shape)
         self.waiting_bytes += size
         self.total_bytes += size
 
@@ -123,15 +125,34 @@ def read_checkpoint(folder: Path, reverse: bool) -> tuple[object, object, Entrie
 
 def read_deepmind(file: Path, arguments: argparse.Namespace) -> tuple[object, object, Entries, int, Change]:
     """The same of DeepMind's `.pt` file; its tensors stay on disk until they are used."""
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    target = griffin_config_from_deepmind(
-        tensors,
-        GriffinConfig,
-        arguments.attention_window_size,
-        arguments.logits_soft_cap,
-        not arguments.no_scale_embeddings,
-    )
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # what it raises depends on what it meets first
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'empty'}"
+        raise ValueError(f"{file}: allowed is a PyTorch checkpoint, tensors and nothing else ({reason})") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file} holds a {type(tensors).__name__}: allowed is DeepMind's state dict")
+    choices = (arguments.attention_window_size, arguments.logits_soft_cap, not arguments.no_scale_embeddings)
+    try:
+        target = griffin_config_from_deepmind(tensors, GriffinConfig, *choices)
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}: allowed is a whole state dict of DeepMind's torch Griffin") from error
     return None, target, iter(tensors.items()), len(tensors), griffin_tensors_from_deepmind
+
+
+def check_complete(writer: ShardWriter, config) -> None:
+    """Raises ValueError unless the tensors written are the target's: loading would draw missing ones at random."""
+    model_class = GriffinForCausalLM if config.model_type == GriffinConfig.model_type else RecurrentGemmaForCausalLM
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing, unknown = sorted(expected.keys() - writer.shapes.keys() - tied), sorted(writer.shapes.keys() - expected)
+    wrong = [name for name in writer.shapes.keys() & expected.keys() if writer.shapes[name] != expected[name]]
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has wrong shapes for", sorted(wrong))):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"the source {what} {', '.join(names[:3])}{more} (names as in the target)")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
@@ -163,7 +184,7 @@ def _short(value) -> str:
 def convert(arguments: argparse.Namespace) -> None:
     """Writes beside the target and renames at the end; a failure leaves nothing."""
     target = Path(arguments.target)
-    if target.exists():
+    if os.path.lexists(target):
         raise FileExistsError(f"{target}: exists; allowed is a new folder")
     source = Path(arguments.source)
     if source.is_file():
@@ -172,6 +193,8 @@ def convert(arguments: argparse.Namespace) -> None:
         read = read_deepmind(source, arguments)
     else:
         if not source.is_dir():
+            if source.is_absolute() or len(source.parts) > 2 or arguments.source.startswith("."):
+                raise FileNotFoundError(f"{arguments.source}: no such folder or file; a Hub id is OWNER/NAME")
             patterns = ["*.safetensors", "*.json", *COPIED]
             source = Path(snapshot_download(arguments.source, allow_patterns=patterns, revision=arguments.revision))
         read = read_checkpoint(source, arguments.reverse)
@@ -187,6 +210,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 writer.add(new_name, new_tensor)
                 dtypes.setdefault(str(new_tensor.dtype).removeprefix("torch."), []).append(new_name)
         writer.close()
+        check_complete(writer, target_config)
         target_config.architectures = target_config.architectures or ["GriffinForCausalLM"]
         target_config.save_pretrained(unfinished)
         copied = copy_companions(source if source.is_dir() else source.parent, unfinished)
@@ -245,8 +269,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     try:
         convert(parse_arguments(argv))
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise SystemExit(f"convert_recurrent_gemma.py: error: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
     if arguments.logits_of is not None:
-        np.save(arguments.to, some_logits(AutoModelForCausalLM.from_pretrained(arguments.logits_of)))
+        np.save(
+            arguments.to, some_logits(AutoModelForCausalLM.from_pretrained(arguments.logits_of, use_safetensors=True))
+        )
     else:
         demo(overrides)
 

@@ -11,10 +11,12 @@ import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
 
 def load(name: str, trust_remote_code: bool, device: str):
-    """(model, tokenizer) of a folder or Hub id."""
+    """(model, tokenizer) of a folder or Hub id; weights in safetensors only, never pickles."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"error: MODEL = {name!r}: allowed are a folder or Hub id with a model and its tokenizer ({error})"

@@ -74,7 +74,7 @@ def checkpoint_rows(source: str) -> list[Row]:
     """A row for each recurrent layer of a saved model, a folder or a Hub id of this project's kind."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, Decay):

@@ -26,8 +26,10 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
+from yaml import YAMLError
 
 import modeling_griffin
 from modeling_griffin.hub import AUTO_MAP, STALE_ON_HUB, code_files
@@ -71,6 +73,7 @@ def list_files(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[s
     auto_map = read_config(folder).get("auto_map", {})
     if missing := sorted(set(AUTO_MAP) - set(auto_map)):
         raise ValueError(f"the auto_map in {folder}/config.json lacks {', '.join(missing)}: save the model again")
+    find_auto_class(folder)
     code = list_code(folder, auto_map)
     if not trust_remote_code and (foreign := code_that_differs(folder, code)):
         raise ValueError(
@@ -78,8 +81,7 @@ def list_files(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[s
             "--trust-remote-code to run them as they are"
         )
     names = sorted(path.name for path in folder.iterdir())
-    if not fnmatch.filter(names, "model*.safetensors"):
-        raise ValueError(f"{folder} holds no model*.safetensors: other formats of weights are not uploaded")
+    check_weights(folder, fnmatch.filter(names, "model*.safetensors"))
     uploaded = [name for name in names if name in code or any(fnmatch.fnmatch(name, p) for p in UPLOADED)]
     return uploaded, [name for name in names if name not in (*uploaded, "README.md")]
 
@@ -99,8 +101,34 @@ def code_that_differs(folder: Path, names: list[str]) -> list[str]:
     return [name for name in names if (folder / name).read_bytes() != ours.get(name)]
 
 
+def check_weights(folder: Path, names: list[str]) -> None:
+    """Raises ValueError where there are none, or where a file is cut off; only the files' headers are read."""
+    if not names:
+        raise ValueError(f"{folder} holds no model*.safetensors: other formats of weights are not uploaded")
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged ({error}): save the model again") from error
+
+
 def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/config.json is not JSON ({error}): save the model again") from error
+
+
+def find_auto_class(folder: Path) -> tuple[str, str]:
+    """(the model's class, the Auto class that loads it), by config.json."""
+    config = read_config(folder)
+    names = config.get("architectures") or []
+    for auto_class, reference in config["auto_map"].items():
+        if names and str(reference).endswith(f".{names[0]}"):
+            return names[0], auto_class
+    known = ", ".join(sorted(str(reference).split(".")[-1] for reference in config["auto_map"].values()))
+    raise ValueError(f"architectures = {names} in {folder}/config.json: allowed is a class of its auto_map ({known})")
 
 
 def prepare_card(folder: Path, repo_id: str, given: dict) -> ModelCard:
@@ -111,13 +139,15 @@ def prepare_card(folder: Path, repo_id: str, given: dict) -> ModelCard:
         return make_card(folder, folder, repo_id, read_metadata(path), given)
     if given:
         raise ValueError(f"{path} was written by a person: say {', '.join(given)} there, not on the command line")
-    return ModelCard.load(path)
+    try:
+        return ModelCard.load(path)
+    except YAMLError as error:
+        raise ValueError(f"the metadata at the top of {path} is not YAML ({error})") from error
 
 
 def check_shipped_code(folder: Path, model: str, environment: dict, revision: str | None = None) -> float:
     """Largest difference between the outputs of the installed package and of the model's own code, by their scale."""
-    architecture = read_config(folder)["architectures"][0]
-    auto_class = next(auto for auto, name in read_config(folder)["auto_map"].items() if name.endswith(architecture))
+    architecture, auto_class = find_auto_class(folder)
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors"
         ids = torch.arange(2 * 40).reshape(2, 40) * 7919 % read_config(folder)["vocab_size"]
@@ -156,6 +186,12 @@ def check_rights(api: HfApi, repo: str) -> str:
             raise ValueError(f"no right to create {repo_id}: this token is {owners[0]}'s") from None
         raise ValueError(f"the name {repo_id} is taken, and this token, {owners[0]}'s, may not write there")
     return repo_id
+
+
+def check_private(api: HfApi, repo_id: str) -> None:
+    """Raises ValueError where the repository is there and public: the Hub would leave it so without a word."""
+    if api.repo_exists(repo_id) and not api.model_info(repo_id).private:
+        raise ValueError(f"--private: {repo_id} is there already, and public: pass another name, or make it private")
 
 
 def check_same_model(api: HfApi, repo_id: str, folder: Path, revision: str | None) -> list[str]:
@@ -211,6 +247,8 @@ def push(arguments: argparse.Namespace) -> None:
     names, left_out = list_files(folder, arguments.trust_remote_code)
     given = {name: value for name in CARD_FACTS if (value := getattr(arguments, name)) is not None}
     repo_id = arguments.repo if arguments.dry_run else check_rights(api, arguments.repo)
+    if arguments.private and not arguments.dry_run:
+        check_private(api, repo_id)
     if not arguments.dry_run and not arguments.overwrite:
         check_same_model(api, repo_id, folder, arguments.revision)
     card = prepare_card(folder, repo_id, given)
@@ -253,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
-    raise SystemExit(f"push_to_hub.py: error: {message}")
+    raise SystemExit(f"push_to_hub.py: error: {' '.join(message.split())}")
 
 
 if __name__ == "__main__":

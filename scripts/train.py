@@ -81,11 +81,13 @@ def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         # Not from_config: under DeepSpeed's ZeRO-3 it shards weights before they are drawn, and Λ stays unset memory.
         return GriffinForCausalLM(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+        )
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"model_name_or_path = {name!r}: allowed are a folder or Hub id with weights ({reason})"
+            f"model_name_or_path = {name!r}: allowed are a folder or Hub id with weights in safetensors ({reason})"
         ) from error
     check_fits(tokenizer, model.get_input_embeddings().num_embeddings)
     return model

@@ -225,6 +225,20 @@ def test_packing_arguments_with_a_filled_cache_raise(small_model):
     assert_close("logits", logits, model(ids).logits[:, 5:])
 
 
+@pytest.mark.parametrize("sizes", [[5, 1], [1] * 6, [6]], ids=str)
+@torch.no_grad()
+def test_a_static_cache_that_is_too_small_raises(sizes, small_model):
+    """Transformers' layer would forget keys that the window still sees. From the window on, any length has room."""
+    model, ids = small_model(attention="sdpa"), random_ids(1, 30)
+    with pytest.raises(
+        ValueError, match="past_key_values has room for 5 tokens and would hold 6: allowed is a max_cache_len"
+    ):
+        in_chunks(model, ids[:, :6], sizes, StaticCache(config=model.config, max_cache_len=5))
+    in_chunks(model, ids[:, :5], [5], StaticCache(config=model.config, max_cache_len=5))
+    logits, _ = in_chunks(model, ids, [*sizes, 23, 1], StaticCache(config=model.config, max_cache_len=WINDOW))
+    assert_close("logits", logits, model(ids).logits)
+
+
 def test_a_cache_of_another_model_raises(small_model):
     with pytest.raises(ValueError, match="past_key_values, a DynamicCache, has 2 layers"):
         small_model()(random_ids(1, 3), past_key_values=DynamicCache(config=small_model("hawk").config))

@@ -4,10 +4,10 @@ import copy
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modeling_griffin import LAMBDA_INITS, GriffinConfig
+from modeling_griffin import LAMBDA_INITS, GriffinConfig, GriffinForCausalLM
 
 
 # case: (fields, what the message must name)
@@ -141,6 +141,19 @@ def test_bad_values_are_refused_when_saving_and_loading_too(tmp_path):
     for load in (GriffinConfig.from_json_file, AutoConfig.from_pretrained):
         with pytest.raises(Exception, match="conv1d_width = 0"):
             load(path)
+
+
+def test_bad_values_are_refused_where_a_model_is_made(tmp_path, small_config):
+    """from_pretrained sets the fields that it is given one by one, after construction."""
+    small_config().save_pretrained(tmp_path)
+    GriffinForCausalLM(small_config()).save_pretrained(tmp_path)
+    for fields in ({"attention_window_size": 1}, {"num_gate_blocks": 7}, {"lambda_init_bounds": (0.9, 0.8)}):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))} = .*allowed"):
+            GriffinForCausalLM.from_pretrained(tmp_path, **fields)
+        config = AutoConfig.from_pretrained(tmp_path, **fields)
+        with pytest.raises(ValueError, match=f"{next(iter(fields))} = .*allowed"):
+            AutoModel.from_config(config)
+    assert GriffinForCausalLM.from_pretrained(tmp_path, attention_window_size=3).config.sliding_window == 3
 
 
 def test_sliding_window_is_an_alias():

@@ -1,9 +1,12 @@
 """generate.py: what it prints is what the model gives."""
 
+import shutil
+
 import pytest
 import torch
 from _script_helpers import save_model
 from generate import main, read_arguments
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,15 @@ def test_wrong_options(option, value, allowed, capsys):
     with pytest.raises(SystemExit):
         read_arguments(["m", f"{option}={value}"])
     assert f"{option} {value}: allowed are {allowed}" in capsys.readouterr().err
+
+
+def test_pickles_are_not_read(folder, tmp_path):
+    """Stock loading would take pytorch_model.bin where there are no safetensors."""
+    weights = shutil.copytree(folder, tmp_path / "pickled") / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(SystemExit, match="no file named model.safetensors"):
+        main([str(tmp_path / "pickled"), "--max_new_tokens", "1"])
 
 
 def test_missing_model_is_named():

@@ -77,6 +77,24 @@ def test_what_is_not_known_is_left_out(saved):
         assert absent not in card.text, absent
 
 
+def test_limits_are_those_of_the_model(saved):
+    """Assisted decoding was refused once, and is not any more (tests/test_rollback.py)."""
+    limits = ModelCard.load(saved / "README.md").text.split("## Limits")[1]
+    assert [line for line in limits.splitlines() if line.startswith("- ")] == [
+        "- Attention sees the last 5 tokens. What lies further back reaches the model only through states of fixed "
+        "size, so exact recall over long distances is not to be expected."
+    ]
+
+
+def test_figures_of_other_weights_are_not_kept(folder):
+    """What metrics.json said of the weights before says nothing of those that are saved in their place."""
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    assert "model-index" in metadata(write_model_card(folder, license="mit"))
+    (folder / "metrics.json").unlink()
+    card = write_model_card(folder)
+    assert "model-index" not in metadata(card) and "## Results" not in card.text and card.data.license == "mit"
+
+
 def test_training_and_results(folder):
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     (folder / "loss_curve.png").touch()

@@ -1,6 +1,7 @@
 """scripts/push_to_hub.py: what it checks, shows, sends and refuses, against the Hub of hub_server.py."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -118,7 +119,7 @@ def test_no_token(client, folder):
 def test_a_token_that_is_not_valid(client, folder):
     client.run("os.environ['HF_TOKEN'] = 'wrong'")
     try:
-        assert "the token is not valid" in refusal(client, folder, "me/x") or "oken" in refusal(client, folder, "me/x")
+        assert refusal(client, folder, "me/x").startswith("the token is not valid (")
     finally:
         client.run("os.environ['HF_TOKEN'] = 'token-of-me'")
 
@@ -140,6 +141,13 @@ def test_no_network(hub, client, folder):
         assert refusal(client, folder, "me/x").startswith("no network: http://127.0.0.1:9 does not answer")
     finally:
         client.run("constants.ENDPOINT = url", url=hub.url)
+
+
+def test_private_for_a_repository_that_is_public(hub, client, folder):
+    hub.repos["me/public"] = Repo("me", private=False)
+    message = refusal(client, folder, "me/public", "--private")
+    assert message == "--private: me/public is there already, and public: pass another name, or make it private"
+    assert hub.files("me/public") == {}
 
 
 @pytest.mark.parametrize("field, value", [("model_type", "llama"), ("hidden_size", 32)])
@@ -169,6 +177,31 @@ def test_folders_that_cannot_be_loaded(client, folder, tmp_path):
     del config["auto_map"]["AutoModel"]
     (broken / "config.json").write_text(json.dumps(config))
     assert "lacks AutoModel: save" in refusal(client, broken, "me/x")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("no class", r"architectures = \[\] in .*config.json: allowed is a class of its auto_map \(.*GriffinModel"),
+        ("another class", r"architectures = \['LlamaForCausalLM'\] in .*config.json: allowed is a class of"),
+        ("no JSON", r"config.json is not JSON \(Expecting"),
+        ("cut weights", r"copy/model.safetensors is damaged \(.*\): save the model again"),
+        ("no metadata", r"the metadata at the top of .*README.md is not YAML \(while parsing"),
+    ],
+)
+def test_damaged_folders(client, folder, tmp_path, damage, message):
+    broken = copy_of(folder, tmp_path)
+    config, weights = json.loads((broken / "config.json").read_text()), broken / "model.safetensors"
+    if damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no metadata":
+        (broken / "README.md").write_text("---\nlicense: [\n---\nMine.")
+    elif damage == "no JSON":
+        (broken / "config.json").write_text("{")
+    else:
+        config["architectures"] = None if damage == "no class" else ["LlamaForCausalLM"]
+        (broken / "config.json").write_text(json.dumps(config))
+    assert re.search(message, refusal(client, broken, "me/x", "--dry-run"))
 
 
 def test_code_that_does_not_run(client, folder, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from recurrent_gemma_models import small_recurrent_gemma, small_recurrent_gemma_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -235,15 +235,39 @@ def test_a_trained_decay_is_not_rounded_on_the_way_back(source, tmp_path):
 
 def test_script_refuses_an_existing_target(source, tmp_path):
     (tmp_path / "griffin").mkdir()
-    with pytest.raises(SystemExit, match="exists"):
-        script.main([str(source), str(tmp_path / "griffin")])
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for target in ("griffin", "link", "source"):
+        with pytest.raises(SystemExit, match=f"{target}: exists; allowed is a new folder"):
+            script.main([str(source), str(tmp_path / target)])
 
 
-@pytest.mark.parametrize("damage", ["missing shard", "cut shard", "bias", "no weights"])
+DAMAGES = {
+    "missing shard": "missing; allowed are checkpoints in safetensors",
+    "cut shard": "Error while deserializing header",
+    "bias": "attention_bias = True",
+    "no weights": "missing; allowed are checkpoints in safetensors",
+    "a tensor less": "the source lacks model.layers.0.mlp_block.up_proj.weight ",
+    "a tensor more": "the source has unknown model.layers.7.mlp_block.up_proj.weight ",
+    "another shape": "the source has wrong shapes for model.layers.0.mlp_block.up_proj.weight ",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_failure_leaves_nothing(source, tmp_path, damage):
+    """And ends in one line. Loading would draw the tensor that is missing at random."""
     shards = sorted(source.glob("*.safetensors"))
     if damage == "missing shard":
         shards[-1].unlink()
+    elif damage in ("a tensor less", "a tensor more", "another shape"):
+        name = "model.layers.0.mlp_block.up_proj.weight"
+        (shard,) = [file for file in shards if name in load_file(file)]
+        tensors = load_file(shard)
+        weight = tensors.pop(name)
+        if damage != "a tensor less":
+            tensors[name] = weight.T.contiguous() if damage == "another shape" else weight
+        if damage == "a tensor more":
+            tensors["model.layers.7.mlp_block.up_proj.weight"] = weight.clone()
+        save_file(tensors, shard, metadata={"format": "pt"})
     elif damage == "cut shard":
         shards[-1].write_bytes(shards[-1].read_bytes()[:-10])
     elif damage == "no weights":
@@ -252,8 +276,9 @@ def test_a_failure_leaves_nothing(source, tmp_path, damage):
     else:
         config = json.loads((source / "config.json").read_text()) | {"attention_bias": True}
         (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises((SystemExit, Exception)):
+    with pytest.raises(SystemExit, match=DAMAGES[damage]) as stop:
         script.main([str(source), str(tmp_path / "griffin")])
+    assert str(stop.value).startswith("convert_recurrent_gemma.py: error: ") and "\n" not in str(stop.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -328,11 +353,62 @@ def test_script_converts_deepminds_file(tmp_path, capsys):
         assert model(ids(15)).logits.isfinite().all()
 
 
-def test_script_refuses_a_file_that_is_none(tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match="embedder.input_embedding is missing"):
-        script.main([str(tmp_path / "other.pt"), str(tmp_path / "griffin")])
-    assert not (tmp_path / "griffin").exists()
+def test_script_reads_files_of_old_pytorch(tmp_path):
+    torch.save(deepmind_state_dict(), tmp_path / "new.pt")
+    torch.save(deepmind_state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("new", "old"):
+        script.main([str(tmp_path / f"{name}.pt"), str(tmp_path / name)])
+    assert_same_tensors(all_tensors(tmp_path / "new"), all_tensors(tmp_path / "old"))
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"weight": torch.zeros(2)}, "embedder.input_embedding is missing"),
+        ({"embedder.input_embedding": torch.zeros(2, 2), "blocks.0.x": torch.zeros(2)}, "lacks 'blocks.0"),
+        ([torch.zeros(2)], "holds a list: allowed is DeepMind's state dict"),
+        ({"embedder.input_embedding": Code()}, "tensors and nothing else .UnpicklingError"),
+        (b"", "tensors and nothing else .EOFError"),
+        (b"some text", "tensors and nothing else"),
+        ("cut", "tensors and nothing else"),
+        ("a tensor less", r"the source lacks model.layers.1.mlp_block.down_proj.weight \("),
+        ("a tensor more", "blocks.1.mystery: not a parameter of DeepMind's recurrentgemma"),
+    ],
+    ids=["other names", "no layers", "list", "code", "empty", "text", "cut", "a tensor less", "a tensor more"],
+)
+def test_script_refuses_a_file_that_is_none(tmp_path, monkeypatch, content, message):
+    file = tmp_path / "other.pt"
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, str):
+        tensors = deepmind_state_dict()
+        if content == "a tensor less":
+            del tensors["blocks.1.mlp_block.ffw_down.weight"]
+        if content == "a tensor more":
+            tensors["blocks.1.mystery"] = torch.zeros(2)
+        torch.save(tensors, file)
+        if content == "cut":
+            file.write_bytes(file.read_bytes()[:-5000])
+    else:
+        torch.save(content, file)
+    with pytest.raises(SystemExit, match=message) as stop:
+        script.main([str(file), str(tmp_path / "griffin")])
+    assert str(stop.value).startswith("convert_recurrent_gemma.py: error: ") and "\n" not in str(stop.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pt"]
+
+
+@pytest.mark.parametrize("source", ["/nowhere", "./nowhere", "a/b/c"])
+def test_script_names_a_source_that_is_not_there(source, tmp_path):
+    with pytest.raises(SystemExit, match=f"{source}: no such folder or file; a Hub id is OWNER/NAME"):
+        script.main([source, str(tmp_path / "griffin")])
 
 
 def test_unknown_names_are_refused():

@@ -279,6 +279,17 @@ def test_sampling_with_drafts_is_reproducible(kind, small_model):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_of_the_first_layers_are_refused(kind, small_model):
+    """And leave the model as it was: Transformers shortens its configuration for them."""
+    model, ids = small_model(kind), random_ids(1, 4)
+    expected = generate(model, ids)
+    with pytest.raises(ValueError, match="assistant_early_exit = 1: allowed is None; drafts come from"):
+        generate(model, ids, assistant_early_exit=1)
+    assert model.config.num_hidden_layers == len(model.model.layers)
+    assert torch.equal(generate(model, ids), expected)
+
+
 def test_a_static_cache_and_several_rows_are_refused(small_model):
     """By Transformers, in its own words."""
     model = small_model()

@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import sys
+from pathlib import Path
 
 from transformers.dynamic_module_utils import get_imports
 
@@ -13,6 +14,7 @@ from modeling_griffin.hub import AUTO_MAP, code_files
 
 
 CODE = sorted(path.name for path in code_files())
+SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 
 
 def test_what_the_shipped_files_import():
@@ -52,6 +54,32 @@ def test_what_the_shipped_files_name():
             assert not names & forbidden, f"{path.name}, line {node.lineno}"
             if isinstance(node, ast.Attribute):
                 assert ast.unparse(node) not in ("torch.load", "torch.save"), f"{path.name}, line {node.lineno}"
+
+
+def test_the_scripts_write_and_read_weights_in_safetensors_only():
+    """One exception, without running what it holds: DeepMind's own checkpoints, which are pickles of tensors."""
+    found = {"from_pretrained": 0, "torch.load": 0}
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "pickle" not in ast.unparse(node), path.name
+            if not isinstance(node, ast.Call):
+                continue
+            name, keywords = (
+                ast.unparse(node.func),
+                {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
+            )
+            assert name not in ("torch.save", "numpy.save") and keywords.get("allow_pickle") != "True", path.name
+            assert keywords.get("trust_remote_code") != "True", path.name
+            if name.endswith(".from_pretrained") and not name.endswith(
+                ("Config.from_pretrained", "Tokenizer.from_pretrained")
+            ):
+                found["from_pretrained"] += 1
+                assert keywords.get("use_safetensors") == "True", f"{path.name}, line {node.lineno}"
+            if name == "torch.load":
+                found["torch.load"] += 1
+                assert keywords["weights_only"] == "True" and path.name == "convert_recurrent_gemma.py"
+    assert found["from_pretrained"] >= 5 and found["torch.load"] == 1
 
 
 EVENTS = []

@@ -204,6 +204,9 @@ def test_weights_that_are_not_there(tmp_path):
     settings = {"config_name": None, "model_name_or_path": str(tmp_path / "empty")}
     with pytest.raises(SystemExit, match="model_name_or_path = '.*empty': allowed are a folder or Hub id with weights"):
         run([write_run(tmp_path, **settings)])
+    torch.save({}, tmp_path / "empty" / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="in safetensors .*no file named model.safetensors"):
+        run([write_run(tmp_path, **settings)])
 
 
 def test_tokenizer_larger_than_the_weights(tmp_path):

@@ -4,6 +4,7 @@ The mixins come from the sdist of the installed transformers version (`fetch.py`
 here by name, with the reason.
 """
 
+import importlib
 import sys
 import unittest
 from pathlib import Path
@@ -129,6 +130,15 @@ class HawkCommonTest(CommonTests, unittest.TestCase):
         self.model_tester = GriffinModelTester(self, layer_types=("linear_attention", "linear_attention"))
 
 
-def test_no_generation_or_pipeline_tests_are_claimed():
+def test_no_generation_tests_are_claimed():
     """The sdist lacks them; `tests/test_generation.py` covers that ground."""
     assert not [name for name in dir(GenerationTesterMixin) if name.startswith("test_")]
+
+
+def test_the_pipeline_tests_cannot_run_from_the_sdist():
+    """Their mixin reads a list of tiny models on the Hub, and calls `tests/pipelines`: the sdist lacks both.
+
+    `tests/test_generation.py` and `tests/test_hub.py` run the text-generation pipeline.
+    """
+    with pytest.raises(FileNotFoundError, match="tiny_model_summary.json"):
+        importlib.import_module("transformers_tests.test_pipeline_mixin")
