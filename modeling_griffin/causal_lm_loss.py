@@ -11,7 +11,8 @@ Legend: B batch, T time, V vocabulary, N = B T rows.
 import torch
 from torch.nn import functional as F
 
-from .fused import fuse_on_gpu, pays
+from .causal_lm_loss_triton import row_gradients, row_losses
+from .fused import pays
 
 
 # Elements of a chunk. A CPU is fastest where chunks stay in its caches, 4 MiB of float32. A GPU needs enough rows to be
@@ -69,16 +70,9 @@ def _cross_entropy(logits, targets, ignore_index: int, reduction: str) -> torch.
     small = logits.dtype == dtype and logits.numel() <= SMALL_ELEMENTS
     if small or torch.compiler.is_compiling():
         return F.cross_entropy(logits.to(dtype), targets, ignore_index=ignore_index, reduction=reduction)
-    if pays(logits):
-        return _compiled(logits, targets, ignore_index, reduction)
-    total = RowLosses.apply(logits, targets, ignore_index).sum()
+    rows = KernelRowLosses if pays(logits) else RowLosses
+    total = rows.apply(logits, targets, ignore_index).sum()
     return total if reduction == "sum" else total / (targets != ignore_index).sum(dtype=dtype)
-
-
-@fuse_on_gpu
-def _compiled(logits, targets, ignore_index: int, reduction: str) -> torch.Tensor:
-    """One pass over the logits each way, where the chunks make several."""
-    return F.cross_entropy(logits.to(_computed_in(logits)), targets, ignore_index=ignore_index, reduction=reduction)
 
 
 class RowLosses(torch.autograd.Function):
@@ -101,9 +95,7 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_losses):
         logits, targets = ctx.saved_tensors
-        counted = targets != ctx.ignore_index
-        columns = torch.where(counted, targets, 0)[:, None]
-        scale = torch.where(counted, d_losses, 0.0)[:, None]
+        columns, scale = _columns_and_scale(targets, d_losses, ctx.ignore_index)
         with_graph = torch.is_grad_enabled()  # create_graph=True: to be differentiated again
         return (_gradient if with_graph else _gradient_in_chunks)(logits, columns, scale), None, None
 
@@ -116,6 +108,31 @@ class RowLosses(torch.autograd.Function):
         )
         losses = RowLosses.apply(logits.flatten(0, 1), targets.flatten(), ignore_index)
         return losses.view(targets.shape), 0
+
+
+class KernelRowLosses(torch.autograd.Function):
+    """The same by Triton kernels. Where a target is no token, its loss is NaN; PyTorch's operator ends the process."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index):
+        losses, log_sums = row_losses(logits, targets, ignore_index)
+        ctx.save_for_backward(logits, targets, log_sums)
+        ctx.ignore_index = ignore_index
+        return losses
+
+    @staticmethod
+    def backward(ctx, d_losses):
+        logits, targets, log_sums = ctx.saved_tensors
+        columns, scale = _columns_and_scale(targets, d_losses, ctx.ignore_index)
+        if torch.is_grad_enabled():
+            return _gradient(logits, columns, scale), None, None
+        return row_gradients(logits, targets, log_sums, scale[:, 0]), None, None
+
+
+def _columns_and_scale(targets, d_losses, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 1) each: the target or 0, and the gradient that comes in, 0 for rows that are left out."""
+    counted = targets != ignore_index
+    return torch.where(counted, targets, 0)[:, None], torch.where(counted, d_losses, 0.0)[:, None]
 
 
 def _gradient(logits, columns, scale) -> torch.Tensor:

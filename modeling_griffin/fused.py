@@ -1,38 +1,17 @@
-"""Chains of elementwise operations as single kernels on a GPU: Triton's where we have them, else `torch.compile`'s.
+"""Chains of elementwise operations, as single Triton kernels on a GPU.
 
 Eagerly each operation reads and writes all of its tensors, and autograd keeps what lies between: on a GPU a layer then
-spends as long on them as on its matrix products. Small tensors stay eager, so that one token waits for no compiler.
+spends as long on them as on its matrix products. Small tensors stay eager, where launches cost more than the memory.
 """
-
-import functools
-from collections.abc import Callable
 
 import torch
 from transformers.activations import ACT2FN
 
-from .fused_triton import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm
+from .fused_triton import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm, triton_rotate
 from .rg_lru_scan_triton import triton_unavailable_reason
 
 
 LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much as the memory
-
-
-def fuse_on_gpu(function: Callable) -> Callable:
-    """`function` of tensors, compiled when it is called with a large plain tensor on a GPU.
-
-    Compiled for all lengths at once (`dynamic=True`), in the first call, and kept on disk for other processes. Within
-    an outer `torch.compile`, and for the wrapped tensors of other transformations, it is the function itself.
-    """
-
-    @functools.cache
-    def compiled() -> Callable:  # not at import, where torch.compile already makes folders
-        return torch.compile(function, dynamic=True, fullgraph=True)
-
-    @functools.wraps(function)
-    def call(*arguments):
-        return (compiled() if pays(*arguments) else function)(*arguments)
-
-    return call
 
 
 def pays(first: torch.Tensor, *others) -> bool:
@@ -57,12 +36,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and that sum."""
-    if pays(x, residual, weight) and x.shape[-1] <= LARGEST_ROW:
+    """The norm of x + residual, and that sum; without x, of the residual itself."""
+    if pays(residual, x, weight) and residual.shape[-1] <= LARGEST_ROW:
         return triton_add_rms_norm(x, residual, weight, eps)
-    total = residual + x
+    total = residual if x is None else residual + x
     return rms_norm(total, weight, eps), total
 
 
@@ -76,9 +55,10 @@ def gated(act_fn: torch.nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
-@fuse_on_gpu
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the first R dimensions of each head and leaves the others; x (B, T, H, K), cos and sin (B, T, R)."""
+    if pays(x, cos, sin):
+        return triton_rotate(x, cos, sin)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)

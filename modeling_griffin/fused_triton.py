@@ -1,4 +1,4 @@
-"""Norm and gated activation on a GPU: one Triton kernel each way, every tensor read or written once.
+"""Norm, gated activation and rotation on a GPU: one Triton kernel each way, every tensor read or written once.
 
 Column sums (gradients of the norm's weight, and of the biases in front of a gated activation) are made on the way: each
 program adds up its rows, and the programs' sums are added in a fixed order, so that gradients are deterministic.
@@ -20,6 +20,7 @@ except ImportError:
 
 LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
 PROGRAMS_PER_PROCESSOR = 4  # of the norm's backward pass, which walks over rows
+ROTATED_ROWS = 32  # heads of tokens a program rotates
 GATED_ROWS, GATED_COLUMNS, GATED_STEPS = 16, 128, 8  # a program: GATED_STEPS times a tile of rows and columns
 
 
@@ -29,9 +30,12 @@ def triton_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 
 
 def triton_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and that sum, both in the dtype of the sum."""
+    """The norm of x + residual, and that sum, both in the dtype of the sum; without x, of the residual itself.
+
+    The gradient of the sum is added on the way back, where it would else be a pass of its own.
+    """
     return _AddRMSNorm.apply(x, residual, weight, eps)
 
 
@@ -40,36 +44,51 @@ def triton_gelu_gated(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return _GeluGated.apply(gate, x)
 
 
+def triton_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R dimensions of each head: x (B, T, H, K), cos and sin (B, T, R), which get no gradient."""
+    return _Rotate.apply(x, cos, sin)
+
+
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
-        x, columns, total = x.contiguous(), x.shape[-1], None
-        if residual is not None:
-            residual = residual.contiguous()
-            total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-        normed = torch.empty_like(x if total is None else total)
-        arguments = (x, residual, weight, normed, total, columns, eps)
-        with on_its_device(x):
-            _norm_forward[(x.numel() // columns,)](*arguments, **_row_in_registers(columns))
-        ctx.save_for_backward(x if total is None else total, weight)
+        if x is None or residual is None:
+            total = (x if residual is None else residual).contiguous()
+            x, added, stored = total, None, None
+        else:
+            x, added = x.contiguous(), residual.contiguous()
+            total = stored = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+        normed, columns = torch.empty_like(total), total.shape[-1]
+        with on_its_device(total):
+            _norm_forward[(total.numel() // columns,)](
+                *(x, added, weight, normed, stored, columns, eps), **_row_in_registers(columns)
+            )
+        ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return normed if total is None else (normed, total)
+        return normed if residual is None else (normed, total)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_normed, d_total=None):
+        needed, d_weight = ctx.needs_input_grad, None
         if d_normed is None:
-            return d_total, d_total, None, None
-        total, weight = ctx.saved_tensors
-        rows, columns = total.numel() // total.shape[-1], total.shape[-1]
-        programs = min(rows, PROGRAMS_PER_PROCESSOR * _processors(total.device))
-        d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
-        d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
-        arguments = (d_normed, d_total, total, weight, d_x, partial, rows, columns, ctx.eps)
-        with on_its_device(total):
-            _norm_backward[(programs,)](*arguments, **_row_in_registers(columns))
-        return d_x, d_x if ctx.needs_input_grad[1] else None, partial.sum(0).to(weight.dtype), None
+            d_x = d_total
+        else:
+            d_x, d_weight = _norm_gradients(d_normed, d_total, *ctx.saved_tensors, ctx.eps)
+        return d_x if needed[0] else None, d_x if needed[1] else None, d_weight, None
+
+
+def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = total.numel() // total.shape[-1], total.shape[-1]
+    programs = min(rows, PROGRAMS_PER_PROCESSOR * _processors(total.device))
+    d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
+    d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
+    with on_its_device(total):
+        _norm_backward[(programs,)](
+            *(d_normed, d_total, total, weight, d_x, partial, rows, columns, eps), **_row_in_registers(columns)
+        )
+    return d_x, partial.sum(0).to(weight.dtype)
 
 
 class _GeluGated(torch.autograd.Function):
@@ -83,6 +102,34 @@ class _GeluGated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y):
         return gelu_gated_backward(d_y, *ctx.saved_tensors, sums=False)[:2]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x.contiguous(), cos, sin, backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        return _rotated(d_y.contiguous(), *ctx.saved_tensors, backward=True), None, None
+
+
+def _rotated(x, cos, sin, backward: bool) -> torch.Tensor:
+    y, (heads, dim), rotated = torch.empty_like(x), x.shape[-2:], cos.shape[-1]
+    rows = x.numel() // dim
+    kept = triton.next_power_of_2(dim - rotated) if dim > rotated else 0
+    with on_its_device(x):
+        _rotate_kernel[(-(-rows // ROTATED_ROWS),)](
+            *(x, cos, sin, y, rows, heads, dim, rotated // 2),
+            HALF=triton.next_power_of_2(rotated // 2),
+            KEPT=kept,
+            ROWS=ROTATED_ROWS,
+            BACKWARD=backward,
+        )
+    return y
 
 
 def gelu_gated_forward(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -149,13 +196,13 @@ if triton is not None:
         program = tl.program_id(0)
         i = tl.arange(0, COLUMNS)
         m = i < D
-        weight = tl.load(p_weight + i, mask=m, other=0.0).to(tl.float32)
         d_weight = tl.zeros([COLUMNS], tl.float32)
         row = program.to(tl.int64)
         while row < N:
             start = row * D
             total = tl.load(p_total + start + i, mask=m, other=0.0).to(tl.float32)
             d_normed = tl.load(p_d_normed + start + i, mask=m, other=0.0).to(tl.float32)
+            weight = tl.load(p_weight + i, mask=m, other=0.0).to(tl.float32)  # from the cache: fewer registers
             scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
             normed, g = total * scale, d_normed * (1.0 + weight)
             d_weight += d_normed * normed
@@ -165,6 +212,32 @@ if triton is not None:
             tl.store(p_d_x + start + i, d_x.to(p_d_x.dtype.element_ty), mask=m)
             row += tl.num_programs(0)
         tl.store(p_partial + program.to(tl.int64) * D + i, d_weight, mask=m)
+
+    @triton.jit
+    def _rotate_kernel(
+        p_x, p_cos, p_sin, p_y, N, H, D, R,
+        HALF: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        """Rows are heads of tokens, R half of the rotated dimensions. Backward turns the other way."""
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        i = tl.arange(0, HALF)[None]
+        m = (row < N) & (i < R)
+        p_first, p_angle = row * D + i, row // H * (2 * R) + i
+        first = tl.load(p_x + p_first, mask=m, other=0.0).to(tl.float32)
+        second = tl.load(p_x + p_first + R, mask=m, other=0.0).to(tl.float32)
+        cos_1 = tl.load(p_cos + p_angle, mask=m, other=0.0).to(tl.float32)
+        cos_2 = tl.load(p_cos + p_angle + R, mask=m, other=0.0).to(tl.float32)
+        sin_1 = tl.load(p_sin + p_angle, mask=m, other=0.0).to(tl.float32)
+        sin_2 = tl.load(p_sin + p_angle + R, mask=m, other=0.0).to(tl.float32)
+        if BACKWARD:
+            sin_1, sin_2 = -sin_2, -sin_1
+        if KEPT:
+            j = tl.arange(0, KEPT)[None]
+            m_kept = (row < N) & (j < D - 2 * R)
+            kept = tl.load(p_x + row * D + 2 * R + j, mask=m_kept)
+            tl.store(p_y + row * D + 2 * R + j, kept, mask=m_kept)
+        tl.store(p_y + p_first, (first * cos_1 - second * sin_1).to(p_y.dtype.element_ty), mask=m)
+        tl.store(p_y + p_first + R, (second * cos_2 + first * sin_2).to(p_y.dtype.element_ty), mask=m)
 
     @triton.jit
     def _gelu(x):

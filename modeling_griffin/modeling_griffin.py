@@ -54,8 +54,8 @@ class GriffinRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None):
-        """(B, T, D) -> (B, T, D); with a residual: the norm of their sum, and the sum."""
+    def forward(self, hidden_states: torch.Tensor | None, residual: torch.Tensor | None = None):
+        """(B, T, D) -> (B, T, D); with a residual: the norm of their sum, and the sum. None counts as zeros."""
         if residual is None:
             return rms_norm(hidden_states, self.weight, self.eps)
         return add_rms_norm(hidden_states, residual, self.weight, self.eps)
@@ -233,7 +233,8 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         self.mlp_block = GriffinMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        mixed, _ = self.temporal_block(self.temporal_pre_norm(hidden_states), **kwargs)
+        normed, hidden_states = self.temporal_pre_norm(None, residual=hidden_states)
+        mixed, _ = self.temporal_block(normed, **kwargs)
         normed, hidden_states = self.channel_pre_norm(mixed, residual=hidden_states)
         return hidden_states + self.mlp_block(normed)
 

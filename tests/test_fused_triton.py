@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
+from modeling_griffin.fused import rotate
 from modeling_griffin.fused_triton import (
     gelu_gated_backward,
     triton,
     triton_add_rms_norm,
     triton_gelu_gated,
     triton_rms_norm,
+    triton_rotate,
 )
 
 
@@ -43,9 +45,14 @@ def gated(x, residual, weight):
     return gelu(x, approximate="tanh") * residual
 
 
+def kept_norm(x, residual, weight):
+    return norm(x, None, weight), x * 1
+
+
 CASES = {
     "norm": (norm, lambda x, residual, weight: triton_rms_norm(x, weight, 1e-6)),
     "sum and norm": (add_norm, lambda x, residual, weight: triton_add_rms_norm(x, residual, weight, 1e-6)),
+    "norm beside its input": (kept_norm, lambda x, residual, weight: triton_add_rms_norm(None, x, weight, 1e-6)),
     "gated activation": (gated, lambda x, residual, weight: triton_gelu_gated(x, residual)),
 }
 
@@ -107,6 +114,20 @@ def test_only_one_result_is_used():
         found = outcome(lambda *i, one=one: CASES["sum and norm"][1](*i)[one], inputs, weights)
         for f, r in zip(found, right, strict=True):
             assert share(f, r) <= 4e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, dim, rotated", [(1, 8, 4), (3, 24, 12), (20, 128, 64), (2, 16, 16), (5, 10, 2)])
+def test_rotation(heads, dim, rotated, dtype):
+    """Against the operations in float64; cos and sin as expanded rows, of float32 or of x's dtype."""
+    x, d_y = (torch.randn(2, 9, heads, dim, device=DEVICE).to(dtype) for _ in range(2))
+    angles = torch.randn(1, 9, rotated, device=DEVICE).expand(2, -1, -1)
+    for cos, sin in ((angles.cos(), angles.sin()), (angles.cos().to(dtype), angles.sin().to(dtype))):
+        right = outcome(lambda x, c=cos, s=sin: rotate(x, c.double(), s.double()), [x.double()], [d_y.double()])
+        allowed = outcome(lambda x, c=cos, s=sin: rotate(x, c, s), [x], [d_y])
+        poison()
+        for f, there, r in zip(outcome(lambda x, c=cos, s=sin: triton_rotate(x, c, s), [x], [d_y]), allowed, right):
+            assert f.dtype == dtype and share(f, r) <= 1.1 * share(there, r) + UNSEEN[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
