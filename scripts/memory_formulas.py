@@ -126,27 +126,27 @@ def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precis
     inputs       e N D i                     i = 2, one a block; autocast copies one for each projection: 4 or 5
     recurrent    e (8 N C + taps B C) + 4 C  convolution's input and output, two gates, hidden; branch y before and
                                              after its activation; the product. And log a^c
-    attention    e N 3 H K + e B S 2 G K + 4 N H + e B A    queries, output twice; keys, values; log-sum-exp; the mask
+    attention    e N 3 H K + e B S 2 G K + 4 N H + e B A    queries, output twice (once within two windows); keys,
+                                             values; log-sum-exp; the mask
     MLP          4 e N M
     copies       e (weights of matrix products and of the convolution), under autocast
-    documents    (taps - 1) N + 9 taps B     of a recurrent layer, for a convolution that stops where documents start
+    documents    (taps - 1) N                of a recurrent layer, for a convolution that stops where documents start
 
     S keys and A pairs of a mask a row: `keys_and_pairs`. For rows that hold several documents. One alone does without
     the last line, and without the mask where it is not longer than the window. A single key-value head is not repeated
-    for the heads, except in the keys that autocast copies; several are.
+    for the heads; several are.
     """
     e, tokens = precision.e, rows * length
     kept = tokens * (16 * s.D + 8) + 8 * s.D + 4 * e * tokens * s.M
     if kind == "linear_attention":
-        kept += e * (8 * tokens * s.C + s.taps * rows * s.C) + 4 * s.C + (s.taps - 1) * tokens + 9 * s.taps * rows
+        kept += e * (8 * tokens * s.C + s.taps * rows * s.C) + 4 * s.C + (s.taps - 1) * tokens
         projections = 2
     else:
         repeated = s.H if s.G > 1 else s.G
-        key_heads = s.H if precision.copies else repeated
         keys, pairs = keys_and_pairs(s, length)
-        kept += (
-            e * s.K * (3 * tokens * s.H + rows * keys * (key_heads + repeated)) + 4 * tokens * s.H + e * rows * pairs
-        )
+        like_queries = 2 if length <= 2 * s.window else 3
+        kept += e * s.K * (like_queries * tokens * s.H + rows * keys * 2 * repeated)
+        kept += 4 * tokens * s.H + e * rows * pairs
         projections = 3
     if precision.copies:
         weights = {name: shape for name, shape in layer_tensors(s, kind).items() if name.endswith(".weight")}
