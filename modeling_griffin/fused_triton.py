@@ -19,9 +19,10 @@ except ImportError:
     triton = None
 
 LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
-PROGRAMS_PER_PROCESSOR = 4  # of the norm's backward pass, which walks over rows
+# Chosen on an H100, see results/training_designs.md.
+NORM_BACKWARD = (4, None)  # programs for each multiprocessor, which walk over rows; registers of a thread
 ROTATED_ROWS = 32  # heads of tokens a program rotates
-GATED_ROWS, GATED_COLUMNS, GATED_STEPS = 16, 128, 8  # a program: GATED_STEPS times a tile of rows and columns
+GATED_FORWARD, GATED_BACKWARD = (16, 128, 8), (16, 128, 8)  # rows and columns at a time, and how often
 
 
 def triton_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -81,12 +82,15 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = total.numel() // total.shape[-1], total.shape[-1]
-    programs = min(rows, PROGRAMS_PER_PROCESSOR * _processors(total.device))
+    per_processor, registers = NORM_BACKWARD
+    programs = min(rows, per_processor * _processors(total.device))
     d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
     d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
     with on_its_device(total):
         _norm_backward[(programs,)](
-            *(d_normed, d_total, total, weight, d_x, partial, rows, columns, eps), **_row_in_registers(columns)
+            *(d_normed, d_total, total, weight, d_x, partial, rows, columns, eps),
+            **_row_in_registers(columns),
+            maxnreg=registers,
         )
     return d_x, partial.sum(0).to(weight.dtype)
 
@@ -137,7 +141,7 @@ def gelu_gated_forward(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y, columns = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns
     with on_its_device(x):
-        _gated_forward[_gated_grid(rows, columns)](gate, x, y, rows, columns, *_GATED_TILE)
+        _gated_forward[_grid(GATED_FORWARD, rows, columns)](gate, x, y, rows, columns, *GATED_FORWARD)
     return y
 
 
@@ -145,18 +149,15 @@ def gelu_gated_backward(d_y, gate, x, sums: bool) -> tuple[torch.Tensor, torch.T
     """d_gate, d_x and, if asked, their column sums (D,) in float32."""
     d_gate, d_x, columns = torch.empty_like(gate), torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns
-    grid = _gated_grid(rows, columns)
+    grid = _grid(GATED_BACKWARD, rows, columns)
     partial = x.new_empty(2, grid[0], columns, dtype=torch.float32) if sums else None
     with on_its_device(x):
-        _gated_backward[grid](d_y.contiguous(), gate, x, d_gate, d_x, partial, rows, columns, *_GATED_TILE)
+        _gated_backward[grid](d_y.contiguous(), gate, x, d_gate, d_x, partial, rows, columns, *GATED_BACKWARD)
     return d_gate, d_x, partial.sum(1).unbind(0) if sums else None
 
 
-_GATED_TILE = (GATED_ROWS, GATED_COLUMNS, GATED_STEPS)
-
-
-def _gated_grid(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // (GATED_ROWS * GATED_STEPS)), -(-columns // GATED_COLUMNS)
+def _grid(tile: tuple[int, int, int], rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // (tile[0] * tile[2])), -(-columns // tile[1])
 
 
 def _row_in_registers(columns: int) -> dict[str, int]:
