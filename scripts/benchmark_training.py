@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="of the table"
     )
-    parser.add_argument("--no-ways", action="store_true", help="leave out the other ways to train")
+    parser.add_argument("--ways", type=int, nargs="*", default=None, metavar="N", help="of WAYS; default all on a GPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model at each cell")
     parser.add_argument("--longest", type=float, default=60.0, help="seconds: a slower model is timed once")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         output.with_suffix(".json").write_text(json.dumps(report, indent=1))
         output.with_suffix(".md").write_text(text(report))
         plot(report, output.with_suffix(".png"))
-    for way in WAYS if device == "cuda" and not arguments.no_ways else []:
+    ways = range(len(WAYS) if device == "cuda" else 0) if arguments.ways is None else arguments.ways
+    for way in (WAYS[number] for number in ways):
         report["ways"].append(measure_way(way, size, dtype, arguments.repeats, PEAK_FLOPS.get(name)))
         output.with_suffix(".json").write_text(json.dumps(report, indent=1))
         output.with_suffix(".md").write_text(text(report))
@@ -229,7 +230,9 @@ def measure_way(way: Way, size: str, dtype: torch.dtype, repeats: int, peak_flop
     try:
         model = way.prepare(_make(OWN, size, "cuda", way.dtype or dtype))
         row["parameters"] = model.num_parameters() if hasattr(model, "num_parameters") else 0
-        steps = [_step(model, way.cell, "cuda", way.inputs) for _ in range(repeats + 1)][1:]
+        first = _step(model, way.cell, "cuda", way.inputs)[0]  # kernels are compiled
+        repeats = 1 if first > SLOW else repeats
+        steps = [_step(model, way.cell, "cuda", way.inputs) for _ in range(repeats)]
     except (torch.OutOfMemoryError, ImportError) as error:
         return row | {"failed": str(error).splitlines()[0]}
     finally:

@@ -26,8 +26,8 @@ else:
     DOCUMENTS, STARTS = 140, [[0], [1], [2], [31, 33], [15, 16, 17, 32, 64], [127, 129], [128], [139], range(140)]
 each = pytest.mark.parametrize("taps, dtype", FEW if INTERPRETED else ALL)
 NAMES = ["y", "d_x", "d_state", "d_weight", "d_bias"]
-# Errors are shares of the norm: what the dtype cannot show, and in float32 what a sum in another order makes of it: 8e-7,
-# the eager one's 4e-7, of 17 terms. The interpreter cuts to bfloat16 where a GPU rounds.
+# Errors are shares of the norm: what the dtype cannot show, and in float32 what a sum in another order makes of it
+# (8e-7 beside 4e-7, of 17 terms). The interpreter cuts to bfloat16 where a GPU rounds.
 UNSEEN = {torch.float32: 5e-7, torch.bfloat16: 4e-3 if INTERPRETED else 1.6e-4, torch.float16: 2e-5}
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
