@@ -202,7 +202,7 @@ def check(name: str, model, compiled: bool) -> float:
 
 @torch.no_grad()
 def check_plain(model) -> float:
-    """How far below the likeliest a token of plain `generate` is at most; of the largest logit. SystemExit if too far."""
+    """How far below the likeliest a token of plain `generate` is at most, of the largest logit; SystemExit if far."""
     ids = random_ids(model, 2, 40, seed=1)
     found = generate(model, ids, 8)
     logits = model(found, use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()

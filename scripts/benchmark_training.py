@@ -212,6 +212,7 @@ def _padded(tokens: torch.Tensor) -> dict:
     return {"attention_mask": (torch.arange(tokens.shape[1], device=tokens.device) >= padding).long()}
 
 
+SLOW = 2.0  # seconds: a slower way is timed once
 WAYS = [
     *(
         Way("activation checkpointing", cell, _checkpointed)
