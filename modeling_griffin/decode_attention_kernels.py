@@ -11,6 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
+from .decode_kernels import wait_for_the_kernel_before
+
 
 @triton.jit
 def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
@@ -28,8 +30,8 @@ def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
 @triton.jit
 def attention_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_time, p_padding, p_sums, p_top, p_total, scaling, W,
-    SPLIT: tl.constexpr, K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    ROTARY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One query against SPLIT slots of the ring of keys and values (B, H_kv, W, K), in which this step's are stored.
 
@@ -41,6 +43,7 @@ def attention_kernel(
     i_row = i_head // KEY_HEADS
     time = tl.load(p_time)
     first = tl.load(p_padding + i_row)
+    wait_for_the_kernel_before(PDL)
     i_g, i_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
     m_k = i_k < K
     m_q = (i_g < GROUP)[:, None] & m_k[None, :]
@@ -84,10 +87,13 @@ def attention_kernel(
 
 
 @triton.jit
-def combine_kernel(p_sums, p_top, p_total, p_out, K, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
+def combine_kernel(
+    p_sums, p_top, p_total, p_out, K, PDL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
     """The attention's output (B, H, K) from its splits. Program: one head of one row."""
     i_query = tl.program_id(0)
     i_k, i_s = tl.arange(0, BLOCK_K), tl.arange(0, SPLITS)
+    wait_for_the_kernel_before(PDL)
     m_k = i_k < K
     top = tl.load(p_top + i_query * SPLITS + i_s)
     share = tl.exp(top - tl.max(top, 0))

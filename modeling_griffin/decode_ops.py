@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from .causal_conv1d import convolve
+from .decode_tiles import GATED, MATVEC_ROWS, PROJECT, RECURRENT_ROW, product_tile
 from .fused import rms_norm
 from .rg_lru_scan import rg_lru_scan
 
@@ -25,11 +26,12 @@ try:
     from .decode_attention_kernels import attention_kernel, combine_kernel
     from .decode_kernels import (
         add_norm_kernel,
+        begin_kernel,
         gate_kernel,
         gated_project_kernel,
         project_kernel,
-        recurrent_kernel,
     )
+    from .decode_recurrence_kernels import recurrent_kernel, recurrent_row_kernel
 except ImportError:
     triton = None
 
@@ -57,6 +59,19 @@ class Clock:
 
 class PlainOps:
     """As the layers compute, for one token a row."""
+
+    def begin(self, token, embedding: nn.Embedding, scale: float, clock: Clock, frequencies) -> tuple[Stream, Clock]:
+        """The embeddings of token (B,) times scale, and the clock with cos and sin of frequencies (R,) or None."""
+        stream = Stream(embedding.weight.index_select(0, token) * scale)
+        if frequencies is None:
+            return stream, clock
+        angles = (clock.time - clock.padding)[:, None].float() * frequencies
+        dtype = embedding.weight.dtype
+        return stream, Clock(clock.time, clock.padding, angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def head(self, stream: Stream, norm, linear: nn.Linear, logits: torch.Tensor) -> None:
+        """norm(stream) through linear, into logits (B, V)."""
+        logits.copy_(self.project(stream, norm, [linear])[0])
 
     def project(self, stream: Stream, norm, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
         """norm(stream) through each of the linears."""
@@ -120,16 +135,38 @@ def _rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
     return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, kept), dim=-1)
 
 
-# Rows up to which a product is done one row after the other on each tile of weights; beyond, by cuBLAS.
-MATVEC_ROWS = (1, 2, 4)
-# A thread loads 16 bytes of each of BLOCK_N rows: with 256 inputs a warp, nothing has to be exchanged between threads.
-MATVEC = {"BLOCK_N": 8, "BLOCK_D": 512, "UNROLL": 1, "STAGES": 1, "num_warps": 2}
-GATED_MATVEC = {"BLOCK_N": 4, "BLOCK_D": 512, "UNROLL": 1, "STAGES": 1, "num_warps": 2}
 ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
 
 
 class KernelOps(PlainOps):
-    """The same as few launches, each of which reads every weight and state once."""
+    """The same as few launches, each of which reads every weight and state once.
+
+    overlap: whether a kernel starts while the one before it ends; the first of a step waits for all before it.
+    """
+
+    def __init__(self, overlap: bool = False):
+        self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
+
+    def begin(self, token, embedding, scale, clock, frequencies):
+        width, rotary = embedding.weight.shape[1], 0 if frequencies is None else len(frequencies)
+        x = embedding.weight.new_empty(len(token), width)
+        cos, sin = x.new_empty(len(token), rotary), x.new_empty(len(token), rotary)
+        begin_kernel[(len(token),)](
+            *(token, embedding.weight, clock.time, clock.padding, x if frequencies is None else frequencies),
+            *(x, cos if rotary else x, sin if rotary else x, scale, width, rotary),
+            SCALE=scale != 1,
+            ROTARY=rotary > 0,
+            BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_R=triton.next_power_of_2(max(1, rotary)),
+            num_warps=8,
+        )
+        return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
+
+    def head(self, stream, norm, linear, logits):
+        if logits.shape[0] in MATVEC_ROWS:
+            self._matvec(stream.residual, norm, [linear], outputs=[logits])
+        else:
+            torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
 
     def project(self, stream, norm, linears):
         if stream.residual.shape[0] not in MATVEC_ROWS:
@@ -141,14 +178,16 @@ class KernelOps(PlainOps):
         y = x.new_empty(x.shape[0], width)
         if x.shape[0] not in MATVEC_ROWS:
             gate_output, up_output = super().project(stream, norm, (gate, up))
-            gate_kernel[(triton.cdiv(y.numel(), 1024),)](gate_output, up_output, y, y.numel(), BLOCK=1024)
+            grid = (triton.cdiv(y.numel(), 1024),)
+            gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
             return y
-        tile = _tile(GATED_MATVEC, x)
+        tile = product_tile(GATED, 2 * width, x.shape[1], x.shape[0])
         gated_project_kernel[(triton.cdiv(width, tile["BLOCK_N"]),)](
             *(x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, y, norm.eps, width),
             D=x.shape[1],
             ROWS=x.shape[0],
-            EVEN=_is_even(tile, x.shape[1], width),
+            EVEN=width % tile["BLOCK_N"] == 0,
+            **self.launch,
             **tile,
         )
         return y
@@ -159,23 +198,23 @@ class KernelOps(PlainOps):
         return Stream(stream.residual, linear(x, out.weight, out.bias))
 
     def recurrent(self, x, y, block, past, state, log_decay, clock):
-        (batch, channels), gates = x.shape, block.rg_lru
-        width = gates.input_gate.weight.shape[1]
-        block_b = min(64, max(16, triton.next_power_of_2(batch)))
-        block_c = 16
-        grid = (gates.input_gate.weight.shape[0] * triton.cdiv(width, block_c), triton.cdiv(batch, block_b))
-        out = torch.empty_like(x)
-        recurrent_kernel[grid](
+        gates, out = block.rg_lru, torch.empty_like(x)
+        blocks, width = gates.input_gate.weight.shape[:2]
+        tensors = (
             *(x, y, past, state, out, block.conv_1d.weight, block.conv_1d.bias),
             *(gates.recurrence_gate.weight, gates.recurrence_gate.bias, gates.input_gate.weight, gates.input_gate.bias),
-            *(log_decay, clock.time, batch, channels),
-            P=width,
-            TAPS=past.shape[1],
-            BLOCK_B=block_b,
-            BLOCK_P=32,
-            BLOCK_C=block_c,
-            num_warps=4,
+            *(log_decay, clock.time, *x.shape),
         )
+        options = {"P": width, "TAPS": past.shape[1], **self.launch}
+        if x.shape[0] in MATVEC_ROWS:
+            grid = (blocks * triton.cdiv(width, RECURRENT_ROW["BLOCK_C"]), x.shape[0])
+            block_p = min(256, triton.next_power_of_2(width))
+            recurrent_row_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT_ROW)
+            return out
+        block_b = min(64, max(16, triton.next_power_of_2(x.shape[0])))
+        block_p = min(128, max(32, triton.next_power_of_2(width) // 8))
+        grid = (blocks * triton.cdiv(width, 16), triton.cdiv(x.shape[0], block_b))
+        recurrent_kernel[grid](*tensors, **options, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_C=16, num_warps=4)
         return out
 
     def attend(self, q, k, v, keys, values, clock, scaling):
@@ -198,9 +237,11 @@ class KernelOps(PlainOps):
             BLOCK_K=block_k,
             BLOCK_S=block_s,
             num_warps=4,
+            **self.launch,
         )
         out = torch.empty_like(q)
-        combine_kernel[(batch * heads,)](sums, top, total, out, head_dim, SPLITS=splits, BLOCK_K=block_k, num_warps=2)
+        sizes = {"SPLITS": splits, "BLOCK_K": block_k, "num_warps": 2}
+        combine_kernel[(batch * heads,)](sums, top, total, out, head_dim, **sizes, **self.launch)
         return out
 
     def _normed(self, stream, norm):
@@ -210,13 +251,14 @@ class KernelOps(PlainOps):
             ADD=stream.delta is not None,
             BLOCK_D=triton.next_power_of_2(x.shape[1]),
             num_warps=8,
+            **self.launch,
         )
         stream.delta = None  # the kernel has added it
         return y
 
-    def _matvec(self, x, norm, linears, residual=None):
-        ys = [x.new_empty(x.shape[0], each.out_features) for each in linears]
-        tile = _tile(MATVEC, x)
+    def _matvec(self, x, norm, linears, residual=None, outputs=None):
+        ys = outputs or [x.new_empty(x.shape[0], each.out_features) for each in linears]
+        tile = product_tile(PROJECT, sum(each.out_features for each in linears), x.shape[1], x.shape[0])
         matrices = [(each.weight, x if each.bias is None else each.bias, y) for each, y in zip(linears, ys)]
         padded = [*matrices, *[matrices[0]] * (3 - len(matrices))]
         sizes = [each.out_features for each in linears]
@@ -230,17 +272,8 @@ class KernelOps(PlainOps):
             NORM=norm is not None,
             BIAS=linears[0].bias is not None,
             RESIDUAL=residual is not None,
-            EVEN=_is_even(tile, x.shape[1], *sizes),
+            EVEN=all(size % tile["BLOCK_N"] == 0 for size in sizes),
+            **self.launch,
             **tile,
         )
         return ys
-
-
-def _tile(tile: dict[str, int], x: torch.Tensor) -> dict[str, int]:
-    """Fewer outputs a program where each has several rows to sum."""
-    return {**tile, "BLOCK_N": max(1, tile["BLOCK_N"] // x.shape[0])}
-
-
-def _is_even(tile: dict[str, int], inputs: int, *outputs: int) -> bool:
-    """Whether tiles fill the matrices, so that nothing needs a mask."""
-    return inputs % tile["BLOCK_D"] == 0 and all(size % tile["BLOCK_N"] == 0 for size in outputs)

@@ -22,7 +22,9 @@ class DecodeStep:
         self.base, self.head, self.config = base, head, base.config
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.on_gpu = self.device.type == "cuda"
-        self.ops = KernelOps() if self.on_gpu else PlainOps()
+        self.ops = PlainOps()
+        if self.on_gpu:  # one kernel can start while another ends from compute capability 9 on
+            self.ops = KernelOps(overlap=torch.cuda.get_device_capability(self.device)[0] >= 9)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.busy = False
         with torch.inference_mode(False), torch.no_grad():
@@ -42,9 +44,12 @@ class DecodeStep:
                 past = torch.zeros(batch, config.conv1d_width, config.lru_width, **new)
                 state = torch.zeros(batch, config.lru_width, dtype=torch.float32, device=self.device)
                 self.layers.append((past, state, torch.zeros(config.lru_width, device=self.device)))
-        rotary = self.base.rotary_emb
-        exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
-        self.frequencies = torch.cat([rotary.theta**-exponents] * 2)  # as rotary_emb computes them
+        self.scale = self.base.embedding_scale if config.scale_embeddings else 1.0
+        self.frequencies = None
+        if "sliding_attention" in config.layer_types:  # as rotary_emb computes them
+            rotary = self.base.rotary_emb
+            exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
+            self.frequencies = torch.cat([rotary.theta**-exponents] * 2)
 
     @torch.no_grad()
     def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
@@ -89,16 +94,16 @@ class DecodeStep:
             self.graph = graph
 
     def _compute(self) -> None:
-        ops, clock, stream = self.ops, self._clock_with_rotation(), self._embedded()
-        for layer, buffers in zip(self.base.layers, self.layers):
+        ops, base = self.ops, self.base
+        stream, clock = ops.begin(self.token, base.embed_tokens, self.scale, self.clock, self.frequencies)
+        for layer, buffers in zip(base.layers, self.layers):
             stream = self._mix(stream, layer, buffers, clock)
             mlp = layer.mlp_block
             x = ops.gated_project(stream, layer.channel_pre_norm, mlp.gate_proj, mlp.up_proj)
             stream = ops.add_project(stream, x, mlp.down_proj)
-        logits = ops.project(stream, self.base.final_norm, [self.head])[0]
+        ops.head(stream, base.final_norm, self.head, self.logits)
         if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        self.logits.copy_(logits)
+            torch.mul((self.logits / cap).tanh_(), cap, out=self.logits)
         clock.time.add_(1)
 
     def _mix(self, stream: Stream, layer: nn.Module, buffers: tuple, clock: Clock) -> Stream:
@@ -108,14 +113,3 @@ class DecodeStep:
             return ops.add_project(stream, ops.attend(q, k, v, *buffers, clock, block.scaling), block.o_proj)
         x, y = ops.project(stream, norm, [block.linear_x, block.linear_y])
         return ops.add_project(stream, ops.recurrent(x, y, block, *buffers, clock), block.linear_out)
-
-    def _embedded(self) -> Stream:
-        x = self.base.embed_tokens.weight.index_select(0, self.token)
-        return Stream(x * self.base.embedding_scale if self.config.scale_embeddings else x)
-
-    def _clock_with_rotation(self) -> Clock:
-        clock = self.clock
-        if "sliding_attention" not in self.config.layer_types:
-            return clock
-        angles = (clock.time - clock.padding)[:, None].float() * self.frequencies
-        return Clock(clock.time, clock.padding, angles.cos().to(self.dtype), angles.sin().to(self.dtype))

@@ -12,16 +12,17 @@ import torch
 from tolerances import assert_close
 from torch import nn
 
-from modeling_griffin import decode_ops
+from modeling_griffin import decode_ops, decode_tiles
 from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps, Stream
 from modeling_griffin.decode_step import DecodeStep
+from modeling_griffin.decode_tiles import product_tile
 from modeling_griffin.modeling_griffin import GriffinRMSNorm
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16]
-# The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
+# The interpreter multiplies matrices of bfloat16 as if they were whole numbers, and cuts float32 off to it.
 DTYPES_OF_STEPS = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 LOGITS = {torch.float32: "logits", torch.float16: "float16 logits", torch.bfloat16: "bfloat16 logits"}
 ROWS = [1, 2, 3, 4, 17]  # three and seventeen go by cuBLAS
@@ -81,6 +82,79 @@ def test_gated_mlp_and_what_is_added_to_the_stream(dtype, rows, inputs, width):
 
     for expected, actual in zip(*both(mlp), strict=True):
         assert_close(LOGITS[dtype], actual, expected)
+
+
+@pytest.mark.parametrize("tile", [(4, 1, 1), (2, 1, 2), (8, 2, 3), (1, 4, 4)])
+@pytest.mark.parametrize("inputs", [256, 600, 1536])
+@torch.no_grad()
+def test_weights_in_more_tiles_than_are_asked_for_at_a_time(inputs, tile, monkeypatch):
+    """Inputs that fill the last tile and inputs that do not; outputs that fill it (4) and that do not (7)."""
+    for table in (decode_tiles.PROJECT, decode_tiles.GATED):
+        monkeypatch.setitem(table, next(iter(table)), tile)
+        for other in list(table)[1:]:
+            monkeypatch.delitem(table, other)
+        monkeypatch.setitem(table, (0, 0), tile)
+    norm = make_norm(inputs, torch.float32)
+    for rows, width in ((1, 4), (2, 7)):
+        x = normal(rows, inputs)
+        gate, up = (make_linear(inputs, width, torch.float32) for _ in range(2))
+        for expected, actual in zip(*both(lambda ops, x=x, p=(gate, up): ops.project(Stream(x), norm, p)), strict=True):
+            assert_close("logits", actual, expected)
+        expected, actual = both(lambda ops, x=x, gate=gate, up=up: ops.gated_project(Stream(x), norm, gate, up))
+        assert_close("logits", actual, expected)
+
+
+@pytest.mark.parametrize("table", ["PROJECT", "GATED"])
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (2560, 7680), (5120, 2560), (32000, 2560), (256000, 2560)])
+def test_a_product_s_tile(table, outputs, inputs):
+    for rows in decode_tiles.MATVEC_ROWS:
+        tile = product_tile(getattr(decode_tiles, table), outputs, inputs, rows)
+        assert all(size & (size - 1) == 0 for size in (tile["BLOCK_N"], tile["BLOCK_D"], tile["num_warps"]))
+        assert tile["BLOCK_D"] == tile["num_warps"] * decode_tiles.INPUTS_OF_A_WARP
+        assert (tile["AHEAD"] - 1) * tile["BLOCK_D"] < inputs  # not all of a tile beyond the weights
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.5])
+@pytest.mark.parametrize("time", [0, 100_000])
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_the_beginning_of_a_step(dtype, time, scale):
+    embedding = nn.Embedding(11, 24).to(DEVICE, dtype)
+    token, padding = torch.tensor([10, 0, 3], device=DEVICE), torch.tensor([0, time // 2, time], device=DEVICE)
+    clock = Clock(torch.tensor([time], device=DEVICE), padding)
+    for frequencies in (None, 10000.0 ** -torch.rand(6, device=DEVICE)):
+        (expected, plain), (actual, kernel) = both(
+            lambda ops, f=frequencies: ops.begin(token, embedding, scale, clock, f)
+        )
+        assert_close("exact", actual.residual, expected.residual)
+        if frequencies is None:
+            assert kernel is clock
+            continue
+        for one, other in ((kernel.cos, plain.cos), (kernel.sin, plain.sin)):
+            assert_close(LOGITS[dtype], one, other)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
+    reason="kernels overlap from compute capability 9 on",
+)
+@pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_overlapping_kernels_change_nothing(rows, kind, small_model):
+    """Recorded and replayed many times: a kernel that did not wait for the one before it would show."""
+    model = small_model(kind).to(DEVICE, torch.bfloat16)
+    ends = []
+    for overlap in (False, True):
+        step = DecodeStep(model.model, model.lm_head, rows)
+        step.ops = KernelOps(overlap)
+        step.record()
+        for tensor in (step.clock.time, step.token, *(tensor for layer in step.layers for tensor in layer)):
+            tensor.zero_()
+        for _ in range(300):
+            step.step()
+            step.token.copy_(step.logits.argmax(-1))
+        ends.append([step.logits.clone(), *(tensor.clone() for layer in step.layers for tensor in layer)])
+    assert all(map(torch.equal, *ends))
 
 
 @pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
