@@ -27,6 +27,7 @@ from modeling_griffin import (
     causal_conv1d,
     causal_lm_loss,
     decay_parameter_names,
+    documents,
     fused,
     fused_linear,
     rg_lru,
@@ -75,6 +76,7 @@ def definitions():
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(rg_lru, "rg_lru_scan", loop))
+        stack.enter_context(mock.patch.object(documents, "flash_unavailable_reason", lambda *inputs: "by definition"))
         for module in SWITCHES:
             if hasattr(module, "pays"):
                 stack.enter_context(mock.patch.object(module, "pays", lambda *tensors: False))
