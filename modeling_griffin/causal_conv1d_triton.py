@@ -34,7 +34,7 @@ class Tile(NamedTuple):
         return self.chunks * self.rows
 
 
-FORWARD, BACKWARD = Tile(1, 32, 64, 1), Tile(8, 16, 64, 1)
+FORWARD, BACKWARD = Tile(1, 16, 128, 1), Tile(16, 16, 64, 1)
 
 
 def causal_conv1d_triton(

@@ -14,7 +14,7 @@ try:
 except ImportError:
     triton = None
 
-LOSSES, GRADIENTS = (4096, 8), (4096, 8)  # logits a program reads at a time, and its warps; chosen on an H100
+LOSSES, GRADIENTS = (2048, 8), (4096, 8)  # logits a program reads at a time, and its warps; chosen on an H100
 
 
 def row_losses(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:

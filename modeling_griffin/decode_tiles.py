@@ -11,12 +11,13 @@ MATVEC_ROWS = (1, 2, 4)
 INPUTS_OF_A_WARP = 256  # 16 bytes a thread in bfloat16; nothing has to be exchanged between threads
 # (least outputs, least inputs): (BLOCK_N, warps, AHEAD); the first line that fits
 PROJECT = {
-    (16384, 0): (4, 2, 5),
-    (0, 5120): (4, 4, 4),
-    (0, 0): (4, 2, 5),
+    (16384, 0): (4, 2, 3),
+    (0, 5120): (2, 2, 5),
+    (4096, 0): (4, 2, 3),
+    (0, 0): (4, 2, 3),
 }
-GATED = {(0, 0): (2, 2, 5)}
-RECURRENT_ROW = {"BLOCK_C": 16, "num_warps": 4}
+GATED = {(0, 0): (2, 2, 3)}
+RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
 
 def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:

@@ -20,9 +20,9 @@ except ImportError:
 
 LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
 # Chosen on an H100, see results/training_designs.md.
-NORM_BACKWARD = (4, None)  # programs for each multiprocessor, which walk over rows; registers of a thread
+NORM_BACKWARD = (4, 64)  # programs for each multiprocessor, which walk over rows; registers of a thread
 ROTATED_ROWS = 32  # heads of tokens a program rotates
-GATED_FORWARD, GATED_BACKWARD = (16, 128, 8), (16, 128, 8)  # rows and columns at a time, and how often
+GATED_FORWARD, GATED_BACKWARD = (16, 128, 2), (8, 128, 8)  # rows and columns at a time, and how often
 
 
 def triton_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 # Up to NARROW columns, 128 registers hold what a thread needs, and two programs share a multiprocessor.
 NARROW = 160
-FORWARD, FORWARD_WIDE = Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 3)
+FORWARD, FORWARD_WIDE = Tile(64, 32, 4, 4), Tile(128, 32, 8, 3)
 BACKWARD, BACKWARD_WIDE = Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 2)
 
 
