@@ -78,7 +78,6 @@ class DecodeStep:
             self.graph.replay()
         return self.logits
 
-    @torch.no_grad()
     def record(self) -> None:
         """Compiles what has to be and records the step. Overwrites the state: `load` comes afterwards."""
         with torch.inference_mode(False), torch.cuda.device(self.device):
@@ -93,6 +92,7 @@ class DecodeStep:
                 self._compute()
             self.graph = graph
 
+    @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
         ops, base = self.ops, self.base
         stream, clock = ops.begin(self.token, base.embed_tokens, self.scale, self.clock, self.frequencies)

@@ -290,6 +290,18 @@ def test_a_call_within_a_call_runs_in_transformers_loop(small_model, monkeypatch
     assert torch.equal(outer, expected) and torch.equal(inner[0], expected)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_step_keeps_no_graph_of_weights_that_train(rows, small_model):
+    """As it is recorded, outside any inference mode of the caller's, which turns gradients on."""
+    model = small_model()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    step = DecodeStep(model.model, model.lm_head, rows)
+    with torch.inference_mode(), torch.inference_mode(False):
+        assert torch.is_grad_enabled()
+        step._compute()
+    assert not step.logits.requires_grad
+
+
 def test_under_inference_mode_and_then_without(both, small_model):
     model, ids = small_model(), random_ids(2, 5)
     with torch.inference_mode():
