@@ -4,6 +4,8 @@ Alone, each layer makes a gradient of the input, and autograd adds them up in a 
 adds to the first one's result. In front of a gated activation, the gradients of the biases come with its own.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -15,18 +17,24 @@ from .fused_triton import gelu_gated_backward, gelu_gated_forward
 
 def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
     """module(x) of each."""
-    if not pays(x) or not all(is_plain(module, nn.Linear) for module in modules):
-        return tuple(module(x) for module in modules)
-    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-    return _Linears.apply(*as_autocast(x, *weights, *biases))
+    inputs = _plain_inputs(x, modules)
+    return tuple(module(x) for module in modules) if inputs is None else _Linears.apply(*inputs)
 
 
 def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor:
     """act_fn(gate(x)) * up(x)."""
-    plain = isinstance(act_fn, GELU_TANH) and is_plain(gate, nn.Linear) and is_plain(up, nn.Linear)
-    if not pays(x) or not plain or gate.bias is None or up.bias is None:
+    inputs = _plain_inputs(x, (gate, up)) if isinstance(act_fn, GELU_TANH) else None
+    if inputs is None or gate.bias is None or up.bias is None:
         return gated(act_fn, gate(x), up(x))
-    return _GeluGatedLinears.apply(*as_autocast(x, gate.weight, up.weight, gate.bias, up.bias))
+    return _GeluGatedLinears.apply(*inputs)
+
+
+def _plain_inputs(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor | None] | None:
+    """x, weights and biases in the products' dtype; None where the modules have to be called, or nothing is won."""
+    if not all(is_plain(module, nn.Linear) for module in modules):
+        return None
+    inputs = [x, *(module.weight for module in modules), *(module.bias for module in modules)]
+    return as_autocast(*inputs) if pays(*inputs) else None
 
 
 def is_plain(module: nn.Module, cls: type) -> bool:
