@@ -53,7 +53,7 @@ class FastGenerationMixin:
             reason = reason_against(self, *request)
             step = None if reason else _take_step(self, input_ids.shape[0])
             if step is None:
-                logger.info_once(f"generate runs Transformers' own loop: {reason or 'another call of it is running'}")
+                logger.info_once(f"generate runs Transformers' own loop: {reason or 'another call runs, or see above'}")
         if step is None:
             return super()._sample(
                 input_ids,
@@ -94,7 +94,10 @@ class FastGenerationMixin:
 
 
 def _take_step(model, batch: int) -> DecodeStep | None:
-    """The model's step for so many rows, recorded unless it is; None while another call uses it."""
+    """The model's step for so many rows, recorded unless it is; None while another call uses it.
+
+    None too where it cannot be recorded: on a GPU that the kernels have not met, a slower answer is better than none.
+    """
     steps = STEPS.setdefault(model, OrderedDict())
     weights = tuple((p.data_ptr(), p.dtype, p.shape) for p in model.parameters())
     key = (batch, weights, model.config.final_logit_softcapping)
@@ -106,13 +109,13 @@ def _take_step(model, batch: int) -> DecodeStep | None:
     step = steps[key]
     if step.busy:
         return None
-    step.busy = True
-    try:
-        if step.on_gpu and step.graph is None:
+    step.busy = True  # and stays it where recording fails: it is not tried again with these weights
+    if step.on_gpu and step.graph is None:
+        try:
             step.record()
-    except BaseException:
-        del steps[key]
-        raise
+        except Exception as error:
+            logger.warning_once(f"generate is slow: a decoding step of {batch} rows cannot be recorded: {error!r}")
+            return None
     while len(steps) > KEPT_STEPS:
         steps.popitem(last=False)
     return step

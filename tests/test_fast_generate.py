@@ -302,6 +302,32 @@ def test_a_step_keeps_no_graph_of_weights_that_train(rows, small_model):
     assert not step.logits.requires_grad
 
 
+def test_a_step_that_cannot_be_recorded_is_said_and_done_without(small_model, monkeypatch):
+    """Once: the next call does not try again."""
+    tried = []
+
+    def record(step):
+        tried.append(step.token.shape[0])
+        raise RuntimeError("no such GPU")
+
+    model, ids = small_model(), random_ids(2, 5)
+    expected = run(model, ids)
+    monkeypatch.setattr(type(model), "_fast_generation_devices", ("cpu",))
+    monkeypatch.setattr(DecodeStep, "record", record)
+    real = DecodeStep.__init__
+
+    def as_on_a_gpu(step, *arguments):
+        real(step, *arguments)
+        step.on_gpu = True
+
+    monkeypatch.setattr(DecodeStep, "__init__", as_on_a_gpu)
+    said = []
+    monkeypatch.setattr(fast_generate.logger, "warning_once", said.append)
+    for _ in range(2):
+        assert torch.equal(run(model, ids), expected)
+    assert tried == [2] and "2 rows cannot be recorded: RuntimeError('no such GPU')" in said[0]
+
+
 def test_under_inference_mode_and_then_without(both, small_model):
     model, ids = small_model(), random_ids(2, 5)
     with torch.inference_mode():
