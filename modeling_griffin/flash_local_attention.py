@@ -23,7 +23,8 @@ except ImportError:
     PARAMETERS = {}
 
 DTYPES = (torch.float16, torch.bfloat16)
-LARGEST_HEAD = 256
+LARGEST_HEAD, ON_SMALL_GPUS = 256, 192  # PyTorch's backward pass needs the shared memory of an A100, H100 or B200
+LARGE_GPUS = ((8, 0), (9, 0), (10, 0))
 ENABLE_GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}  # before, the kernel was simply asked
 
 
@@ -45,16 +46,19 @@ def flash_unavailable_reason(config, inputs_embeds: torch.Tensor) -> str | None:
     """None where local attention of this model can run as flash attention, else why not."""
     if config._attn_implementation != "sdpa":
         return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the model, which cannot read the GPU's abilities"
     if "window_size" not in PARAMETERS:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
     if not inputs_embeds.is_cuda or torch.version.hip is not None:
         return f"tokens are on {inputs_embeds.device.type}, not on an NVIDIA GPU"
-    if torch.cuda.get_device_capability(inputs_embeds.device) < (8, 0):
+    if (capability := torch.cuda.get_device_capability(inputs_embeds.device)) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if (dtype := _computed_in(inputs_embeds)) not in DTYPES:
         return f"attention is computed in {dtype}, flash attention in float16 and bfloat16"
-    if config.head_dim % 8 or config.head_dim > LARGEST_HEAD:
-        return f"head_dim is {config.head_dim}, flash attention takes multiples of 8 up to {LARGEST_HEAD}"
+    largest = LARGEST_HEAD if capability in LARGE_GPUS else ON_SMALL_GPUS
+    if config.head_dim % 8 or config.head_dim > largest:
+        return f"head_dim is {config.head_dim}, flash attention takes multiples of 8 up to {largest}, on this GPU"
     if config.attention_dropout:
         return f"attention_dropout is {config.attention_dropout}"
     if type(inputs_embeds) not in (torch.Tensor, torch.nn.Parameter):

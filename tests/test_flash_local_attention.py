@@ -130,6 +130,29 @@ def test_reasons():
     assert not isinstance(read_layout(config, torch.zeros(1, 30, 16), None, None, None)[0], Runs)
 
 
+@pytest.mark.parametrize(
+    "capability, head_dim, reason",
+    [
+        ((7, 5), 128, "older than compute capability 8.0"),
+        ((8, 0), 256, None),
+        ((9, 0), 256, None),
+        ((8, 9), 192, None),
+        ((8, 9), 256, "up to 192"),
+        ((9, 0), 264, "up to 256"),
+        ((9, 0), 20, "multiples of 8"),
+    ],
+)
+def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
+    config = make_config("griffin", head_dim=head_dim)
+    config._attn_implementation = "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"})
+    found = flash_unavailable_reason(config, torch.zeros(1, 2, 16, dtype=torch.bfloat16))
+    assert found is None if reason is None else reason in found
+    assert "float32" in flash_unavailable_reason(config, torch.zeros(1, 2, 16)) or reason in found
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads, key_heads, head_dim", [(4, 1, 64), (10, 1, 128), (2, 2, 256), (6, 3, 40)])
 @pytest.mark.parametrize("layout", layouts())
