@@ -1,5 +1,12 @@
 """When chains of operations leave PyTorch's own; the kernels themselves: test_fused_triton.py."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from modeling_griffin import fused
@@ -38,3 +45,13 @@ def test_norm_of_a_sum():
     assert torch.equal(total, residual + x) and torch.equal(normed, rms_norm(total, weight, 1e-6))
     normed, total = add_rms_norm(None, residual, weight, 1e-6)
     assert total is residual and torch.equal(normed, rms_norm(residual, weight, 1e-6))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["test_fused_triton.py", "test_causal_lm_loss_triton.py"])
+def test_kernels_in_the_interpreter(name):
+    """Triton decides when it is imported, hence another process."""
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not common", str(file)]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout + run.stderr

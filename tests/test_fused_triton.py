@@ -26,10 +26,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 5), (3, 130), (37, 16), (300, 24), (0, 8), (130, 257)]
 # Of the norm, beside that of PyTorch's operations one by one; the interpreter cuts to bfloat16 where a GPU rounds.
 UNSEEN = {torch.float32: 3e-7, torch.float16: 2e-4, torch.bfloat16: 4e-3 if INTERPRETED else 1e-3}
-pytestmark = pytest.mark.skipif(
-    triton is None or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs Triton and a GPU, or its interpreter",
-)
+pytestmark = [pytest.mark.skipif(triton is None, reason="Triton is not installed")]
+if not INTERPRETED:
+    pytestmark.append(pytest.mark.gpu)
 
 
 def norm(x, residual, weight):
