@@ -51,23 +51,36 @@ class DecodeStep:
             exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
             self.frequencies = torch.cat([rotary.theta**-exponents] * 2)
 
-    @torch.no_grad()
     def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
         """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
-        self.clock.time.fill_(length)
-        self.clock.padding.copy_(torch.zeros_like(self.token) if padding is None else padding)
-        for layer, buffers, block in zip(cache.layers, self.layers, self.base.layers):
+        self.start(length)
+        self.load_rows(torch.arange(len(self.token), device=self.device), cache, length, padding)
+
+    @torch.no_grad()
+    def start(self, time: int) -> None:
+        """Makes `time` the time of the next token; what the rows hold is to be loaded afterwards."""
+        self.clock.time.fill_(time)
+        for buffers, block in zip(self.layers, self.base.layers):
+            if len(buffers) == 3:
+                buffers[2].copy_(block.temporal_block.rg_lru.decay())
+
+    @torch.no_grad()
+    def load_rows(self, rows: torch.Tensor, cache, length: int, padding: torch.Tensor | None) -> None:
+        """As `load`, into these rows (N,) only, as if their last token had been read just now. Others go on."""
+        time = self.clock.time
+        self.clock.padding[rows] = time - length + (0 if padding is None else padding)
+        for layer, buffers in zip(cache.layers, self.layers):
             if len(buffers) == 2:
                 window, kept = buffers[0].shape[2], layer.keys.shape[2]
-                slots = torch.arange(length - kept, length, device=self.device) % window
-                buffers[0].index_copy_(2, slots, layer.keys)
-                buffers[1].index_copy_(2, slots, layer.values)
+                slots = (time - kept + torch.arange(kept, device=self.device)) % window
+                buffers[0][rows[:, None], :, slots] = layer.keys.transpose(1, 2)
+                buffers[1][rows[:, None], :, slots] = layer.values.transpose(1, 2)
             else:
-                past, state, log_decay = buffers
-                slots = torch.arange(length, length + past.shape[1], device=self.device) % past.shape[1]
-                past.index_copy_(1, slots, layer.conv_states[0].transpose(1, 2).contiguous())
-                state.copy_(layer.recurrent_states[0])
-                log_decay.copy_(block.temporal_block.rg_lru.decay())
+                past, state, _ = buffers
+                taps = past.shape[1]
+                slots = (time + torch.arange(taps, device=self.device)) % taps
+                past[rows[:, None], slots] = layer.conv_states[0].transpose(1, 2)
+                state[rows] = layer.recurrent_states[0]
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:

@@ -51,7 +51,7 @@ class FastGenerationMixin:
         if self.device.type in self._fast_generation_devices:
             request = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, kwargs)
             reason = reason_against(self, *request)
-            step = None if reason else _take_step(self, input_ids.shape[0])
+            step = None if reason else take_step(self, input_ids.shape[0])
             if step is None:
                 logger.info_once(f"generate runs Transformers' own loop: {reason or 'another call runs, or see above'}")
         if step is None:
@@ -78,22 +78,28 @@ class FastGenerationMixin:
         padding = None
         if attention_mask is not None and not bool(attention_mask.all()):
             padding = length - attention_mask.long().sum(1)
-        cache = DynamicCache(config=self.config)
         chunk = generation_config.prefill_chunk_size or max(LEAST_CHUNK, PREFILL_TOKENS // batch)
-        for start in range(0, length, chunk):
-            end = min(length, start + chunk)
-            output = self(
-                input_ids[:, start:end],
-                attention_mask=None if padding is None else attention_mask[:, :end],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        cache, logits = read_prompt(self, input_ids, None if padding is None else attention_mask, chunk)
         step.load(cache, length, padding)
-        return output.logits[:, -1]
+        return logits
 
 
-def _take_step(model, batch: int) -> DecodeStep | None:
+def read_prompt(model, input_ids, attention_mask: torch.Tensor | None, chunk: int) -> tuple[DynamicCache, torch.Tensor]:
+    """The state and the logits (B, V) behind the prompt, read `chunk` tokens at a time."""
+    cache, length = DynamicCache(config=model.config), input_ids.shape[1]
+    for start in range(0, length, chunk):
+        end = min(length, start + chunk)
+        output = model(
+            input_ids[:, start:end],
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cache, output.logits[:, -1]
+
+
+def take_step(model, batch: int) -> DecodeStep | None:
     """The model's step for so many rows, recorded unless it is; None while another call uses it.
 
     None too where it cannot be recorded: on a GPU that the kernels have not met, a slower answer is better than none.

@@ -50,7 +50,7 @@ def reason_against(
     """None for a request that the recorded step honours exactly, else what it cannot."""
     reasons = (
         *(_in_request(logits_processor, stopping_criteria, generation_config, synced_gpus, kwargs),),
-        *(_in_model(model), _in_prompt(input_ids, kwargs)),
+        *(in_model(model), _in_prompt(input_ids, kwargs)),
     )
     return next((reason for group in reasons for reason in group), None)
 
@@ -71,7 +71,7 @@ def _in_request(logits_processor, stopping_criteria, generation_config, synced_g
     yield from (type(each).__name__ for each in stopping_criteria if type(each) not in CRITERIA)
 
 
-def _in_model(model) -> Iterator[str]:
+def in_model(model) -> Iterator[str]:
     config, weight = model.config, model.lm_head.weight
     if weight.is_cuda and (triton is None or torch.version.hip is not None):
         yield "Triton for an NVIDIA GPU is missing"

@@ -10,11 +10,11 @@ Legend: B rows, T new tokens, V vocabulary.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -23,6 +23,8 @@ from transformers.generation import (
 )
 
 from .generation_state import GenerationState, load_state, save_state
+from .recorded_batch import recorded_batch
+from .running_batch import RunningBatch
 
 
 @dataclass
@@ -107,14 +109,14 @@ class BatchGenerationMixin:
             )
         if chunk_size < 1:
             raise ValueError(f"chunk_size = {chunk_size}: allowed are whole numbers from 1")
-        batch = _RunningBatch(self)
+        batch = RunningBatch(self)
         if state is not None:
             state.check(self)
             if len(state) != input_ids.shape[0]:
                 raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
             batch.start(state)
         for chunk in input_ids.to(self.device).split(chunk_size, dim=1):
-            logits = batch.read(chunk)
+            logits = batch.read_tokens(chunk)
         return batch.state(logits)
 
     def generate_batch(self, queue: Iterable[GenerationRequest], **options) -> list[GenerationResult]:
@@ -146,26 +148,30 @@ class BatchGenerationMixin:
         """
         if max_rows < 1:
             raise ValueError(f"max_rows = {max_rows}: allowed are whole numbers from 1")
-        batch, rows, waiting = _RunningBatch(self), [], enumerate(queue)
+        if isinstance(queue, Sequence):
+            max_rows = min(max_rows, max(1, len(queue)))
+        batch = recorded_batch(self, max_rows) or RunningBatch(self, max_rows)
+        try:
+            yield from self._run(batch, enumerate(queue), prefill_chunk_size, tokenizer)
+        finally:
+            batch.close()
+
+    def _run(self, batch, waiting: Iterator, chunk_size: int, tokenizer) -> Iterator[GeneratedToken]:
+        rows: list[_Row] = []
         while True:
-            going_on, states = [number for number, row in enumerate(rows) if not row.ended], []
-            rows = [rows[number] for number in going_on]
-            while len(rows) < max_rows and (entry := next(waiting, None)) is not None:
-                row = _Row(self, *entry, tokenizer)
-                if row.request.max_new_tokens == 0:
-                    yield GeneratedToken(row.index, None, "length")
-                    continue
-                state = self._read_prompt(row.request, prefill_chunk_size)
-                yield (found := row.append(_choose(state.logits, [row])[0]))
-                if found.finish_reason is None:
-                    rows.append(row)
-                    states.append(state)
+            rows = _running(batch, rows)
+            while (room := batch.room(len(rows))) and (taken := list(islice(waiting, room))):
+                new = [_Row(self, *entry, tokenizer) for entry in taken]
+                yield from (GeneratedToken(row.index, None, "length") for row in new if row.asks_for_nothing)
+                new = [row for row in new if not row.asks_for_nothing]
+                if new:
+                    logits = batch.add([row.request for row in new], chunk_size)
+                    yield from (row.append(token) for row, token in zip(new, _choose(logits, new)))
+                rows = _running(batch, rows + new)
             if not rows:
                 return
-            batch.change_rows(going_on, states)
-            logits = batch.read(torch.tensor([[row.tokens[-1]] for row in rows], device=self.device))
-            for row, token in zip(rows, _choose(logits, rows)):
-                yield row.append(token)
+            logits = batch.read([row.tokens[-1] for row in rows])
+            yield from (row.append(token) for row, token in zip(rows, _choose(logits, rows)))
 
     def _read_prompt(self, request: GenerationRequest, chunk_size: int) -> GenerationState:
         if not request.prompt:
@@ -202,6 +208,10 @@ class _Row:
                 raise ValueError(f"stop = {list(request.stop)} of generation {index}: allowed only with a tokenizer")
             self.stop = StopStringCriteria(tokenizer, list(request.stop))
 
+    @property
+    def asks_for_nothing(self) -> bool:
+        return self.request.max_new_tokens == 0
+
     def append(self, token: int) -> GeneratedToken:
         self.tokens.append(token)
         reason = None
@@ -215,60 +225,15 @@ class _Row:
         return GeneratedToken(self.index, token, reason)
 
 
-class _RunningBatch:
-    """Rows of different lengths behind one cache: their attention slots are right-aligned, empty ones masked."""
-
-    def __init__(self, model):
-        self.model = model
-        self.lengths: tuple[int, ...] = ()
-        self.cache = DynamicCache(config=model.config)
-        self.real: torch.Tensor | None = None  # (B, slots) 0 where a short row has nothing yet; None where all have
-
-    def start(self, state: GenerationState) -> None:
-        self.lengths = state.lengths
-        self.cache, self.real = state.to_cache()
-
-    def state(self, logits: torch.Tensor) -> GenerationState:
-        return GenerationState.from_cache(self.model.config, self.cache, self.lengths, logits)
-
-    def change_rows(self, going_on: Sequence[int], new: Sequence[GenerationState]) -> None:
-        """Keeps the rows with these numbers and puts new ones behind them."""
-        window_is_full = self.real is not None and min(self.lengths) >= self.model.config.attention_window_size - 1
-        if len(going_on) == len(self.lengths) and not new and not window_is_full:
-            return
-        states = list(new)
-        if going_on:
-            # A running row's next token is already chosen, so that no logits of it are needed.
-            nothing = torch.empty(len(self.lengths), 0, device=self.model.device)
-            states = [self.state(nothing)[list(going_on)], *(_without_logits(state) for state in states)]
-        self.start(GenerationState.concatenate(states))
-
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One forward pass over tokens (B, T); the logits (B, V) behind the last."""
-        batch, length = tokens.shape
-        self.lengths = self.lengths or (0,) * batch
-        positions = torch.tensor(self.lengths, device=tokens.device)[:, None]
-        positions = positions + torch.arange(length, device=tokens.device)
-        if self.real is not None:
-            self.real = torch.nn.functional.pad(self.real, (0, length), value=1)
-        output = self.model(
-            tokens,
-            attention_mask=self.real,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.lengths = tuple(seen + length for seen in self.lengths)
-        return output.logits[:, -1]
+def _running(batch, rows: list[_Row]) -> list[_Row]:
+    """The rows that go on; the batch forgets the others."""
+    numbers = [number for number, row in enumerate(rows) if not row.ended]
+    batch.keep(numbers)
+    return [rows[number] for number in numbers]
 
 
 def _is_whole(number) -> bool:
     return isinstance(number, Integral) and number >= 0
-
-
-def _without_logits(state: GenerationState) -> GenerationState:
-    return GenerationState(state.config, state.lengths, state.logits[:, :0].float(), state.layers)
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:

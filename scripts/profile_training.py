@@ -2,11 +2,11 @@
 
     python scripts/profile_training.py --size 2b --cell 8x2048
 
-Each part runs alone, on random input of the model's shapes, and is counted as often as a step runs it. A floor is the
-longer of two times: the part's products at the GPU's dense bfloat16 peak, and its fewest bytes at the rate of a copy
-measured in the same run (each input read once, each output and gradient written once). The last row is the whole step;
-what the parts do not explain is autograd's sums, launches and the difference between a part alone and in the model.
-Writes OUTPUT.json and OUTPUT.md.
+Each part runs alone, as the model runs it, on random input of the model's shapes, and counts as often as a step runs
+it. Its floor: its matrix products at the GPU's dense bfloat16 peak, plus the fewest bytes of what is not a product at
+the rate of a copy measured in the same run (each input read once, each output and gradient written once). The last
+row is the whole step; what the parts do not explain is launches, autograd's sums between parts, and that a part alone
+finds its input in the cache and the card's clock higher. Writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
@@ -27,15 +27,16 @@ from modeling_griffin import rg_lru_scan
 from modeling_griffin.documents import read_layout
 from modeling_griffin.flash_local_attention import OWN_ATTENTION
 from modeling_griffin.fused import gated, rotate
+from modeling_griffin.fused_linear import gated_linears, linears
 from modeling_griffin.modeling_griffin import GriffinForCausalLM
 
 
 class Part(NamedTuple):
-    """function: of tensors that require gradients, to a tensor. flops and bytes: of one forward and backward."""
+    """function: of tensors, to one or several. flops of products and bytes of the rest: of one forward and backward."""
 
     name: str
     count: int
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     inputs: tuple[torch.Tensor, ...]
     flops: float
     bytes: float
@@ -59,10 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     report = {"birth": birth_certificate(device, arguments.commit), "size": arguments.size, "cell": arguments.cell}
     report |= {"copy_bytes_per_s": copy, "peak_flops": peak, "step_s": statistics.median(steps), "parts": []}
     for part in tqdm(parts(model, *arguments.cell), unit="part"):
-        seconds = time_part(part, arguments.repeats)
-        floor = max(part.flops / peak, part.bytes / copy)
-        row = {"name": part.name, "count": part.count, "seconds": seconds, "floor": floor}
-        report["parts"].append({**row, "bound": "products" if part.flops / peak == floor else "memory"})
+        seconds = time_part(part, model, arguments.repeats)
+        floor = part.flops / peak + part.bytes / copy
+        report["parts"].append({"name": part.name, "count": part.count, "seconds": seconds, "floor": floor})
     output.with_suffix(".json").write_text(json.dumps(report, indent=1))
     output.with_suffix(".md").write_text(text(report))
     print(text(report))
@@ -90,17 +90,38 @@ def _times(function: Callable, repeats: int, device: str) -> list[float]:
     return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
 
 
-def time_part(part: Part, repeats: int) -> float:
-    """Median seconds of one forward and backward, with gradients of inputs and parameters."""
-    leaves = [x for x in part.inputs if x.requires_grad]
-    weights = torch.randn_like(part.function(*part.inputs))
+def time_part(part: Part, model: torch.nn.Module, repeats: int) -> float:
+    """Median seconds of one forward and backward, with gradients of inputs and parameters.
+
+    On a GPU the kernels are recorded and replayed: autograd's own work on the host takes longer than most parts.
+    """
+    leaves = [x for x in (*part.inputs, *model.parameters()) if x.requires_grad]
+
+    def outputs() -> tuple[torch.Tensor, ...]:
+        found = part.function(*part.inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+    weights = [torch.randn_like(y) for y in outputs()]
 
     def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        part.function(*part.inputs).backward(weights)
+        torch.autograd.grad(outputs(), leaves, weights, allow_unused=True)
 
-    return statistics.median(_times(step, repeats, weights.device.type))
+    device = model.device.type
+    return statistics.median(_times(_recorded(step) if device == "cuda" else step, repeats, device))
+
+
+def _recorded(function: Callable) -> Callable:
+    """The replay of its kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def parts(model: GriffinForCausalLM, batch: int, length: int) -> list[Part]:
@@ -115,39 +136,57 @@ def parts(model: GriffinForCausalLM, batch: int, length: int) -> list[Part]:
         return torch.randn(batch, length, features, device=model.device, dtype=model.dtype, requires_grad=True)
 
     def product(name, count, linear):
-        features, size = linear.in_features, linear.weight.numel()
-        moved = 2 * (3 * size + 2 * rows * (features + linear.out_features))
+        flops = 6 * rows * linear.weight.numel()
         return [
-            Part(f"{name}, {features} x {linear.out_features}", count, linear, (x(features),), 6 * rows * size, moved)
+            Part(
+                f"{name}, {linear.in_features} x {linear.out_features}",
+                count,
+                linear,
+                (x(linear.in_features),),
+                flops,
+                0,
+            )
         ]
 
     def elementwise(name, count, function, inputs, passes):
-        return [Part(name, count, function, inputs, 0.0, 2 * passes * rows * inputs[0].shape[-1])]
+        return [Part(name, count, function, inputs, 0, 2 * passes * rows * inputs[0].shape[-1])]
 
     start = torch.zeros(batch, length, dtype=torch.bool, device=model.device)
     start[:, 0] = True
-    gates = (block.rg_lru.recurrence_gate, block.rg_lru.input_gate)
-    gate_flops = 6 * rows * gates[0].weight.numel()
 
     def scan(x, recurrence_gate, input_gate):
         return rg_lru_scan(x, recurrence_gate, input_gate, block.rg_lru.decay(), reset=start)[0]
 
+    pair = 12 * rows * block.linear_x.weight.numel()
     found = [
-        *product("recurrent block, in", 2 * recurrent, block.linear_x),
+        Part(
+            "recurrent block, in: two",
+            recurrent,
+            lambda x: linears(x, block.linear_x, block.linear_y),
+            (x(width),),
+            pair,
+            0,
+        ),
         *product("recurrent block, out", recurrent, block.linear_out),
-        Part("gate", 2 * recurrent, gates[0], (x(channels),), gate_flops, 2 * 5 * rows * channels),
+        *elementwise("both gates", recurrent, block.rg_lru._gates, (x(channels),), 8),
         *elementwise("convolution", recurrent, lambda x: block.conv_1d(x)[0], (x(channels),), 5),
         *elementwise("scan", recurrent, scan, (x(channels), x(channels), x(channels)), 12),
         *elementwise("gelu(y) * x", recurrent, lambda y, x: gated(block.act_fn, y, x), (x(channels), x(channels)), 8),
     ]
     if local:
         found += _attention_parts(body, batch, length, local, product, x)
+
+    def enter(x):
+        return gated_linears(mlp.act_fn, x, mlp.gate_proj, mlp.up_proj)
+
+    pair = 12 * rows * mlp.gate_proj.weight.numel()
+    first, norm = body.layers[0].temporal_pre_norm, body.layers[0].channel_pre_norm
     found += [
-        *product("MLP, in", 2 * len(kinds), mlp.gate_proj),
+        Part("MLP, in: two, and gelu(gate) * up", len(kinds), enter, (x(width),), pair, 2 * 8 * rows * inner),
         *product("MLP, out", len(kinds), mlp.down_proj),
-        *elementwise("gelu(gate) * up", len(kinds), lambda g, u: gated(mlp.act_fn, g, u), (x(inner), x(inner)), 8),
-        *elementwise("norm", 2 * len(kinds) + 1, body.final_norm, (x(width),), 5),
-        *elementwise("residual sum", 2 * len(kinds), torch.add, (x(width), x(width)), 3),
+        *elementwise("norm of the residual", len(kinds) + 1, lambda x: first(None, residual=x), (x(width),), 6),
+        *elementwise("sum and norm", len(kinds), lambda y, x: norm(y, residual=x), (x(width), x(width)), 8),
+        *elementwise("sum behind the MLP", len(kinds), torch.add, (x(width), x(width)), 3),
     ]
     labels = torch.randint(0, config.vocab_size, (batch, length), device=model.device)
 
@@ -155,7 +194,7 @@ def parts(model: GriffinForCausalLM, batch: int, length: int) -> list[Part]:
         return model.loss_function(model.lm_head(hidden), labels, config.vocab_size)
 
     head_flops = 6 * rows * model.lm_head.weight.numel()
-    return [*found, Part("head and loss", 1, loss, (x(width),), head_flops, 2 * 7 * rows * config.vocab_size)]
+    return [*found, Part("head and loss", 1, loss, (x(width),), head_flops, 2 * 3 * rows * config.vocab_size)]
 
 
 def _attention_parts(body, batch: int, length: int, count: int, product, x) -> list[Part]:
@@ -177,12 +216,13 @@ def _attention_parts(body, batch: int, length: int, count: int, product, x) -> l
 
     window = min(config.attention_window_size, length)
     pairs = batch * (window * (window + 1) / 2 + (length - window) * window)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    flops = 6 * rows * sum(each.weight.numel() for each in projections)
     return [
-        *product("attention, query", count, attention.q_proj),
-        *product("attention, key and value", 2 * count, attention.k_proj),
+        Part("attention, in: three", count, lambda x: linears(x, *projections), (x(config.hidden_size),), flops, 0),
         *product("attention, out", count, attention.o_proj),
-        Part("rotation", count, lambda q: rotate(q, *embeddings), (query,), 0.0, 2 * 4 * rows * heads * dim),
-        Part("attention", count, attend, (query, key, value), 14 * pairs * heads * dim, 2 * 8 * rows * heads * dim),
+        Part("rotation", count, lambda q: rotate(q, *embeddings), (query,), 0, 2 * 4 * rows * heads * dim),
+        Part("attention", count, attend, (query, key, value), 14 * pairs * heads * dim, 0),
     ]
 
 
@@ -193,21 +233,21 @@ def text(report: dict) -> str:
     lines += [*birth_lines(report["birth"]), ""]
     lines += [
         f"Copy rate {report['copy_bytes_per_s'] / 1e12:.2f} TB/s. Forward and backward of each part alone, times its",
-        "number in a step; medians. The floor: the products at the GPU's peak, or the fewest bytes at the copy rate.",
+        "number in a step; medians. Floor: products at the GPU's peak, and the fewest other bytes at the copy rate.",
         "",
-        "| part | times | ms each | ms a step | floor, ms a step | bound by | share of the floor |",
-        "|---|---|---|---|---|---|---|",
+        "| part | times | ms each | ms a step | floor, ms a step | floor's share |",
+        "|---|---|---|---|---|---|",
     ]
     total = floor_total = 0.0
     for part in report["parts"]:
         seconds, floor = (part["count"] * part[key] for key in ("seconds", "floor"))
         total, floor_total = total + seconds, floor_total + floor
-        numbers = f"{part['seconds'] * 1e3:.3f} | {seconds * 1e3:.1f} | {floor * 1e3:.1f} | {part['bound']}"
+        numbers = f"{part['seconds'] * 1e3:.3f} | {seconds * 1e3:.1f} | {floor * 1e3:.1f}"
         lines.append(f"| {part['name']} | {part['count']} | {numbers} | {floor / seconds:.0%} |")
-    lines.append(f"| all parts | | | {total * 1e3:.1f} | {floor_total * 1e3:.1f} | | {floor_total / total:.0%} |")
+    lines.append(f"| all parts | | | {total * 1e3:.1f} | {floor_total * 1e3:.1f} | {floor_total / total:.0%} |")
     step = report["step_s"]
     lines.append(
-        f"| the step, {batch * length / step:,.0f} tokens/s | | | {step * 1e3:.1f} | | | {floor_total / step:.0%} |"
+        f"| the step, {batch * length / step:,.0f} tokens/s | | | {step * 1e3:.1f} | | {floor_total / step:.0%} |"
     )
     return "\n".join(lines) + "\n"
 

@@ -229,7 +229,7 @@ def test_other_requests_run_in_transformers_loop(options, small_model, monkeypat
     model, ids = small_model(), random_ids(2, 5)
     expected = run(model, ids, **options(model))
     monkeypatch.setattr(type(model), "_fast_generation_devices", ("cpu",))
-    monkeypatch.setattr(fast_generate, "_take_step", None)  # to call it would raise
+    monkeypatch.setattr(fast_generate, "take_step", None)  # to call it would raise
     found = run(model, ids, **options(model))
     found, expected = (x if isinstance(x, torch.Tensor) else x.sequences for x in (found, expected))
     assert torch.equal(found, expected)
@@ -264,7 +264,7 @@ def test_models_with_something_added_run_in_transformers_loop(change, small_mode
     change(model)
     expected = run(model, ids)
     monkeypatch.setattr(type(model), "_fast_generation_devices", ("cpu",))
-    monkeypatch.setattr(fast_generate, "_take_step", None)
+    monkeypatch.setattr(fast_generate, "take_step", None)
     assert torch.equal(run(model, ids), expected)
 
 

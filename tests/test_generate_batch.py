@@ -8,12 +8,32 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState
+from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState, GriffinForCausalLM
+from modeling_griffin.decode_step import DecodeStep
+from modeling_griffin.recorded_batch import _together
 from tests.tolerances import assert_close
 
 
 KINDS = ("griffin", "hawk", "attention_first")
 VOCABULARY, WINDOW = 29, 8
+
+
+@pytest.fixture(params=["cache", "step"])
+def way(request, monkeypatch):
+    """How rows run: behind a cache, or on a recorded step, which on a CPU computes without recording."""
+    devices = ("cpu",) if request.param == "step" else ()
+    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", devices)
+    return request.param
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The rows of each step taken."""
+    taken = []
+    monkeypatch.setattr(
+        DecodeStep, "step", lambda step, real=DecodeStep.step: taken.append(len(step.token)) or real(step)
+    )
+    return taken
 
 
 def random_ids(rows, length, seed=2):
@@ -33,16 +53,17 @@ def greedy_alone(model, prompt, new, **kwargs):
     """Transformers' own generate, of this prompt alone."""
     if new == 0:
         return []
+    kwargs |= {"output_logits": True, "return_dict_in_generate": True}  # which no recorded step gives
     ids = prompt[None]
     found = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, **kwargs
     )
-    return found[0, len(prompt) :].tolist()
+    return found.sequences[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_finds_what_it_finds_alone(kind, max_rows, small_model):
+def test_each_finds_what_it_finds_alone(kind, max_rows, way, small_model):
     """More generations than rows, of all lengths: rows end at different steps and others take their places."""
     model = small_model(kind, "sdpa")
     load = mixed_load(12)
@@ -81,7 +102,7 @@ def test_the_mask_is_dropped_when_all_windows_are_full(small_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_do_not_depend_on_the_company(kind, small_model):
+def test_samples_do_not_depend_on_the_company(kind, way, small_model):
     """The same seed draws the same tokens alone, in any batch and in any order; another seed draws others."""
     model = small_model(kind, "sdpa")
     settings = itertools.cycle(
@@ -129,7 +150,7 @@ def test_what_is_sampled_is_the_distribution_of_transformers(options, small_mode
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ends(kind, small_model):
+def test_ends(kind, way, small_model):
     """By eos, also as the very first token; by the model's own configuration, by several, by none."""
     model, prompt = small_model(kind, "sdpa"), random_ids(1, 6)[0]
     whole = greedy_alone(model, prompt, 20)
@@ -150,7 +171,7 @@ def letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
-def test_stop_strings(small_model):
+def test_stop_strings(way, small_model):
     """A string in the new text ends a generation, and ends no other."""
     model, prompt, tokenizer = small_model(), random_ids(1, 6)[0], letters()
     whole = greedy_alone(model, prompt, 20)
@@ -168,7 +189,7 @@ def test_stop_strings(small_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_prompt_and_many_continuations(kind, small_model):
+def test_one_prompt_and_many_continuations(kind, way, small_model):
     """A system prompt read once: its state, some with questions behind it; the state stays as it was."""
     model, system = small_model(kind, "sdpa"), random_ids(1, 19)
     questions = [random_ids(1, n, seed=n)[0] for n in (1, 4, 12)]
@@ -185,7 +206,7 @@ def test_one_prompt_and_many_continuations(kind, small_model):
     assert results[-1].tokens == model.generate_batch(queue[-1:])[0].tokens
 
 
-def test_streaming(small_model):
+def test_streaming(way, small_model):
     """Tokens come as they are found, those of a row in order; the queue is asked only when a row is free."""
     model, asked = small_model(), []
 
@@ -195,7 +216,7 @@ def test_streaming(small_model):
             yield GenerationRequest(prompt, max_new_tokens=new + 2)
 
     stream = model.stream_batch(queue(), max_rows=2)
-    assert isinstance(next(stream), GeneratedToken) and asked == [0]
+    assert isinstance(next(stream), GeneratedToken) and asked == ([0] if way == "cache" else [0, 1])
     found = {0: 1}
     for index, token, reason in stream:
         assert token is not None
@@ -206,7 +227,53 @@ def test_streaming(small_model):
     assert sorted(found) == list(range(6)) and asked == list(range(6))
 
 
-def test_nothing_to_do(small_model):
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_join_a_recorded_step_late(kind, small_model, steps, monkeypatch):
+    """Long and short prompts at any time of the step, some behind a state, in rows that others have left."""
+    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ("cpu",))
+    model, system = small_model(kind, "sdpa"), random_ids(1, 13)
+    state = model.prefill(system)
+    load = [(random_ids(1, n, seed=n)[0], new) for n, new in ((30, 5), (2, 23), (1, 9), (9, 40), (12, 3), (31, 30))]
+    queue = [
+        GenerationRequest(prompt, max_new_tokens=new, state=state if i % 2 else None)
+        for i, (prompt, new) in enumerate(load)
+    ]
+    results = model.generate_batch(queue, max_rows=3)
+    for i, ((prompt, new), result) in enumerate(zip(load, results)):
+        whole = torch.cat([system[0], prompt]) if i % 2 else prompt
+        assert result.tokens == greedy_alone(model, whole, new)
+    assert set(steps) == {4}  # rows of the step: the next power of 2
+
+
+def test_a_recorded_step_is_free_again(small_model, steps, monkeypatch):
+    """After a stream that was left in the middle; a second stream meanwhile runs behind a cache."""
+    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ("cpu",))
+    model, queue = small_model(), [GenerationRequest(random_ids(1, 4)[0], max_new_tokens=6)]
+    expected = model.generate_batch(queue)[0].tokens
+    assert len(steps) == 5
+    stream = model.stream_batch(queue)
+    next(stream), next(stream)
+    assert model.generate_batch(queue)[0].tokens == expected and len(steps) == 6
+    stream.close()
+    assert model.generate_batch(queue)[0].tokens == expected and len(steps) == 11
+
+
+def test_a_pass_over_several_prompts_reads_similar_ones():
+    lengths = [0, 5, 100, 7, 0, 16384, 11, 9000, 99]
+    groups = list(_together(lengths))
+    assert sorted(number for group in groups for number in group) == list(range(9))
+    assert [[lengths[number] for number in group] for group in groups] == [
+        [0],
+        [0],
+        [5, 7],
+        [11],
+        [99, 100],
+        [9000],
+        [16384],
+    ]
+
+
+def test_nothing_to_do(way, small_model):
     model = small_model()
     assert model.generate_batch([]) == []
     result = model.generate_batch([GenerationRequest([5], max_new_tokens=0)])[0]
@@ -214,7 +281,7 @@ def test_nothing_to_do(small_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(kind, small_model):
+def test_bfloat16(kind, way, small_model):
     """Rows of a batch round differently, so that each token has to be one of the likeliest up to bfloat16's error."""
     model = small_model(kind, "sdpa").to(torch.bfloat16)
     load = [(random_ids(1, n, seed=n)[0], 14) for n in (1, 5, 30)]
@@ -228,7 +295,7 @@ def test_bfloat16(kind, small_model):
         assert ((logits.max(-1).values - chosen) <= 0.02 * logits.abs().max()).all()
 
 
-def test_bad_arguments(small_model):
+def test_bad_arguments(way, small_model):
     model, other = small_model(), small_model(attention_window_size=12)
     states = GenerationState.concatenate([model.prefill(random_ids(2, 3))])
     for make, message in (
