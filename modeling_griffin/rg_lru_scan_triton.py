@@ -16,6 +16,7 @@ import torch
 try:
     import triton
 
+    from .rg_lru_scan_triton_around import clear_kernel, sum_rows_kernel
     from .rg_lru_scan_triton_kernels import backward_kernel, forward_kernel
     from .rg_lru_scan_triton_math import PTX
     from .rg_lru_scan_triton_step import step_kernel
@@ -45,8 +46,8 @@ class Tile(NamedTuple):
 # Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels / 64) make long waits:
 # there the backward pass takes taller tiles, whose carries are fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
-FORWARD, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(4, 8, 64, 96)
-BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
+FORWARD, FORWARD_FLOAT32 = Tile(8, 16, 32, 96), Tile(4, 8, 64, 96)
+BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(8, 8, 32, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
 
 
 def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
@@ -119,7 +120,8 @@ def _backward(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay,
     partial = log_decay.new_empty(batch * triton.cdiv(length, tile.steps), channels)
     outputs = (d_x, d_recurrence_gate, d_input_gate, partial, d_initial_state)
     _launch(backward_kernel, tile, exact, inputs, outputs, HAS_D_LAST=d_last_state is not None)
-    return d_x, d_recurrence_gate, d_input_gate, partial.sum(0), d_initial_state
+    _sum_rows(partial, d_log_decay)
+    return d_x, d_recurrence_gate, d_input_gate, d_log_decay, d_initial_state
 
 
 def _backward_shapes(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden):
@@ -158,6 +160,25 @@ def _on_device_of(x):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _overlap(x: torch.Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that may start while the one in front of it ends."""
+    overlap = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
+
+
+def _sum_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
+    channels = rows.shape[1]
+    with _on_device_of(rows):
+        grid = (triton.cdiv(channels, 16),)
+        sum_rows_kernel[grid](rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **_overlap(rows))
+
+
+def _cleared_words(x: torch.Tensor, count: int) -> torch.Tensor:
+    words, overlap = x.new_empty(count, dtype=torch.int64), _overlap(x)["PDL"]
+    clear_kernel[(triton.cdiv(count, 4096),)](words, count, PDL=overlap, BLOCK=4096, num_warps=4)
+    return words
+
+
 def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
     """inputs: x, both gates, log_decay, initial_state, reset, ... ; each kernel takes inputs, outputs, words, sizes."""
     x = inputs[0]
@@ -166,8 +187,9 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
     tiles = steps * blocks * batch
     # Tiles pass the state on through words that start as 0, with the ticket counter behind them. They are this call's
     # own: other streams have theirs, and a CUDA graph clears them at each replay.
-    words = x.new_zeros(tiles * tile.channels + 1, dtype=torch.int64) if steps > 1 else None
+    chained = steps > 1
     with _on_device_of(x):
+        words = _cleared_words(x, tiles * tile.channels + 1) if chained else None
         kernel[(tiles,)](
             *inputs,
             *outputs,
@@ -177,7 +199,7 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
             channels,
             HAS_INITIAL=inputs[4] is not None,
             HAS_RESET=inputs[5] is not None,
-            CHAINED=steps > 1,
+            CHAINED=chained,
             MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
             EXACT=exact,
             SEGMENTS=tile.segments,
@@ -185,6 +207,7 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
             CHANNELS=tile.channels,
             num_warps=tile.num_warps,
             maxnreg=tile.max_registers,
+            **(_overlap(x) if chained else {"PDL": False}),
             **flags,
         )
 

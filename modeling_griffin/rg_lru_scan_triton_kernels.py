@@ -16,6 +16,8 @@ torn, so it needs no flag and no fence; 0 means not published; a = 0 means compl
 Names: p_ pointer, i_ index, m_ mask, s segment, c channel; tiles are (SEGMENTS, CHANNELS) tensors, one for each row.
 SEGMENTS * CHANNELS is twice the number of threads: every array, of 16, 32 or 64 bits, then has the same layout, and no
 value is held by two threads. The look-back needs that: two threads that poll one word may see different values.
+
+PDL: the kernel may start while the one that clears the words ends, and waits for that before it touches anything.
 """
 
 try:
@@ -30,6 +32,7 @@ except ImportError as error:
 COMPLETE = tl.constexpr(1 << 32)  # the published map h -> 0
 UNCHANGED = tl.constexpr((0x3F800000 + 1) << 32)  # the published map h -> h
 SIZES = ["B", "T"]  # compile once, whatever these are
+PUBLISHED = tl.constexpr(1 << 30)  # in a vote of the look-back: all words are there
 
 
 @triton.jit
@@ -62,6 +65,23 @@ def _pack(a, b):
 
 
 @triton.jit
+def _and(a, b):
+    return a & b
+
+
+@triton.jit
+def _is_waiting(high, i_word, is_word, WORDS: tl.constexpr):
+    """Until all words are published and one of them is complete in every channel: one vote, so one barrier a poll.
+
+    Each thread votes for every word but its own, and for that too if it is complete; what all agree on counts.
+    """
+    every: tl.constexpr = PUBLISHED | ((1 << WORDS) - 1)
+    vote = tl.where(high == 1, every, every & ~(1 << i_word))
+    vote = tl.where(is_word, tl.where(high == 0, 0, vote), every)
+    return tl.reduce(tl.reduce(vote, 1, _and), 0, _and) <= PUBLISHED
+
+
+@triton.jit
 def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr):
     """The state that leaves the n_before earlier tiles of a chain, (CHANNELS,), from the words of the last few.
 
@@ -71,9 +91,11 @@ def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHA
     map h -> h, which changes no bit.
     """
     GROUP: tl.constexpr = 64 // CHANNELS if CHANNELS < 64 else 1  # rows of a warp
+    WORDS: tl.constexpr = SEGMENTS // GROUP
     i_s = tl.arange(0, SEGMENTS)[:, None]
     is_word = i_s % GROUP == 0
-    i_tile = n_before - SEGMENTS // GROUP + i_s // GROUP
+    i_word = i_s // GROUP
+    i_tile = n_before - WORDS + i_word
     offset = (i_tile.to(tl.int64) * n_chains + i_chain) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     other = tl.where(is_word, COMPLETE, UNCHANGED)
     state = tl.full([CHANNELS], 0.0, tl.float32)
@@ -81,8 +103,7 @@ def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHA
     while waiting:
         words = tl.load(p_words + offset, mask=is_word & (i_tile >= 0), other=other, volatile=True)
         high = (words >> 32).to(tl.int32)
-        score = tl.where(high == 0, -2 * SEGMENTS, tl.where(high == 1, 1, 0))
-        waiting = tl.min(tl.sum(score, 0)) <= 0  # until all are published and, for each channel, one is complete
+        waiting = _is_waiting(high, i_word, is_word, WORDS)
         if not waiting:
             a = (high - 1).to(tl.float32, bitcast=True)
             b = words.to(tl.int32).to(tl.float32, bitcast=True)
@@ -116,8 +137,10 @@ def forward_kernel(
     B, T, C,
     HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, CHAINED: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr,
-    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     n_blocks = tl.cdiv(C, CHANNELS)
     n_chains = B * n_blocks
     tile = _take_tile(p_words, n_chains * tl.cdiv(T, SEGMENTS * ROWS), CHANNELS, CHAINED)
@@ -185,12 +208,14 @@ def backward_kernel(
     B, T, C: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_LAST: tl.constexpr, CHAINED: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr,
-    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dh_t = d_hidden_t + k_{t+1} with k_t = a_t dh_t: the maps are those of k, from a tile's end to its start.
 
     C is a constant here: rows become immediate offsets, which compiles and runs faster. The forward one gains nothing.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     n_blocks = tl.cdiv(C, CHANNELS)
     n_chains = B * n_blocks
     n_steps = tl.cdiv(T, SEGMENTS * ROWS)
