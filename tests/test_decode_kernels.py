@@ -12,7 +12,7 @@ import torch
 from tolerances import assert_close
 from torch import nn
 
-from modeling_griffin import decode_ops, decode_tiles
+from modeling_griffin import decode_ops, decode_products, decode_tiles
 from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps, Stream
 from modeling_griffin.decode_step import DecodeStep
 from modeling_griffin.decode_tiles import product_tile
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # The interpreter multiplies matrices of bfloat16 as if they were whole numbers, and cuts float32 off to it.
 DTYPES_OF_STEPS = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 LOGITS = {torch.float32: "logits", torch.float16: "float16 logits", torch.bfloat16: "bfloat16 logits"}
-ROWS = [1, 2, 3, 4, 17]  # three and seventeen go by cuBLAS
+ROWS = [1, 2, 3, 4, 17, 64, 65]  # one, two and four row by row, 65 by cuBLAS
 
 pytestmark = pytest.mark.skipif(
     decode_ops.triton is None or not (INTERPRETED or torch.cuda.is_available()),
@@ -45,6 +45,11 @@ def make_norm(width, dtype):
     norm = GriffinRMSNorm(width, 1e-6)
     norm.weight.data.normal_()
     return norm.to(DEVICE, dtype)
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_all_dtypes(monkeypatch):
+    monkeypatch.setattr(decode_products, "MATMUL_DTYPES", DTYPES_OF_STEPS)
 
 
 def both(call):
