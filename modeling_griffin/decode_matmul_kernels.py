@@ -178,7 +178,7 @@ def gated_matmul_kernel(
     EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); x (M, D) -> y (M, N). Program: (outputs, split)."""
+    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (M, D) -> (M, N). Program: (outputs, split)."""
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums_gate, sums_up, squares, is_last = _all_sums(
         p_x, p_norm, p_w_gate, p_w_up, p_part, p_squares, p_count, i_n, M, N, D,
@@ -188,6 +188,4 @@ def gated_matmul_kernel(
         gate = _scaled(sums_gate, squares, eps, p_b_gate, i_n, N, D, True, True)
         y = gelu_tanh(gate) * _scaled(sums_up, squares, eps, p_b_up, i_n, N, D, True, True)
         i_m = tl.arange(0, BLOCK_M)[:, None]
-        tl.store(
-            p_y + i_m * N + i_n[None, :], y.to(p_y.dtype.element_ty), mask=(i_m < M) & (i_n < N)[None, :]
-        )
+        tl.store(p_y + i_m * N + i_n[None, :], y.to(p_y.dtype.element_ty), mask=(i_m < M) & (i_n < N)[None, :])

@@ -9,8 +9,17 @@ Legend: M rows, D inputs, N outputs.
 import torch
 from torch import nn
 
-from .decode_tiles import GATED, MATMUL, MATMUL_DTYPES, MATMUL_GATED, MATMUL_ROWS, MATVEC_ROWS, PROJECT
-from .decode_tiles import matmul_tile, product_tile
+from .decode_tiles import (
+    GATED,
+    MATMUL,
+    MATMUL_DTYPES,
+    MATMUL_GATED,
+    MATMUL_ROWS,
+    MATVEC_ROWS,
+    PROJECT,
+    matmul_tile,
+    product_tile,
+)
 
 
 try:

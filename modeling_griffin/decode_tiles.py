@@ -1,8 +1,8 @@
 """How the kernels of a decoding step divide their work: what was fastest on one H100 in bfloat16.
 
 What decides is how many bytes of weights are on their way at a time. Few rows: a thread loads 16 bytes of each of
-BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 1 tiles of
-(BLOCK_N, BLOCK_D); every program reads all rows too, from the cache, so that BLOCK_N should not be less than the rows.
+BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 2 tiles
+(BLOCK_N, BLOCK_D) at once; each program reads all rows too, from the cache, so that BLOCK_N is not less than the rows.
 
 Legend: N outputs of a product, D inputs.
 """

@@ -15,7 +15,7 @@ from torch import nn
 from modeling_griffin import decode_ops, decode_products, decode_tiles
 from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps, Stream
 from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.decode_tiles import product_tile
+from modeling_griffin.decode_tiles import matmul_tile, product_tile
 from modeling_griffin.modeling_griffin import GriffinRMSNorm
 
 
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # The interpreter multiplies matrices of bfloat16 as if they were whole numbers, and cuts float32 off to it.
 DTYPES_OF_STEPS = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 LOGITS = {torch.float32: "logits", torch.float16: "float16 logits", torch.bfloat16: "bfloat16 logits"}
-ROWS = [1, 2, 3, 4, 17, 64, 65]  # one, two and four row by row, 65 by cuBLAS
+ROWS = [1, 2, 3, 4, 17, 65]  # one, two and four row by row, 65 by cuBLAS, the others as products of matrices
 
 pytestmark = pytest.mark.skipif(
     decode_ops.triton is None or not (INTERPRETED or torch.cuda.is_available()),
@@ -48,8 +48,23 @@ def make_norm(width, dtype):
 
 
 @pytest.fixture(autouse=True)
-def kernels_for_all_dtypes(monkeypatch):
-    monkeypatch.setattr(decode_products, "MATMUL_DTYPES", DTYPES_OF_STEPS)
+def kernels_of_many_rows_in_the_interpreter(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(decode_products, "MATMUL_DTYPES", (torch.float32, torch.float16))
+
+
+def not_numbers(*shape, dtype, device):
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device)
+
+
+def poison_what_is_new(monkeypatch):
+    """What a product leaves unwritten is not a number."""
+
+    def new_empty(x, *shape, device=None):
+        return not_numbers(*shape, dtype=x.dtype, device=device or x.device)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(decode_products.torch, "empty", not_numbers)
 
 
 def both(call):
@@ -87,6 +102,66 @@ def test_gated_mlp_and_what_is_added_to_the_stream(dtype, rows, inputs, width):
 
     for expected, actual in zip(*both(mlp), strict=True):
         assert_close(LOGITS[dtype], actual, expected)
+
+
+MATMUL_DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+
+
+@pytest.fixture(params=[(32, 16, 3, 4, 1), (16, 64, 2, 4, 7), (64, 32, 4, 4, 40)])
+def matmul_tiles(request, monkeypatch):
+    """One program for all inputs, a few that share them unevenly, and as many as there are tiles."""
+    for table in (decode_tiles.MATMUL, decode_tiles.MATMUL_GATED):
+        for rows in table:
+            monkeypatch.setitem(table, rows, {(0, 0): request.param})
+
+
+@pytest.mark.parametrize("inputs, sizes", [(96, (64, 32, 16)), (200, (40, 7)), (33, (70,))])
+@pytest.mark.parametrize("rows", [3, 5, 8, 16, 17, 33, 64])
+@torch.no_grad()
+def test_products_of_many_rows(rows, inputs, sizes, matmul_tiles, monkeypatch):
+    """Twice by the same kernels: what the first launch has counted is forgotten, and sums have one order."""
+    x, norm = normal(rows, inputs, dtype=MATMUL_DTYPE), make_norm(inputs, MATMUL_DTYPE)
+    linears = [make_linear(inputs, size, MATMUL_DTYPE) for size in sizes]
+    residual = normal(rows, sizes[0], dtype=MATMUL_DTYPE)
+    gate, up = (make_linear(inputs, sizes[0], MATMUL_DTYPE) for _ in range(2))
+    poison_what_is_new(monkeypatch)
+
+    def products(ops):
+        ys = [*ops.project(Stream(x), norm, linears), ops.gated_project(Stream(x), norm, gate, up)]
+        return [*ys, ops.add_project(Stream(residual), x, linears[0]).residual]
+
+    kernels = KernelOps()
+    assert kernels.products.takes(x)
+    expected, first, second = products(PlainOps()), products(kernels), products(kernels)
+    for one, other, again in zip(expected, first, second, strict=True):
+        assert_close(LOGITS[MATMUL_DTYPE], other, one)
+        assert torch.equal(other, again)
+
+
+def test_who_multiplies_matrices(monkeypatch):
+    monkeypatch.setattr(decode_products, "MATMUL_DTYPES", decode_tiles.MATMUL_DTYPES)
+
+    def takes(rows, dtype, matmul=True):
+        return KernelOps(matmul=matmul).products.takes(torch.empty(rows, 8, dtype=dtype))
+
+    assert all(takes(rows, torch.bfloat16) for rows in range(1, 65)) and not takes(65, torch.bfloat16)
+    assert not takes(5, torch.float32) and not takes(5, torch.float16) and not takes(5, torch.bfloat16, matmul=False)
+    assert all(takes(rows, dtype, matmul=False) for rows in (1, 2, 4) for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("table", ["MATMUL", "MATMUL_GATED"])
+@pytest.mark.parametrize("sizes", [(1,), (2560,), (2560, 128, 128), (2560, 2560), (7680,), (32000,), (256000,)])
+@pytest.mark.parametrize("inputs", [1, 2560, 7680])
+@pytest.mark.parametrize("rows", [3, 16, 17, 64])
+def test_a_tile_of_many_rows(rows, inputs, sizes, table):
+    tile = matmul_tile(getattr(decode_tiles, table), list(sizes), inputs, rows)
+    assert tile["BLOCK_M"] >= max(rows, 16) and tile["STAGES"] > 2
+    assert all(size & (size - 1) == 0 for size in (tile["BLOCK_N"], tile["BLOCK_D"], tile["num_warps"]))
+    tiles, matrices = sum(-(-size // tile["BLOCK_N"]) for size in sizes), 2 if table == "MATMUL_GATED" else 1
+    assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
+    assert tile["SPLITS"] == 1 or tiles <= decode_products.COUNTERS
+    shared = (tile["STAGES"] * matrices * tile["BLOCK_N"] + tile["BLOCK_M"]) * tile["BLOCK_D"] * 2
+    assert shared < 227 * 1024
 
 
 @pytest.mark.parametrize("tile", [(4, 1, 1), (2, 1, 2), (8, 2, 3), (1, 4, 4)])
@@ -144,12 +219,12 @@ def test_the_beginning_of_a_step(dtype, time, scale):
     reason="kernels overlap from compute capability 9 on",
 )
 @pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
-@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
 def test_overlapping_kernels_change_nothing(rows, kind, small_model):
     """Recorded and replayed many times: a kernel that did not wait for the one before it would show."""
     model = small_model(kind).to(DEVICE, torch.bfloat16)
     ends = []
-    for overlap in (False, True):
+    for overlap in (0, 1, 2):
         step = DecodeStep(model.model, model.lm_head, rows)
         step.ops = KernelOps(overlap)
         step.record()
@@ -159,7 +234,7 @@ def test_overlapping_kernels_change_nothing(rows, kind, small_model):
             step.step()
             step.token.copy_(step.logits.argmax(-1))
         ends.append([step.logits.clone(), *(tensor.clone() for layer in step.layers for tensor in layer)])
-    assert all(map(torch.equal, *ends))
+    assert all(map(torch.equal, ends[0], ends[1])) and all(map(torch.equal, ends[0], ends[2]))
 
 
 @pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
