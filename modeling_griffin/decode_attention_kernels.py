@@ -42,31 +42,36 @@ def attention_kernel(
     i_head, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_row = i_head // KEY_HEADS
     time = tl.load(p_time)
-    first = tl.load(p_padding + i_row)
-    wait_for_the_kernel_before(PDL)
+    slot = (time % W).to(tl.int32)
+    kept = time - tl.load(p_padding + i_row)  # tokens of the row before this one
     i_g, i_k = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
     m_k = i_k < K
     m_q = (i_g < GROUP)[:, None] & m_k[None, :]
     p_cos += i_row * ROTARY
     p_sin += i_row * ROTARY
     i_query = i_head * GROUP + i_g
-    q = _rotated(p_q, p_cos, p_sin, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
-    new_k = _rotated(p_k, p_cos, p_sin, i_head * K, i_k, m_k, ROTARY)
-    new_v = tl.load(p_v + i_head * K + i_k, mask=m_k, other=0.0)
-    slot = time % W
     p_keys += i_head.to(tl.int64) * W * K
     p_values += i_head.to(tl.int64) * W * K
     top = tl.full((BLOCK_G,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
+    q = tl.zeros((BLOCK_G, BLOCK_K), p_q.dtype.element_ty)
+    new_k = tl.zeros((BLOCK_K,), p_k.dtype.element_ty)
+    new_v = tl.zeros((BLOCK_K,), p_v.dtype.element_ty)
     for start in range(0, SPLIT, BLOCK_S):
         i_s = i_split * SPLIT + start + tl.arange(0, BLOCK_S)
         is_new = i_s == slot
-        seen = (i_s < W) & (time - (time + W - i_s) % W >= first)
+        age = tl.where(i_s <= slot, slot - i_s, slot - i_s + W)
+        seen = (i_s < W) & (age <= kept)
         m_old = (seen & (i_s != slot))[:, None] & m_k[None, :]
         tile = i_s[:, None] * K + i_k[None, :]
         k = tl.load(p_keys + tile, mask=m_old, other=0.0)
         v = tl.load(p_values + tile, mask=m_old, other=0.0)
+        if start == 0:  # here, so that old keys and values are asked for before the wait
+            wait_for_the_kernel_before(PDL)
+            q = _rotated(p_q, p_cos, p_sin, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
+            new_k = _rotated(p_k, p_cos, p_sin, i_head * K, i_k, m_k, ROTARY)
+            new_v = tl.load(p_v + i_head * K + i_k, mask=m_k, other=0.0)
         k = tl.where(is_new[:, None], new_k[None, :], k)
         v = tl.where(is_new[:, None], new_v[None, :], v)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from .causal_conv1d import convolve
-from .decode_tiles import GATED, MATVEC_ROWS, PROJECT, RECURRENT_ROW, product_tile
+from .decode_products import Products
+from .decode_tiles import MATVEC_ROWS, RECURRENT, RECURRENT_ROW
 from .fused import rms_norm
 from .rg_lru_scan import rg_lru_scan
 
@@ -24,13 +25,7 @@ try:
     import triton
 
     from .decode_attention_kernels import attention_kernel, combine_kernel
-    from .decode_kernels import (
-        add_norm_kernel,
-        begin_kernel,
-        gate_kernel,
-        gated_project_kernel,
-        project_kernel,
-    )
+    from .decode_kernels import add_norm_kernel, begin_kernel, gate_kernel
     from .decode_recurrence_kernels import recurrent_kernel, recurrent_row_kernel
 except ImportError:
     triton = None
@@ -141,11 +136,14 @@ ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
 class KernelOps(PlainOps):
     """The same as few launches, each of which reads every weight and state once.
 
-    overlap: whether a kernel starts while the one before it ends; the first of a step waits for all before it.
+    overlap: whether a kernel starts while the one before it ends; the first of a step waits for all before it. 2: while
+    the one before still waits for the one before that.
+    matmul: whether products of up to MATMUL_ROWS rows have kernels too, or only those of MATVEC_ROWS.
     """
 
-    def __init__(self, overlap: bool = False):
-        self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
+    def __init__(self, overlap: int = 0, matmul: bool = True):
+        self.launch = {"PDL": int(overlap), **({"launch_pdl": True} if overlap else {})}
+        self.products = Products(self.launch, matmul)
 
     def begin(self, token, embedding, scale, clock, frequencies):
         width, rotary = embedding.weight.shape[1], 0 if frequencies is None else len(frequencies)
@@ -163,38 +161,28 @@ class KernelOps(PlainOps):
         return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
     def head(self, stream, norm, linear, logits):
-        if logits.shape[0] in MATVEC_ROWS:
-            self._matvec(stream.residual, norm, [linear], outputs=[logits])
+        if self.products.takes(stream.residual):
+            self.products.project(stream.residual, norm, [linear], outputs=[logits])
         else:
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
 
     def project(self, stream, norm, linears):
-        if stream.residual.shape[0] not in MATVEC_ROWS:
-            return super().project(stream, norm, linears)
-        return self._matvec(stream.residual, norm, linears)
+        if self.products.takes(stream.residual):
+            return self.products.project(stream.residual, norm, linears)
+        return super().project(stream, norm, linears)
 
     def gated_project(self, stream, norm, gate, up):
-        x, width = stream.residual, gate.out_features
-        y = x.new_empty(x.shape[0], width)
-        if x.shape[0] not in MATVEC_ROWS:
-            gate_output, up_output = super().project(stream, norm, (gate, up))
-            grid = (triton.cdiv(y.numel(), 1024),)
-            gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
-            return y
-        tile = product_tile(GATED, 2 * width, x.shape[1], x.shape[0])
-        gated_project_kernel[(triton.cdiv(width, tile["BLOCK_N"]),)](
-            *(x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, y, norm.eps, width),
-            D=x.shape[1],
-            ROWS=x.shape[0],
-            EVEN=width % tile["BLOCK_N"] == 0,
-            **self.launch,
-            **tile,
-        )
+        if self.products.takes(stream.residual):
+            return self.products.gated(stream.residual, norm, gate, up)
+        gate_output, up_output = super().project(stream, norm, (gate, up))
+        y = torch.empty_like(gate_output)
+        grid = (triton.cdiv(y.numel(), 1024),)
+        gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
         return y
 
     def add_project(self, stream, x, out):
-        if x.shape[0] in MATVEC_ROWS:
-            return Stream(self._matvec(x, None, [out], stream.residual)[0])
+        if self.products.takes(x):
+            return Stream(self.products.project(x, None, [out], stream.residual)[0])
         return Stream(stream.residual, linear(x, out.weight, out.bias))
 
     def recurrent(self, x, y, block, past, state, log_decay, clock):
@@ -211,10 +199,9 @@ class KernelOps(PlainOps):
             block_p = min(256, triton.next_power_of_2(width))
             recurrent_row_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT_ROW)
             return out
-        block_b = min(64, max(16, triton.next_power_of_2(x.shape[0])))
         block_p = min(128, max(32, triton.next_power_of_2(width) // 8))
-        grid = (blocks * triton.cdiv(width, 16), triton.cdiv(x.shape[0], block_b))
-        recurrent_kernel[grid](*tensors, **options, BLOCK_B=block_b, BLOCK_P=block_p, BLOCK_C=16, num_warps=4)
+        grid = (blocks * triton.cdiv(width, RECURRENT["BLOCK_C"]), triton.cdiv(x.shape[0], RECURRENT["BLOCK_B"]))
+        recurrent_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT)
         return out
 
     def attend(self, q, k, v, keys, values, clock, scaling):
@@ -255,25 +242,3 @@ class KernelOps(PlainOps):
         )
         stream.delta = None  # the kernel has added it
         return y
-
-    def _matvec(self, x, norm, linears, residual=None, outputs=None):
-        ys = outputs or [x.new_empty(x.shape[0], each.out_features) for each in linears]
-        tile = product_tile(PROJECT, sum(each.out_features for each in linears), x.shape[1], x.shape[0])
-        matrices = [(each.weight, x if each.bias is None else each.bias, y) for each, y in zip(linears, ys)]
-        padded = [*matrices, *[matrices[0]] * (3 - len(matrices))]
-        sizes = [each.out_features for each in linears]
-        project_kernel[(sum(triton.cdiv(size, tile["BLOCK_N"]) for size in sizes),)](
-            *(x, x if norm is None else norm.weight, *(tensor for matrix in padded for tensor in matrix)),
-            *(x if residual is None else residual, 1.0 if norm is None else norm.eps),
-            *(*sizes, *[0] * (3 - len(sizes))),
-            D=x.shape[1],
-            ROWS=x.shape[0],
-            MATRICES=len(linears),
-            NORM=norm is not None,
-            BIAS=linears[0].bias is not None,
-            RESIDUAL=residual is not None,
-            EVEN=all(size % tile["BLOCK_N"] == 0 for size in sizes),
-            **self.launch,
-            **tile,
-        )
-        return ys

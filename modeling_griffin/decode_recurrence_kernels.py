@@ -37,21 +37,24 @@ def _one_minus_exp(z):
 
 
 @triton.jit
-def _convolved_past(p_past, p_w, p_b, row, channel, m, time, C, TAPS: tl.constexpr):
-    """What the past adds to the convolution's output, which lies at time % TAPS; row, channel: of each element."""
-    y = tl.load(p_b + channel, mask=m, other=0.0).to(tl.float32)
+def _convolved_past(p_past, p_w, p_b, row, channel, m, m_c, time, C, TAPS: tl.constexpr):
+    """What the past adds to the convolution's output, which lies at time % TAPS; row, channel: of each element.
+
+    m, m_c: of elements and of channels that there are, m_c of one row, so that weights are not loaded for each.
+    """
+    y = tl.load(p_b + channel, mask=m_c, other=0.0).to(tl.float32)
     for back in tl.static_range(1, TAPS):
         slot = (time + (TAPS - back)) % TAPS
         x = tl.load(p_past + (row * TAPS + slot) * C + channel, mask=m, other=0.0).to(tl.float32)
-        y += x * tl.load(p_w + channel * TAPS + (TAPS - 1 - back), mask=m, other=0.0).to(tl.float32)
+        y += x * tl.load(p_w + channel * TAPS + (TAPS - 1 - back), mask=m_c, other=0.0).to(tl.float32)
     return y
 
 
 @triton.jit
-def _convolved(past, p_x, p_w, row, channel, m, C, TAPS: tl.constexpr):
+def _convolved(past, p_x, p_w, row, channel, m, m_c, C, TAPS: tl.constexpr):
     """The convolution's output, rounded as the layer rounds it; 0 where masked."""
     x = tl.load(p_x + row * C + channel, mask=m, other=0.0).to(tl.float32)
-    y = past + x * tl.load(p_w + channel * TAPS + (TAPS - 1), mask=m, other=0.0).to(tl.float32)
+    y = past + x * tl.load(p_w + channel * TAPS + (TAPS - 1), mask=m_c, other=0.0).to(tl.float32)
     return tl.where(m, y, 0.0).to(p_x.dtype.element_ty)
 
 
@@ -94,7 +97,7 @@ def recurrent_row_kernel(
     w_r, w_i = _load_gates(p_w_r, p_w_i, 0, i_j, P, BLOCK_P)
     time = tl.load(p_time)
     i_p = tl.arange(0, BLOCK_P)
-    past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, time, C, TAPS)
+    past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, i_p < P, time, C, TAPS)
     r = tl.load(p_b_r + i_c, mask=m_c, other=0.0).to(tl.float32)
     i = tl.load(p_b_i + i_c, mask=m_c, other=0.0).to(tl.float32)
     log_decay = tl.load(p_log_decay + i_c, mask=m_c, other=0.0)
@@ -105,14 +108,15 @@ def recurrent_row_kernel(
     y = tl.load(p_y + i_b * C + i_c, mask=m_c, other=0.0)
     for start in tl.static_range(0, P, BLOCK_P):
         i_p = start + tl.arange(0, BLOCK_P)
-        u = _convolved(past, p_x, p_conv_w, i_b, i_block * P + i_p, i_p < P, C, TAPS).to(tl.float32)[:, None]
+        u = _convolved(past, p_x, p_conv_w, i_b, i_block * P + i_p, i_p < P, i_p < P, C, TAPS)
+        u = u.to(tl.float32)[:, None]
         own_u += tl.sum(tl.where(i_p[:, None] == i_j[None, :], u, 0.0), 0)
         r += tl.sum(w_r.to(tl.float32) * u, 0)
         i += tl.sum(w_i.to(tl.float32) * u, 0)
         if start + BLOCK_P < P:
             w_r, w_i = _load_gates(p_w_r, p_w_i, start + BLOCK_P, i_j, P, BLOCK_P)
             i_p += BLOCK_P
-            past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, time, C, TAPS)
+            past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, i_p < P, time, C, TAPS)
     h = _recurrence(r, i, log_decay, h, own_u)
     _store_step(p_past, p_state, p_out, h, x, y, i_b, i_c, m_c, time, C, TAPS)
 
@@ -129,31 +133,36 @@ def recurrent_kernel(
     i_j = i_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     p_w_r += i_block * P * P
     p_w_i += i_block * P * P
-    tiles = ()
-    for start in tl.static_range(0, P, BLOCK_P):
-        tiles = tiles + _load_gates(p_w_r, p_w_i, start, i_j, P, BLOCK_P)
     row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     m_b = row < B
     time = tl.load(p_time)
     m_c = (i_j < P)[None, :]
     i_c = (i_block * P + i_j)[None, :]
     own = m_b & m_c
+    tiles, pasts = (), ()
+    for start in tl.static_range(0, P, BLOCK_P):
+        tiles = tiles + _load_gates(p_w_r, p_w_i, start, i_j, P, BLOCK_P)
+        i_p = (start + tl.arange(0, BLOCK_P))[None, :]
+        past = _convolved_past(
+            p_past, p_conv_w, p_conv_b, row, i_block * P + i_p, m_b & (i_p < P), i_p < P, time, C, TAPS
+        )
+        pasts = pasts + (past,)
+    own_past = _convolved_past(p_past, p_conv_w, p_conv_b, row, i_c, own, m_c, time, C, TAPS)
     h = tl.load(p_state + row * C + i_c, mask=own, other=0.0)
+    r = tl.load(p_b_r + i_c, mask=m_c, other=0.0).to(tl.float32) + tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    i = tl.load(p_b_i + i_c, mask=m_c, other=0.0).to(tl.float32) + tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    log_decay = tl.load(p_log_decay + i_c, mask=m_c, other=0.0)
     wait_for_the_kernel_before(PDL)
     x = tl.load(p_x + row * C + i_c, mask=own, other=0.0)
     y = tl.load(p_y + row * C + i_c, mask=own, other=0.0)
-    r = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    i = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    us = ()
     for start in tl.static_range(0, P, BLOCK_P):
         i_p = (start + tl.arange(0, BLOCK_P))[None, :]
-        mask = m_b & (i_p < P)
-        past = _convolved_past(p_past, p_conv_w, p_conv_b, row, i_block * P + i_p, mask, time, C, TAPS)
-        u = _convolved(past, p_x, p_conv_w, row, i_block * P + i_p, mask, C, TAPS)
-        r = tl.dot(u, tiles[start // BLOCK_P * 2], r, input_precision="ieee")
-        i = tl.dot(u, tiles[start // BLOCK_P * 2 + 1], i, input_precision="ieee")
-    past = _convolved_past(p_past, p_conv_w, p_conv_b, row, i_c, own, time, C, TAPS)
-    u = _convolved(past, p_x, p_conv_w, row, i_c, own, C, TAPS)
-    r += tl.load(p_b_r + i_c, mask=m_c, other=0.0).to(tl.float32)
-    i += tl.load(p_b_i + i_c, mask=m_c, other=0.0).to(tl.float32)
-    h = _recurrence(r, i, tl.load(p_log_decay + i_c, mask=m_c, other=0.0), h, u)
+        past = pasts[start // BLOCK_P]
+        us = us + (_convolved(past, p_x, p_conv_w, row, i_block * P + i_p, m_b & (i_p < P), i_p < P, C, TAPS),)
+    for i_tile in tl.static_range(len(us)):
+        r = tl.dot(us[i_tile], tiles[i_tile * 2], r, input_precision="ieee")
+        i = tl.dot(us[i_tile], tiles[i_tile * 2 + 1], i, input_precision="ieee")
+    u = _convolved(own_past, p_x, p_conv_w, row, i_c, own, m_c, C, TAPS)
+    h = _recurrence(r, i, log_decay, h, u)
     _store_step(p_past, p_state, p_out, h, x, y, row, i_c, own, time, C, TAPS)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .decode_ops import Clock, KernelOps, PlainOps, Stream
+from .decode_tiles import MATVEC_ROWS
 
 
 class DecodeStep:
@@ -24,7 +25,9 @@ class DecodeStep:
         self.on_gpu = self.device.type == "cuda"
         self.ops = PlainOps()
         if self.on_gpu:  # one kernel can start while another ends from compute capability 9 on
-            self.ops = KernelOps(overlap=torch.cuda.get_device_capability(self.device)[0] >= 9)
+            capability = torch.cuda.get_device_capability(self.device)[0]
+            overlap = 0 if capability < 9 else 1 if batch in MATVEC_ROWS else 2
+            self.ops = KernelOps(overlap, matmul=capability == 9)  # the tiles are what fits there
         self.graph: torch.cuda.CUDAGraph | None = None
         self.busy = False
         with torch.inference_mode(False), torch.no_grad():

@@ -1,12 +1,16 @@
 """How the kernels of a decoding step divide their work: what was fastest on one H100 in bfloat16.
 
-What decides is how many bytes of weights are on their way at a time. A thread loads 16 bytes of each of BLOCK_N outputs
-and asks for AHEAD such tiles before it uses the first.
+What decides is how many bytes of weights are on their way at a time. Few rows: a thread loads 16 bytes of each of
+BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 2 tiles
+(BLOCK_N, BLOCK_D) at once; each program reads all rows too, from the cache, so that BLOCK_N is not less than the rows.
 
 Legend: N outputs of a product, D inputs.
 """
 
-# Rows up to which a product is done one row after the other on each tile of weights; beyond, by cuBLAS.
+import torch
+
+
+# Rows up to which a product is done one row after the other on each tile of weights.
 MATVEC_ROWS = (1, 2, 4)
 INPUTS_OF_A_WARP = 256  # 16 bytes a thread in bfloat16; nothing has to be exchanged between threads
 # (least outputs, least inputs): (BLOCK_N, warps, AHEAD); the first line that fits
@@ -19,10 +23,26 @@ PROJECT = {
 GATED = {(0, 0): (2, 2, 3)}
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
+# Rows up to which the others are products of matrices in one kernel; beyond, and in other dtypes, they are cuBLAS's.
+MATMUL_ROWS = 64
+MATMUL_DTYPES = (torch.bfloat16,)  # in float16, x (1 + norm) could leave its range before it is divided by rms(x)
+# rows: {(least outputs, least inputs): (BLOCK_N, BLOCK_D, STAGES, warps, programs to aim at)}, the first that fit
+_MANY = {
+    (16384, 0): (128, 64, 5, 4, 264),  # lm_head
+    (0, 5120): (128, 64, 6, 4, 132),  # down_proj
+    (4096, 0): (128, 64, 6, 4, 132),  # linear_x and linear_y
+    (2561, 0): (128, 64, 6, 4, 132),  # q_proj, k_proj and v_proj
+    (0, 0): (128, 64, 6, 4, 132),  # linear_out, o_proj
+}
+MATMUL = {16: dict(_MANY), 32: dict(_MANY), 64: dict(_MANY)}
+# BLOCK_N of each of both matrices
+MATMUL_GATED = {rows: {(0, 0): (64, 64, 6, 4, 132)} for rows in (16, 32, 64)}
+RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
+
 
 def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:
     """Fewer outputs a program where each has several rows to sum; no more tiles ahead than a row of weights has."""
-    block_n, warps, ahead = next(tile for least, tile in table.items() if outputs >= least[0] and inputs >= least[1])
+    block_n, warps, ahead = _first_fit(table, outputs, inputs)
     block_d = INPUTS_OF_A_WARP * warps
     return {
         "BLOCK_N": max(1, block_n // rows),
@@ -30,3 +50,22 @@ def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str,
         "AHEAD": min(ahead, -(-inputs // block_d)),
         "num_warps": warps,
     }
+
+
+def matmul_tile(table: dict, sizes: list[int], inputs: int, rows: int) -> dict[str, int]:
+    """sizes: outputs of each matrix, whose tiles are shared by as many programs as there is room for."""
+    block_m = next(size for size in table if rows <= size)
+    block_n, block_d, stages, warps, programs = _first_fit(table[block_m], sum(sizes), inputs)
+    tiles = sum(-(-size // block_n) for size in sizes)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "SPLITS": max(1, min(programs // tiles, -(-inputs // block_d))),
+        "STAGES": stages,
+        "num_warps": warps,
+    }
+
+
+def _first_fit(table: dict, outputs: int, inputs: int) -> tuple[int, ...]:
+    return next(tile for least, tile in table.items() if outputs >= least[0] and inputs >= least[1])

@@ -142,7 +142,9 @@ class _Choice:
 
     def next(self, logits: torch.Tensor) -> torch.Tensor:
         """logits (B, V) -> tokens (B,), padding for rows that have ended; they are also put behind the others."""
-        scores = logits.to(copy=True, dtype=torch.float32)
+        scores = logits  # the likeliest is the same in float32, which is exact for them
+        if self.processors or self.do_sample:
+            scores = logits.to(copy=True, dtype=torch.float32)
         for processor in self.processors:
             scores = processor(self.tokens[:, : self.length], scores)
         if self.do_sample:

@@ -1,117 +1,18 @@
-"""The Triton kernels of a decoding step against the same operations in plain PyTorch, which is their definition.
-
-On a GPU everything runs. Without one, `TRITON_INTERPRET=1 pytest tests/test_decode_kernels.py` runs it in Triton's
-interpreter.
-"""
+"""The Triton kernels of a decoding step against the same operations in plain PyTorch, which is their definition."""
 
 import copy
-import os
 
 import pytest
 import torch
+from _decode_helpers import DEVICE, DTYPES_OF_STEPS, LOGITS, both, multiply_matrices, needs_kernels, normal
 from tolerances import assert_close
 from torch import nn
 
-from modeling_griffin import decode_ops, decode_tiles
-from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps, Stream
+from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps
 from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.decode_tiles import product_tile
-from modeling_griffin.modeling_griffin import GriffinRMSNorm
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.bfloat16]
-# The interpreter multiplies matrices of bfloat16 as if they were whole numbers, and cuts float32 off to it.
-DTYPES_OF_STEPS = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
-LOGITS = {torch.float32: "logits", torch.float16: "float16 logits", torch.bfloat16: "bfloat16 logits"}
-ROWS = [1, 2, 3, 4, 17]  # three and seventeen go by cuBLAS
-
-pytestmark = pytest.mark.skipif(
-    decode_ops.triton is None or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
-)
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(*shape).to(DEVICE, dtype)
-
-
-def make_linear(inputs, outputs, dtype, bias=True):
-    return nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype)
-
-
-def make_norm(width, dtype):
-    norm = GriffinRMSNorm(width, 1e-6)
-    norm.weight.data.normal_()
-    return norm.to(DEVICE, dtype)
-
-
-def both(call):
-    """The results of the plain operations and of the kernels, and what each left of the tensors that `call` changes."""
-    return call(PlainOps()), call(KernelOps())
-
-
-@pytest.mark.parametrize("inputs, sizes", [(24, (17, 40, 8)), (512, (16, 8)), (1024, (3,)), (600, (5, 32))])
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@torch.no_grad()
-def test_projections(dtype, rows, inputs, sizes):
-    x, norm = normal(rows, inputs, dtype=dtype), make_norm(inputs, dtype)
-    for bias in (True, False):
-        linears = [make_linear(inputs, size, dtype, bias) for size in sizes]
-        expected, actual = both(lambda ops, linears=linears: ops.project(Stream(x), norm, linears))
-        for one, other in zip(actual, expected, strict=True):
-            assert_close(LOGITS[dtype], one, other)
-
-
-@pytest.mark.parametrize("inputs, width", [(24, 17), (512, 64), (600, 40)])
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@torch.no_grad()
-def test_gated_mlp_and_what_is_added_to_the_stream(dtype, rows, inputs, width):
-    x, norm, after = normal(rows, inputs, dtype=dtype), make_norm(inputs, dtype), make_norm(inputs, dtype)
-    gate, up, down = (make_linear(*shape, dtype) for shape in ((inputs, width), (inputs, width), (width, inputs)))
-    head = make_linear(inputs, 9, dtype, bias=False)
-
-    def mlp(ops):
-        stream = Stream(x.clone())
-        inner = ops.gated_project(stream, norm, gate, up)
-        stream = ops.add_project(stream, inner, down)
-        return [inner, ops.project(stream, after, [head])[0], stream.residual]
-
-    for expected, actual in zip(*both(mlp), strict=True):
-        assert_close(LOGITS[dtype], actual, expected)
-
-
-@pytest.mark.parametrize("tile", [(4, 1, 1), (2, 1, 2), (8, 2, 3), (1, 4, 4)])
-@pytest.mark.parametrize("inputs", [256, 600, 1536])
-@torch.no_grad()
-def test_weights_in_more_tiles_than_are_asked_for_at_a_time(inputs, tile, monkeypatch):
-    """Inputs that fill the last tile and inputs that do not; outputs that fill it (4) and that do not (7)."""
-    for table in (decode_tiles.PROJECT, decode_tiles.GATED):
-        monkeypatch.setitem(table, next(iter(table)), tile)
-        for other in list(table)[1:]:
-            monkeypatch.delitem(table, other)
-        monkeypatch.setitem(table, (0, 0), tile)
-    norm = make_norm(inputs, torch.float32)
-    for rows, width in ((1, 4), (2, 7)):
-        x = normal(rows, inputs)
-        gate, up = (make_linear(inputs, width, torch.float32) for _ in range(2))
-        for expected, actual in zip(*both(lambda ops, x=x, p=(gate, up): ops.project(Stream(x), norm, p)), strict=True):
-            assert_close("logits", actual, expected)
-        expected, actual = both(lambda ops, x=x, gate=gate, up=up: ops.gated_project(Stream(x), norm, gate, up))
-        assert_close("logits", actual, expected)
-
-
-@pytest.mark.parametrize("table", ["PROJECT", "GATED"])
-@pytest.mark.parametrize("outputs, inputs", [(1, 1), (2560, 7680), (5120, 2560), (32000, 2560), (256000, 2560)])
-def test_a_product_s_tile(table, outputs, inputs):
-    for rows in decode_tiles.MATVEC_ROWS:
-        tile = product_tile(getattr(decode_tiles, table), outputs, inputs, rows)
-        assert all(size & (size - 1) == 0 for size in (tile["BLOCK_N"], tile["BLOCK_D"], tile["num_warps"]))
-        assert tile["BLOCK_D"] == tile["num_warps"] * decode_tiles.INPUTS_OF_A_WARP
-        assert (tile["AHEAD"] - 1) * tile["BLOCK_D"] < inputs  # not all of a tile beyond the weights
+pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("scale", [1.0, 50.5])
@@ -139,12 +40,12 @@ def test_the_beginning_of_a_step(dtype, time, scale):
     reason="kernels overlap from compute capability 9 on",
 )
 @pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
-@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
 def test_overlapping_kernels_change_nothing(rows, kind, small_model):
     """Recorded and replayed many times: a kernel that did not wait for the one before it would show."""
     model = small_model(kind).to(DEVICE, torch.bfloat16)
     ends = []
-    for overlap in (False, True):
+    for overlap in (0, 1, 2):
         step = DecodeStep(model.model, model.lm_head, rows)
         step.ops = KernelOps(overlap)
         step.record()
@@ -154,14 +55,15 @@ def test_overlapping_kernels_change_nothing(rows, kind, small_model):
             step.step()
             step.token.copy_(step.logits.argmax(-1))
         ends.append([step.logits.clone(), *(tensor.clone() for layer in step.layers for tensor in layer)])
-    assert all(map(torch.equal, *ends))
+    assert all(map(torch.equal, ends[0], ends[1])) and all(map(torch.equal, ends[0], ends[2]))
 
 
 @pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
-def test_steps_past_the_window(dtype, rows, kind, small_model):
+def test_steps_past_the_window(dtype, rows, kind, small_model, monkeypatch):
     """Logits and states after each of many steps; rows have started at different times."""
+    multiply_matrices(monkeypatch)
     model = small_model(kind).to(DEVICE, dtype)
     steps = [DecodeStep(model.model, model.lm_head, rows) for _ in range(2)]
     steps[0].ops, steps[1].ops = PlainOps(), KernelOps()
@@ -201,7 +103,7 @@ def test_attention(time, heads, key_heads, head_dim, window):
         assert_close("logits", actual, expected)
 
 
-@pytest.mark.parametrize("width, blocks, rows", [(48, 3, 2), (160, 2, 1), (70, 1, 65)])
+@pytest.mark.parametrize("width, blocks, rows", [(48, 3, 2), (160, 2, 1), (70, 1, 65), (320, 2, 33)])
 @pytest.mark.parametrize("lambda_bias", [-9.0, -2.0, 3.0])
 @torch.no_grad()
 def test_recurrence(lambda_bias, width, blocks, rows, small_model):

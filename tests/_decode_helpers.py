@@ -1,0 +1,53 @@
+"""For the tests of the decoding kernels: layers with random weights, and both kinds of operations side by side.
+
+On a GPU these tests all run. Without one, `TRITON_INTERPRET=1 pytest tests/test_decode_*.py` runs them in Triton's
+interpreter.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_griffin import decode_ops, decode_products
+from modeling_griffin.decode_ops import KernelOps, PlainOps
+from modeling_griffin.modeling_griffin import GriffinRMSNorm
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16]
+# The interpreter multiplies matrices of bfloat16 as if they were whole numbers, and cuts float32 off to it.
+DTYPES_OF_STEPS = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+LOGITS = {torch.float32: "logits", torch.float16: "float16 logits", torch.bfloat16: "bfloat16 logits"}
+
+needs_kernels = pytest.mark.skipif(
+    decode_ops.triton is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
+)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def make_linear(inputs, outputs, dtype, bias=True):
+    return nn.Linear(inputs, outputs, bias=bias).to(DEVICE, dtype)
+
+
+def make_norm(width, dtype):
+    norm = GriffinRMSNorm(width, 1e-6)
+    norm.weight.data.normal_()
+    return norm.to(DEVICE, dtype)
+
+
+def multiply_matrices(monkeypatch):
+    """In the interpreter the kernels of many rows take the types that it can multiply."""
+    if INTERPRETED:
+        monkeypatch.setattr(decode_products, "MATMUL_DTYPES", (torch.float32, torch.float16))
+
+
+def both(call):
+    """The results of the plain operations and of the kernels, and what each left of the tensors that `call` changes."""
+    return call(PlainOps()), call(KernelOps())
