@@ -3,6 +3,8 @@
 On a CPU the step is the same, without a CUDA graph and by plain PyTorch.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -88,6 +90,16 @@ def test_draws_follow_the_distribution():
     shares = torch.tensor([0.5, 0.3, 0.2, 0.0])
     counts = torch.bincount(fast_generate._draw(shares.expand(20000, 4)), minlength=4) / 20000
     assert (counts - shares).abs().max() < 0.015 and counts[3] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_likeliest_is_found_as_in_float32(dtype):
+    """Where many are likeliest, and where some are infinite or no numbers."""
+    logits = torch.randint(-3, 4, (64, 500), generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[1, 7::50], logits[2, 9::60], logits[3] = float("inf"), float("nan"), float("-inf")
+    logits[4] = torch.where(logits[4] == 0, -logits[4], logits[4]).clamp(max=0)  # zeros of both signs
+    choice = fast_generate._Choice(torch.ones(64, 2, dtype=torch.long), [], [], SimpleNamespace(do_sample=False))
+    assert torch.equal(choice.next(logits), logits.float().argmax(-1))
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
