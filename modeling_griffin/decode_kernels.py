@@ -26,16 +26,12 @@ def gelu_tanh(x):
 def wait_for_the_kernel_before(PDL: tl.constexpr):
     """Before this line a kernel reads only weights and what earlier steps have left, and writes nothing.
 
-    The next kernel may start as soon as all programs of this one have come here, and then waits in turn for its end. So
-    it asks for its weights while this one still computes. With PDL = 2 it may while this one still waits: where kernels
-    alternate between long and short, the next long one's weights are on their way all through the short one.
+    The next kernel may start as soon as all programs of this one have come here, and then waits in turn for its end:
+    its weights are on their way all through this kernel, even while this one still waits itself.
     """
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

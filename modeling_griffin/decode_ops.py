@@ -136,13 +136,12 @@ ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
 class KernelOps(PlainOps):
     """The same as few launches, each of which reads every weight and state once.
 
-    overlap: whether a kernel starts while the one before it ends; the first of a step waits for all before it. 2: while
-    the one before still waits for the one before that.
+    overlap: whether a kernel starts while the one before it runs; the first of a step waits for all before it.
     matmul: whether products of up to MATMUL_ROWS rows have kernels too, or only those of MATVEC_ROWS.
     """
 
-    def __init__(self, overlap: int = 0, matmul: bool = True):
-        self.launch = {"PDL": int(overlap), **({"launch_pdl": True} if overlap else {})}
+    def __init__(self, overlap: bool = False, matmul: bool = True):
+        self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
         self.products = Products(self.launch, matmul)
 
     def begin(self, token, embedding, scale, clock, frequencies):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from .decode_ops import Clock, KernelOps, PlainOps, Stream
-from .decode_tiles import MATVEC_ROWS
 
 
 class DecodeStep:
@@ -26,8 +25,7 @@ class DecodeStep:
         self.ops = PlainOps()
         if self.on_gpu:  # one kernel can start while another ends from compute capability 9 on
             capability = torch.cuda.get_device_capability(self.device)[0]
-            overlap = 0 if capability < 9 else 1 if batch in MATVEC_ROWS else 2
-            self.ops = KernelOps(overlap, matmul=capability == 9)  # the tiles are what fits there
+            self.ops = KernelOps(overlap=capability >= 9, matmul=capability == 9)  # the tiles are what fits there
         self.graph: torch.cuda.CUDAGraph | None = None
         self.busy = False
         with torch.inference_mode(False), torch.no_grad():

@@ -28,15 +28,15 @@ MATMUL_ROWS = 64
 MATMUL_DTYPES = (torch.bfloat16,)  # in float16, x (1 + norm) could leave its range before it is divided by rms(x)
 # rows: {(least outputs, least inputs): (BLOCK_N, BLOCK_D, STAGES, warps, programs to aim at)}, the first that fit
 _MANY = {
-    (16384, 0): (128, 64, 5, 4, 264),  # lm_head
-    (0, 5120): (128, 64, 6, 4, 132),  # down_proj
-    (4096, 0): (128, 64, 6, 4, 132),  # linear_x and linear_y
-    (2561, 0): (128, 64, 6, 4, 132),  # q_proj, k_proj and v_proj
-    (0, 0): (128, 64, 6, 4, 132),  # linear_out, o_proj
+    (16384, 0): (128, 128, 3, 8, 264),  # lm_head
+    (0, 5120): (128, 128, 4, 8, 132),  # down_proj
+    (4096, 0): (128, 128, 4, 8, 132),  # linear_x and linear_y
+    (2561, 0): (64, 128, 5, 4, 132),  # q_proj, k_proj and v_proj
+    (0, 0): (64, 128, 5, 4, 132),  # linear_out, o_proj
 }
 MATMUL = {16: dict(_MANY), 32: dict(_MANY), 64: dict(_MANY)}
 # BLOCK_N of each of both matrices
-MATMUL_GATED = {rows: {(0, 0): (64, 64, 6, 4, 132)} for rows in (16, 32, 64)}
+MATMUL_GATED = {rows: {(0, 0): (64, 128, 4, 8, 132)} for rows in (16, 32, 64)}
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 
 
