@@ -15,7 +15,14 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
 from .cache_name import takes_cache_by_either_name
-from .flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents, runs_of_rows
+from .flash_local_attention import (
+    Runs,
+    flash_unavailable_reason,
+    for_triton,
+    runs_of_documents,
+    runs_of_rows,
+    takes_triton,
+)
 from .local_attention import LocalMask
 
 
@@ -246,13 +253,13 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     shape, window = inputs_embeds.shape[:2], config.attention_window_size
     if shape[1] == 1:
         return None
-    if (reason := flash_unavailable_reason(config, inputs_embeds)) is not None:
+    past = _tokens_in_cache(config, past_key_values)
+    if (reason := flash_unavailable_reason(config, inputs_embeds, past > 0)) is not None:
         if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
             logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
         return None
     if _is_static(past_key_values):
         return None
-    past = _tokens_in_cache(config, past_key_values)
     simple = not documents.packed and documents.real is None
     if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
         return None
@@ -260,8 +267,12 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
         num_keys = shape[1]
         if past_key_values is not None:
             num_keys, _ = past_key_values.get_mask_sizes(shape[1], past_key_values.is_sliding.index(True))
-        return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
-    return None if is_tracing(documents.start) else runs_of_documents(documents.start, documents.real, window)
+        runs = runs_of_rows(shape, num_keys, window, inputs_embeds.device)
+    else:
+        runs = None if is_tracing(documents.start) else runs_of_documents(documents.start, documents.real, window)
+    if runs is not None and not past and takes_triton(config, inputs_embeds):
+        return for_triton(runs, shape.numel())
+    return runs
 
 
 def _is_static(past_key_values: Cache | None) -> bool:

@@ -1,7 +1,8 @@
-"""Local attention on a GPU: PyTorch's flash attention over runs of tokens, each with a window of its own.
+"""Local attention on a GPU: flash attention over runs of tokens, each with a window of its own.
 
-A batch of documents, packed or padded, is a list of runs that attend to themselves only, which is what
-`torch.nn.attention.varlen` takes. No mask is built, nothing of size T x T or T x W is computed outside the kernel, and
+A batch of documents, packed or padded, is a list of runs that attend to themselves only. Two kernels take them: ours in
+Triton, the faster one on a Hopper GPU, where there are many tokens and every key has a query; and PyTorch's,
+`torch.nn.attention.varlen`. No mask is built, nothing of size T x T or T x W is computed outside the kernels, and
 nothing is compiled for a length.
 
 Legend: B batch, H heads, H_kv key-value heads, T queries, S keys, K head dimension, W window, N runs.
@@ -13,6 +14,12 @@ from typing import NamedTuple
 import torch
 
 from .local_attention import LocalMask, local_attention
+from .local_attention_triton import (
+    Visible,
+    local_attention_triton,
+    triton_attention_unavailable_reason,
+    visible_tokens,
+)
 
 
 try:
@@ -25,6 +32,7 @@ except ImportError:
 DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD, ON_SMALL_GPUS = 256, 192  # PyTorch's backward pass needs the shared memory of an A100, H100 or B200
 LARGE_GPUS = ((8, 0), (9, 0), (10, 0))
+LEAST_TOKENS = 2048  # below, launches cost as much as the attention, and PyTorch's kernel has fewer
 ENABLE_GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}  # before, the kernel was simply asked
 
 
@@ -32,7 +40,8 @@ class Runs(NamedTuple):
     """N runs of tokens that attend to themselves only, in the order of the flattened (B * T) tokens.
 
     window: W. queries, keys (N + 1,) int32: where each run starts, and the end. longest_queries, longest_keys: at least
-    the length of the longest run; it is the number of blocks that are started, not of what is computed.
+    the length of the longest run; it is the number of blocks that are started, not of what is computed. visible: what
+    the Triton kernels read, of runs that are theirs.
     """
 
     window: int
@@ -40,32 +49,51 @@ class Runs(NamedTuple):
     keys: torch.Tensor
     longest_queries: int
     longest_keys: int
+    visible: Visible | None = None
 
 
-def flash_unavailable_reason(config, inputs_embeds: torch.Tensor) -> str | None:
-    """None where local attention of this model can run as flash attention, else why not."""
+def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: bool = False) -> str | None:
+    """None where local attention of this model can run as flash attention, else why not.
+
+    more_keys: there are keys without a query, in front.
+    """
     if config._attn_implementation != "sdpa":
         return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
     if torch.compiler.is_compiling():
         return "torch.compile traces the model, which cannot read the GPU's abilities"
-    if "window_size" not in PARAMETERS:
-        return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
     if not inputs_embeds.is_cuda or torch.version.hip is not None:
         return f"tokens are on {inputs_embeds.device.type}, not on an NVIDIA GPU"
-    if (capability := torch.cuda.get_device_capability(inputs_embeds.device)) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
     if (dtype := _computed_in(inputs_embeds)) not in DTYPES:
         return f"attention is computed in {dtype}, flash attention in float16 and bfloat16"
-    largest = LARGEST_HEAD if capability in LARGE_GPUS else ON_SMALL_GPUS
-    if config.head_dim % 8 or config.head_dim > largest:
-        return f"head_dim is {config.head_dim}, flash attention takes multiples of 8 up to {largest}, on this GPU"
     if config.attention_dropout:
         return f"attention_dropout is {config.attention_dropout}"
     if type(inputs_embeds) not in (torch.Tensor, torch.nn.Parameter):
         return f"tokens are {type(inputs_embeds).__name__}s"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms the model"
+    if takes_triton(config, inputs_embeds) and not more_keys:
+        return None
+    return _varlen_unavailable_reason(config.head_dim, inputs_embeds.device)
+
+
+def _varlen_unavailable_reason(head_dim: int, device: torch.device) -> str | None:
+    if "window_size" not in PARAMETERS:
+        return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    largest = LARGEST_HEAD if capability in LARGE_GPUS else ON_SMALL_GPUS
+    if head_dim % 8 or head_dim > largest:
+        return f"head_dim is {head_dim}, flash attention takes multiples of 8 up to {largest}, on this GPU"
     return None
+
+
+def takes_triton(config, inputs_embeds: torch.Tensor) -> bool:
+    """Whether runs without further keys are the Triton kernels', of a model that flash attention can run."""
+    dtype, device = _computed_in(inputs_embeds), inputs_embeds.device
+    return (
+        inputs_embeds.shape[:2].numel() >= LEAST_TOKENS
+        and triton_attention_unavailable_reason(config.head_dim, dtype, device) is None
+    )
 
 
 def _computed_in(x: torch.Tensor) -> torch.dtype:
@@ -97,6 +125,11 @@ def runs_of_documents(start: torch.Tensor, real: torch.Tensor | None, window: in
     return Runs(window, starts, starts, edge.shape[1], edge.shape[1])
 
 
+def for_triton(runs: Runs, num_tokens: int) -> Runs:
+    """The same B * T tokens, with what the Triton kernels read: once for all layers. Every key must have a query."""
+    return runs._replace(visible=visible_tokens(runs.queries, num_tokens, runs.window))
+
+
 def flash_local_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -108,8 +141,11 @@ def flash_local_attention(
 ) -> tuple[torch.Tensor, None]:
     """query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K), and no weights."""
     batch, _, length, _ = query.shape
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    if runs.visible is not None:
+        return local_attention_triton(*flat, runs.visible, scaling).unflatten(0, (batch, length)), None
     output = varlen_attn(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        *flat,
         runs.queries,
         runs.keys,
         runs.longest_queries,

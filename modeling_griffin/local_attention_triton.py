@@ -65,7 +65,7 @@ class Tile(NamedTuple):
 
 # By the head dimension, rounded up to a power of two.
 FORWARD = {64: Tile(1, 128, 128, 8, 3), 128: Tile(1, 128, 128, 8, 2), 256: Tile(1, 128, 64, 8, 2)}
-QUERY_GRADIENT = {64: Tile(1, 128, 64, 8, 3), 128: Tile(1, 128, 64, 8, 3), 256: Tile(1, 128, 32, 8, 2)}
+QUERY_GRADIENT = {64: Tile(1, 128, 64, 8, 2), 128: Tile(1, 128, 64, 8, 3), 256: Tile(1, 128, 32, 8, 2)}
 KEY_GRADIENTS = {64: Tile(1, 128, 64, 8, 3), 128: Tile(1, 128, 64, 8, 2), 256: Tile(1, 64, 32, 8, 2)}
 PROGRAMS = 4  # for each multiprocessor, at least, with keys: where there are fewer blocks, heads are divided
 
@@ -134,7 +134,9 @@ class _LocalAttention(torch.autograd.Function):
         query, key, value, out, lse, first, last, query_blocks, key_blocks = ctx.saved_tensors
         d_out = d_out.contiguous()
         d_query, delta = query_gradient(query, key, value, out, d_out, lse, first, query_blocks, ctx.scaling)
-        d_key, d_value = key_gradients(query, key, value, d_out, lse, delta, first, last, key_blocks, ctx.scaling)
+        d_key = d_value = None
+        if any(ctx.needs_input_grad[1:3]):
+            d_key, d_value = key_gradients(query, key, value, d_out, lse, delta, first, last, key_blocks, ctx.scaling)
         return d_query, d_key, d_value, None, None, None, None, None
 
 

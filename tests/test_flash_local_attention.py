@@ -6,7 +6,13 @@ On a CPU the kernel is replaced by its definition; on a GPU it is PyTorch's, in 
 import pytest
 import torch
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, documents, flash_local_attention
+from modeling_griffin import (
+    GriffinConfig,
+    GriffinForCausalLM,
+    documents,
+    flash_local_attention,
+    local_attention_triton,
+)
 from modeling_griffin.documents import read_layout
 from modeling_griffin.flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents
 from tests.conftest import make_audible, make_config
@@ -39,7 +45,18 @@ def runs_seen(monkeypatch):
         seen.append(len(arguments[3]) - 1)
         return attend(*arguments, **kwargs)
 
+    def visible(query, key, value, visible, scaling):
+        """What the Triton kernels compute."""
+        seen.append("triton")
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        token = torch.arange(len(query))
+        mask = (token >= visible.first[:, None]) & (token <= token[:, None])
+        assert torch.equal(mask, (token[:, None] >= token) & (token[:, None] <= visible.last))
+        scores = torch.einsum("qhk,shk->hqs", query, key) * scaling
+        return torch.einsum("hqs,shk->qhk", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
+
     monkeypatch.setattr(flash_local_attention, "varlen_attn", counted, raising=False)
+    monkeypatch.setattr(flash_local_attention, "local_attention_triton", visible)
     monkeypatch.setattr(documents, "flash_unavailable_reason", lambda *arguments: None)
     return seen
 
@@ -66,14 +83,16 @@ def logits_and_gradient(model, ids, arguments):
     return logits, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("kernel", ["varlen", "triton"])
 @pytest.mark.parametrize("layout", layouts())
 @pytest.mark.parametrize("kind", ["griffin", "attention"])
-def test_model_agrees_with_eager_attention(kind, layout, runs_seen):
+def test_model_agrees_with_eager_attention(kind, layout, kernel, runs_seen, monkeypatch):
+    monkeypatch.setattr(documents, "takes_triton", lambda *arguments: kernel == "triton")
     arguments, runs = layouts()[layout]
     model = make_audible(GriffinForCausalLM(make_config(kind)))
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH))
     found = logits_and_gradient(model, ids, arguments)
-    assert set(runs_seen) == {runs}
+    assert set(runs_seen) == {runs if kernel == "varlen" else "triton"}
     model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "flash_unavailable_reason", lambda *arguments: "eager")
@@ -82,10 +101,12 @@ def test_model_agrees_with_eager_attention(kind, layout, runs_seen):
         assert_close(name, f, e)
 
 
+@pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("sizes", [(13, 16), (5, 1, 23), (28, 1), (1, 28), (9, 9, 11)])
 @torch.no_grad()
-def test_chunks_behind_a_cache(sizes, runs_seen):
-    """Also with a mask of ones; a single token needs no runs."""
+def test_chunks_behind_a_cache(sizes, triton, runs_seen, monkeypatch):
+    """Also with a mask of ones; a single token needs no runs. The Triton kernels take no cached keys."""
+    monkeypatch.setattr(documents, "takes_triton", lambda *arguments: triton)
     model = make_audible(GriffinForCausalLM(make_config("griffin")))
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH))
     whole = model(ids, use_cache=False).logits
@@ -100,6 +121,7 @@ def test_chunks_behind_a_cache(sizes, runs_seen):
             parts.append(out.logits)
         assert_close("logits", torch.cat(parts, dim=1), whole)
     assert len(runs_seen) == 2 * sum(size > 1 for size in sizes)
+    assert runs_seen.count("triton") == (2 if triton and sizes[0] > 1 else 0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -152,11 +174,47 @@ def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
     assert found is None if reason is None else reason in found
 
 
+@pytest.mark.parametrize(
+    "change, triton, varlen",
+    [
+        ({}, True, True),
+        ({"tokens": 2047}, False, True),
+        ({"capability": (8, 0)}, False, True),
+        ({"capability": (10, 0)}, False, True),
+        ({"window": False}, True, False),
+        ({"window": False, "past": True}, False, False),
+        ({"past": True}, True, True),
+        ({"head_dim": 20}, False, False),
+        ({"installed": None}, False, True),
+    ],
+)
+def test_choice_of_the_kernel(change, triton, varlen, monkeypatch):
+    """Triton on Hopper, for many tokens; PyTorch's for others, and for keys without a query."""
+    config = make_config("griffin", head_dim=change.get("head_dim", 128))
+    config._attn_implementation = "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: change.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    monkeypatch.setattr(local_attention_triton, "triton", change.get("installed", "there"))
+    monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"} if change.get("window", True) else {})
+    tokens = torch.zeros(1, change.get("tokens", 2048), 16, dtype=torch.bfloat16)
+    past = change.get("past", False)
+    assert (flash_local_attention.takes_triton(config, tokens) and not past) == (triton and not past)
+    assert (flash_unavailable_reason(config, tokens, past) is None) == (varlen or (triton and not past))
+    assert not flash_local_attention.takes_triton(config, tokens.float())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads, key_heads, head_dim", [(4, 1, 64), (10, 1, 128), (2, 2, 256), (6, 3, 40)])
+@pytest.mark.parametrize("kernel", ["varlen", "triton"])
 @pytest.mark.parametrize("layout", layouts())
-def test_on_a_gpu(layout, heads, key_heads, head_dim):
+def test_on_a_gpu(layout, kernel, heads, key_heads, head_dim, monkeypatch):
     """No further from float32 eager attention than SDPA with a mask in bfloat16 is, times 1.2."""
+    if kernel == "triton":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a Hopper GPU")
+        monkeypatch.setattr(flash_local_attention, "LEAST_TOKENS", 0)
+        monkeypatch.setattr(flash_local_attention, "varlen_attn", None)
     torch.manual_seed(0)
     fields = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": head_dim}
     config = GriffinConfig(
