@@ -14,12 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .local_attention import LocalMask, local_attention
-from .local_attention_triton import (
-    Visible,
-    local_attention_triton,
-    triton_attention_unavailable_reason,
-    visible_tokens,
-)
+from .local_attention_triton import Visible, local_attention_triton, triton_attention_unavailable_reason
 
 
 try:
@@ -40,8 +35,7 @@ class Runs(NamedTuple):
     """N runs of tokens that attend to themselves only, in the order of the flattened (B * T) tokens.
 
     window: W. queries, keys (N + 1,) int32: where each run starts, and the end. longest_queries, longest_keys: at least
-    the length of the longest run; it is the number of blocks that are started, not of what is computed. visible: what
-    the Triton kernels read, of runs that are theirs.
+    the length of the longest run; it is the number of blocks that are started, not of what is computed.
     """
 
     window: int
@@ -49,7 +43,6 @@ class Runs(NamedTuple):
     keys: torch.Tensor
     longest_queries: int
     longest_keys: int
-    visible: Visible | None = None
 
 
 def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: bool = False) -> str | None:
@@ -107,11 +100,11 @@ def runs_of_rows(shape: tuple[int, int], num_keys: int, window: int, device: tor
     return Runs(window, queries * length, queries * num_keys, length, num_keys)
 
 
-def runs_of_documents(start: torch.Tensor, real: torch.Tensor | None, window: int) -> Runs | None:
-    """Of rows with several documents or padding, without a cache; padding makes runs of its own.
+def edges_of_runs(start: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, T), where runs start, of rows with several documents or padding, without a cache; padding has its own.
 
-    start, real: (B, T), see `Documents`. None where padding stands inside a document: then it is no run. Waits for the
-    GPU, since the number of runs is a size.
+    start, real: (B, T), see `Documents`. None where padding stands inside a document: then it is no run. That is a
+    question to the GPU; without padding there is none.
     """
     edge = start.clone()
     edge[:, 0] = True
@@ -120,14 +113,14 @@ def runs_of_documents(start: torch.Tensor, real: torch.Tensor | None, window: in
         if bool((turns & real[:, 1:] & ~start[:, 1:]).any()):
             return None
         edge[:, 1:] |= turns
+    return edge
+
+
+def runs_of_edges(edge: torch.Tensor, window: int) -> Runs:
+    """Waits for the GPU, since the number of runs is a size."""
     starts = edge.flatten().nonzero()[:, 0].int()
     starts = torch.cat([starts, starts.new_tensor([edge.numel()])])
     return Runs(window, starts, starts, edge.shape[1], edge.shape[1])
-
-
-def for_triton(runs: Runs, num_tokens: int) -> Runs:
-    """The same B * T tokens, with what the Triton kernels read: once for all layers. Every key must have a query."""
-    return runs._replace(visible=visible_tokens(runs.queries, num_tokens, runs.window))
 
 
 def flash_local_attention(
@@ -140,12 +133,8 @@ def flash_local_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K), and no weights."""
-    batch, _, length, _ = query.shape
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    if runs.visible is not None:
-        return local_attention_triton(*flat, runs.visible, scaling).unflatten(0, (batch, length)), None
     output = varlen_attn(
-        *flat,
+        *_flat(query, key, value),
         runs.queries,
         runs.keys,
         runs.longest_queries,
@@ -154,8 +143,31 @@ def flash_local_attention(
         window_size=(runs.window - 1, 0),  # keys before the query's own, and after it
         **ENABLE_GQA,
     )
-    return output.unflatten(0, (batch, length)), None
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def flash_local_attention_triton(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: Visible,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The same of as many keys as queries."""
+    output = local_attention_triton(*_flat(query, key, value), visible, scaling)
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """(B, H, T, K) -> (B * T, H, K)."""
+    return [x.transpose(1, 2).flatten(0, 1) for x in tensors]
 
 
 # What `read_layout` hands over in place of a mask says which attention can read it.
-OWN_ATTENTION = {LocalMask: local_attention, Runs: flash_local_attention}
+OWN_ATTENTION = {
+    LocalMask: local_attention,
+    Runs: flash_local_attention,
+    Visible: flash_local_attention_triton,
+}

@@ -14,7 +14,7 @@ from modeling_griffin import (
     local_attention_triton,
 )
 from modeling_griffin.documents import read_layout
-from modeling_griffin.flash_local_attention import Runs, flash_unavailable_reason, runs_of_documents
+from modeling_griffin.flash_local_attention import Runs, edges_of_runs, flash_unavailable_reason
 from tests.conftest import make_audible, make_config
 from tests.tolerances import assert_close
 
@@ -132,7 +132,7 @@ def test_what_are_no_runs(packed, runs_seen):
     ids = torch.randint(0, model.config.vocab_size, (2, 8))
     mask = torch.ones_like(ids)
     mask[0, 3] = 0
-    assert runs_of_documents(mask.cumsum(-1) == 1, mask.bool(), 8) is None
+    assert edges_of_runs(mask.cumsum(-1) == 1, mask.bool()) is None
     past = model(ids, use_cache=True).past_key_values
     del runs_seen[:]
     positions = torch.tensor([[8, 9, 0, 1]] * 2) if packed else None

@@ -98,8 +98,14 @@ def definition(starts, window):
     return attend
 
 
+def edges(starts):
+    edge = torch.zeros(starts[-1], dtype=torch.bool)
+    edge[[start for start in starts if start < starts[-1]]] = True
+    return edge
+
+
 def kernels(starts, window, device):
-    visible = visible_tokens(torch.tensor(starts, dtype=torch.int32, device=device), starts[-1], window)
+    visible = visible_tokens(edges(starts).to(device), window)
     return lambda query, key, value, scaling: local_attention_triton(query, key, value, visible, scaling)
 
 
@@ -161,7 +167,7 @@ def test_interpreted_parts_of_a_group(loops, poison, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_visible(layout):
     starts, window = LAYOUTS[layout]
-    visible = visible_tokens(torch.tensor(starts, dtype=torch.int32), starts[-1], window)
+    visible = visible_tokens(edges(starts), window)
     token = torch.arange(starts[-1])
     run_of = torch.bucketize(token, torch.tensor(starts), right=True)
     distance = token[:, None] - token
@@ -172,13 +178,13 @@ def test_what_is_visible(layout):
 
 
 def test_blocks_with_most_to_do_come_first():
-    visible = visible_tokens(torch.tensor([0, 4 * BLOCK, 5 * BLOCK], dtype=torch.int32), 5 * BLOCK, 2 * BLOCK)
+    visible = visible_tokens(edges([0, 4 * BLOCK, 5 * BLOCK]), 2 * BLOCK)
     assert visible.query_blocks.tolist() == [2, 3, 1, 0, 4]
     assert visible.key_blocks.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nothing_is_nothing():
-    visible = visible_tokens(torch.tensor([0, 0], dtype=torch.int32), 0, 7)
+    visible = visible_tokens(edges([0, 0]), 7)
     assert [len(x) for x in visible] == [0, 0, 0, 0]
 
 
