@@ -31,11 +31,13 @@ def _load_tile(p_w, i_n, i_d, wanted, N, D: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _sums(
-    p_x, p_norm, p_w0, p_w1, i_n, M, N, D: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr,
+    p_x, p_norm, p_w, i_n, M, N, D: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """w (x (1 + norm))^T of both matrices (BLOCK_N, BLOCK_M) and sums of x's squares (BLOCK_M,), for a split's inputs.
+    """w (x (1 + norm))^T (BLOCK_N, BLOCK_M) and sums of x's squares (BLOCK_M,), for a split's inputs.
+
+    p_w: of the matrix, or (BLOCK_N,) of each output's. i_n: the row of each output in it.
 
     Weights are asked for STAGES tiles ahead, the first of them before the kernel that computes x has ended: the wait
     stands in the loop, behind what the compiler takes out of it. So x comes one turn later than it is loaded.
@@ -48,15 +50,12 @@ def _sums(
     x = tl.zeros((BLOCK_M, BLOCK_D), p_x.dtype.element_ty)
     norm = tl.zeros((BLOCK_D,), p_x.dtype.element_ty)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    sums0 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    sums1 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(-1, TURNS, num_stages=STAGES):
         i = first + turn
         wanted = (turn >= 0) & (i < end)
         i_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-        w0 = _load_tile(p_w0, i_n, i_d, wanted, N, D, EVEN)
-        if MATRICES == 2:
-            w1 = _load_tile(p_w1, i_n, i_d, wanted, N, D, EVEN)
+        w = _load_tile(p_w, i_n, i_d, wanted, N, D, EVEN)
         if PDL:
             tl.extra.cuda.gdc_wait()
         i_next = i_d + BLOCK_D
@@ -70,63 +69,51 @@ def _sums(
             squares += tl.sum(x32 * x32, 1)
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
             norm = next_norm
-        sums0 = tl.dot(w0, tl.trans(x), sums0, input_precision="ieee")
-        if MATRICES == 2:
-            sums1 = tl.dot(w1, tl.trans(x), sums1, input_precision="ieee")
+        sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
         x = next_x
-    return sums0, sums1, squares
+    return sums, squares
 
 
 @triton.jit
-def _add_up(p_part, p_squares, p_count, sums0, sums1, squares, SPLITS: tl.constexpr, MATRICES: tl.constexpr):
+def _add_up(p_part, p_squares, p_count, sums, squares, SPLITS: tl.constexpr):
     """Leaves this split's sums; the last split of all returns those of all, in their order, and True."""
-    BLOCK_N: tl.constexpr = sums0.shape[0]
-    BLOCK_M: tl.constexpr = sums0.shape[1]
+    BLOCK_N: tl.constexpr = sums.shape[0]
+    BLOCK_M: tl.constexpr = sums.shape[1]
     SIZE: tl.constexpr = BLOCK_N * BLOCK_M
     i_split = tl.program_id(1)
     i = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     i_m = tl.arange(0, BLOCK_M)
-    tl.store(p_part + i_split * MATRICES * SIZE + i, sums0)
-    if MATRICES == 2:
-        tl.store(p_part + (i_split * MATRICES + 1) * SIZE + i, sums1)
+    tl.store(p_part + i_split * SIZE + i, sums)
     tl.store(p_squares + i_split * BLOCK_M + i_m, squares)
     tl.debug_barrier()  # all threads have stored before one of them says so
     is_last = tl.atomic_add(p_count, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.store(p_count, 0)  # for the next launch
-        sums0 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        sums1 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         squares = tl.zeros((BLOCK_M,), tl.float32)
         for split in tl.static_range(SPLITS):
-            sums0 += tl.load(p_part + split * MATRICES * SIZE + i, cache_modifier=".cg")
-            if MATRICES == 2:
-                sums1 += tl.load(p_part + (split * MATRICES + 1) * SIZE + i, cache_modifier=".cg")
+            sums += tl.load(p_part + split * SIZE + i, cache_modifier=".cg")
             squares += tl.load(p_squares + split * BLOCK_M + i_m, cache_modifier=".cg")
-    return sums0, sums1, squares, is_last
+    return sums, squares, is_last
 
 
 @triton.jit
 def _all_sums(
-    p_x, p_norm, p_w0, p_w1, p_part, p_squares, p_count, i_n, M, N, D: tl.constexpr,
-    MATRICES: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_x, p_norm, p_w, p_part, p_squares, p_count, i_n, M, N, D: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `_sums` over all inputs, and whether this program is the one that has them."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # it waits in turn for the end of this one and so of those before
-    sums0, sums1, squares = _sums(
-        p_x, p_norm, p_w0, p_w1, i_n, M, N, D,
-        MATRICES, NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
-    )  # fmt: skip
+    sums, squares = _sums(p_x, p_norm, p_w, i_n, M, N, D, NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES)
     is_last = True
     if SPLITS > 1:
         i_tile = tl.program_id(0)
-        p_part += i_tile * (SPLITS * MATRICES * BLOCK_N * BLOCK_M)
+        p_part += i_tile * (SPLITS * BLOCK_N * BLOCK_M)
         p_squares += i_tile * (SPLITS * BLOCK_M)
-        sums0, sums1, squares, is_last = _add_up(
-            p_part, p_squares, p_count + i_tile, sums0, sums1, squares, SPLITS, MATRICES
-        )
-    return sums0, sums1, squares, is_last
+        sums, squares, is_last = _add_up(p_part, p_squares, p_count + i_tile, sums, squares, SPLITS)
+    return sums, squares, is_last
 
 
 @triton.jit
@@ -158,9 +145,9 @@ def matmul_kernel(
         elif i_tile >= end0:
             p_w, p_b, p_y, N, i_tile = p_w1, p_b1, p_y1, N1, i_tile - end0
     i_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums, _, squares, is_last = _all_sums(
-        p_x, p_norm, p_w, p_w, p_part, p_squares, p_count, i_n, M, N, D,
-        1, NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
+    sums, squares, is_last = _all_sums(
+        p_x, p_norm, p_w, p_part, p_squares, p_count, i_n, M, N, D,
+        NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
     )  # fmt: skip
     if is_last:
         y = _scaled(sums, squares, eps, p_b, i_n, N, D, NORM, BIAS)
@@ -178,13 +165,23 @@ def gated_matmul_kernel(
     EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (M, D) -> (M, N). Program: (outputs, split)."""
-    i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums_gate, sums_up, squares, is_last = _all_sums(
-        p_x, p_norm, p_w_gate, p_w_up, p_part, p_squares, p_count, i_n, M, N, D,
-        2, True, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
+    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (M, D) -> (M, N). Program: (outputs, split).
+
+    A tile has BLOCK_N rows of the gate's matrix and as many of the other: one product of twice the height.
+    """
+    i_row = tl.arange(0, 2 * BLOCK_N)
+    # From one matrix to the other in steps of 16 bytes, so that rows are still read 16 bytes at a time.
+    STEP: tl.constexpr = 128 // p_w_gate.dtype.element_ty.primitive_bitwidth
+    apart = ((p_w_up.to(tl.int64) - p_w_gate.to(tl.int64)) // 16) * STEP
+    p_w = p_w_gate + tl.where(i_row < BLOCK_N, 0, 1)[:, None] * apart
+    i_both = tl.program_id(0) * BLOCK_N + i_row % BLOCK_N
+    sums, squares, is_last = _all_sums(
+        p_x, p_norm, p_w, p_part, p_squares, p_count, i_both, M, N, D,
+        True, EVEN, PDL, BLOCK_M, 2 * BLOCK_N, BLOCK_D, SPLITS, STAGES,
     )  # fmt: skip
     if is_last:
+        sums_gate, sums_up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
+        i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         gate = _scaled(sums_gate, squares, eps, p_b_gate, i_n, N, D, True, True)
         y = gelu_tanh(gate) * _scaled(sums_up, squares, eps, p_b_up, i_n, N, D, True, True)
         i_m = tl.arange(0, BLOCK_M)[:, None]

@@ -171,7 +171,7 @@ class KernelOps(PlainOps):
         return super().project(stream, norm, linears)
 
     def gated_project(self, stream, norm, gate, up):
-        if self.products.takes(stream.residual):
+        if self.products.takes(stream.residual, gate.weight, up.weight):
             return self.products.gated(stream.residual, norm, gate, up)
         gate_output, up_output = super().project(stream, norm, (gate, up))
         y = torch.empty_like(gate_output)

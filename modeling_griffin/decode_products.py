@@ -40,11 +40,12 @@ class Products:
         self.launch, self.matmul = launch, matmul
         self.counters: torch.Tensor | None = None
 
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether there is a kernel for the rows x (M, D); else it is cuBLAS's work."""
-        return x.shape[0] in MATVEC_ROWS or (
-            self.matmul and x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and x.shape[0] > 0
-        )
+    def takes(self, x: torch.Tensor, *pair: torch.Tensor) -> bool:
+        """Whether there is a kernel for the rows x (M, D); else it is cuBLAS's work. pair: weights of one tile."""
+        if x.shape[0] in MATVEC_ROWS:
+            return True
+        aligned = len({weight.data_ptr() % 16 for weight in pair}) < 2
+        return self.matmul and 0 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned
 
     def project(self, x, norm, linears: list[nn.Linear], residual=None, outputs=None) -> list[torch.Tensor]:
         """norm(x) through each of the linears, plus the residual (M, N), into outputs or new tensors (M, N)."""

@@ -297,6 +297,7 @@ def _reaches_beyond_two_windows(config, length: int, past_key_values, position_i
         config._attn_implementation == "sdpa"
         and length > 2 * config.attention_window_size
         and not _is_static(past_key_values)
+        and not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 

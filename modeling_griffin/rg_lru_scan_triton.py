@@ -43,11 +43,18 @@ class Tile(NamedTuple):
         return self.segments * self.channels // 64
 
 
-# Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels / 64) make long waits:
-# there the backward pass takes taller tiles, whose carries are fewer; else smaller ones, of which more fit.
+# Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels) make long waits: there
+# forward tiles have half the channels and twice the steps, and the backward pass takes taller ones, whose carries are
+# fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
-FORWARD, FORWARD_FLOAT32 = Tile(8, 16, 32, 96), Tile(4, 8, 64, 96)
-BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(8, 8, 32, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
+FORWARD, FORWARD_NARROW, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(8, 16, 32, 96), Tile(4, 8, 64, 96)
+BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
+
+
+def _forward_tile(batch: int, channels: int, exact: bool) -> Tile:
+    if exact:
+        return FORWARD_FLOAT32
+    return FORWARD if batch * channels > 64 * 128 else FORWARD_NARROW
 
 
 def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
@@ -96,7 +103,8 @@ def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
     if x.shape[1] == 1:
         _launch_step(exact, inputs, (hidden, last_state))
     else:
-        _launch(forward_kernel, FORWARD_FLOAT32 if exact else FORWARD, exact, inputs, (hidden, last_state))
+        tile = _forward_tile(x.shape[0], x.shape[2], exact)
+        _launch(forward_kernel, tile, exact, inputs, (hidden, last_state))
     return hidden, last_state
 
 

@@ -117,6 +117,9 @@ def test_who_multiplies_matrices(monkeypatch):
     assert all(takes(rows, torch.bfloat16) for rows in range(1, 65)) and not takes(65, torch.bfloat16)
     assert not takes(5, torch.float32) and not takes(5, torch.float16) and not takes(5, torch.bfloat16, matmul=False)
     assert all(takes(rows, dtype, matmul=False) for rows in (1, 2, 4) for dtype in DTYPES)
+    weights = torch.empty(64, dtype=torch.bfloat16)
+    both, x = KernelOps().products, torch.empty(5, 8, dtype=torch.bfloat16)
+    assert both.takes(x, weights, weights[8:]) and not both.takes(x, weights, weights[4:])  # not 16 bytes apart
 
 
 @pytest.mark.parametrize("table", ["MATMUL", "MATMUL_GATED"])

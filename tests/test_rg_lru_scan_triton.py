@@ -99,7 +99,7 @@ def check(inputs, judge="reference", allowance=1.0):
 def small_tiles(monkeypatch):
     """Tiles of a few steps: chains, masks and look-back at sizes that the interpreter can do."""
     for name, tile in {
-        "FORWARD": Tile(2, 4, 64),
+        "FORWARD_NARROW": Tile(2, 4, 64),
         "FORWARD_FLOAT32": Tile(4, 2, 64),
         "BACKWARD_TALL": Tile(4, 2, 64),
         "BACKWARD_FLOAT32": Tile(2, 2, 64),
@@ -123,7 +123,7 @@ def test_small_tiles_without_state_or_reset(small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_narrow_tiles(dtype, monkeypatch):
     """Fewer than 64 channels: a warp holds several segments, and the look-back fills up with maps h -> h."""
-    for name in ("FORWARD", "FORWARD_FLOAT32"):
+    for name in ("FORWARD_NARROW", "FORWARD_FLOAT32"):
         monkeypatch.setattr(triton_scan, name, Tile(8, 2, 32))
     for name in ("BACKWARD_TALL", "BACKWARD_FLOAT32"):
         monkeypatch.setattr(triton_scan, name, Tile(8, 1, 16))
@@ -266,6 +266,13 @@ def test_resets(where):
 
 
 @gpu
+@pytest.mark.parametrize("tile", [triton_scan.FORWARD, triton_scan.FORWARD_NARROW])
+def test_forward_tiles(tile, monkeypatch):
+    monkeypatch.setattr(triton_scan, "_forward_tile", lambda *shape: tile)
+    check(make_inputs(2, 1024, 128, torch.bfloat16, reset_share=0.001))
+
+
+@gpu
 @pytest.mark.parametrize("tile", [triton_scan.BACKWARD, triton_scan.BACKWARD_TALL])
 def test_backward_tiles(tile, monkeypatch):
     """The shape classes choose between these; here both at one shape."""
@@ -278,7 +285,7 @@ def test_backward_tiles(tile, monkeypatch):
 @pytest.mark.parametrize("channels", [256, 63])
 def test_narrow_tiles(tile, channels, monkeypatch):
     """Right, and the same bits each time: which earlier tile is complete must not show."""
-    monkeypatch.setattr(triton_scan, "FORWARD", tile)
+    monkeypatch.setattr(triton_scan, "_forward_tile", lambda *shape: tile)
     monkeypatch.setattr(triton_scan, "_backward_tile", lambda *shape: tile)
     inputs = make_inputs(1, 3000, channels, torch.bfloat16, reset_share=0.001)
     check(inputs, judge="torch")
