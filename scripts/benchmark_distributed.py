@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -200,19 +200,22 @@ def summarise(run: dict, single: dict | None) -> dict:
     return row | {"each": each, "efficiency": each / first["each"]}
 
 
-def benchmark(base: dict, processes: list[int], engines: list[str], largest: bool) -> dict:
-    rows, missing = [], []
+def benchmark(base: dict, processes: list[int], engines: list[str], largest: bool) -> Iterator[dict]:
+    """The report after each run, so that one that is cut short leaves what it measured."""
+    report = {"run": base, "rows": [], "out_of_memory": []}
     for engine in engines:
         single = None
         for count in tqdm(processes, desc=engine):
             run = launch(base | {"engine": engine, "processes": count})
             if run is None:
-                missing.append({"engine": engine, "processes": count})
-                continue
-            rows.append(summarise(run, single))
-            single = single or rows[-1]
-    report = {"run": base, "rows": rows, "out_of_memory": missing}
-    return report | ({"largest": [find_largest(base, count) for count in processes]} if largest else {})
+                report["out_of_memory"].append({"engine": engine, "processes": count})
+            else:
+                report["rows"].append(summarise(run, single))
+                single = single or report["rows"][-1]
+            yield report
+    for count in processes if largest else []:
+        report["largest"] = [*report.get("largest", []), find_largest(base, count)]
+        yield report
 
 
 # Reports
@@ -304,15 +307,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     base = {name: getattr(arguments, name) for name in ("device", "rows", "length", "warmup", "steps")}
     processes = sorted(set(arguments.processes))
-    report = benchmark(base | {"config": config, "layers": None}, processes, arguments.engines, arguments.largest)
-    report["run"]["config"] = arguments.config
-    report = {"birth": birth_certificate(arguments.device, arguments.commit), **report}
+    birth = birth_certificate(arguments.device, arguments.commit)
     name = f"distributed_{short_device_name(arguments.device)}_{Path(arguments.config).stem}"
     output = arguments.output or Path("results") / name
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    output.with_suffix(".md").write_text(text_of(report), encoding="utf-8")
-    plot(report, output.with_suffix(".png"))
+    run = base | {"config": config, "layers": None}
+    for found in benchmark(run, processes, arguments.engines, arguments.largest):
+        report = {"birth": birth, **found, "run": run | {"config": arguments.config}}
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        output.with_suffix(".md").write_text(text_of(report), encoding="utf-8")
+        plot(report, output.with_suffix(".png"))
     print(text_of(report), end="")
     print(f"wrote {output}.json, .md and .png")
 

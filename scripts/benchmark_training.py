@@ -15,7 +15,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -76,10 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     report = {"birth": birth, "device": device, "size": size, "dtype": str(dtype).removeprefix("torch.")}
     report |= {"errors": errors, "rows": [], "ways": []}
     for cell in arguments.cells or CELLS[device]:
-        report["rows"] += measure(arguments, size, cell, dtype, PEAK_FLOPS.get(name))
-        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        output.with_suffix(".md").write_text(text(report))
-        plot(report, output.with_suffix(".png"))
+        for row in measure(arguments, size, cell, dtype, PEAK_FLOPS.get(name)):
+            report["rows"].append(row)
+            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+            output.with_suffix(".md").write_text(text(report))
+            plot(report, output.with_suffix(".png"))
     ways = range(len(WAYS) if device == "cuda" else 0) if arguments.ways is None else arguments.ways
     for way in (WAYS[number] for number in ways):
         report["ways"].append(measure_way(way, size, dtype, arguments.repeats, PEAK_FLOPS.get(name)))
@@ -273,23 +274,22 @@ def _loss_and_gradient(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach().double(), gradient
 
 
-def measure(arguments, size: str, cell: tuple[int, int], dtype, peak_flops: float | None) -> list[dict]:
+def measure(arguments, size: str, cell: tuple[int, int], dtype, peak_flops: float | None) -> Iterator[dict]:
     """A row of results for each model at one (batch, tokens). On a GPU one model lives at a time, on a CPU all do."""
     names = arguments.models
     groups = [[name] for name in names] if arguments.device == "cuda" else [names]
-    rows = []
     for group in groups:
         models = {name: _make(name, size, arguments.device, dtype) for name in group}
         seconds, memory = _take_turns(models, cell, arguments)
         for name, model in models.items():
             row = {"model": name, "batch": cell[0], "length": cell[1], "parameters": model.num_parameters()}
-            rows.append({**row, "memory": memory.get(name), **_speed(seconds[name], row, peak_flops)})
-            print(_line(rows[-1]), flush=True)
+            row |= {"memory": memory.get(name), **_speed(seconds[name], row, peak_flops)}
+            print(_line(row), flush=True)
+            yield row
         del models, model
         gc.collect()
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def _make(name: str, size: str, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -148,8 +148,21 @@ def not_tested(records: list[dict], tasks: dict) -> list[str]:
         "- Longer training: an initialisation that only starts sooner is not told from one that ends better.",
         "- Other ranges than [0.9, 0.999], other c than listed (and only with `uniform`), other optimisers, schedules, "
         "batch sizes and weight decays.",
+        *_short_tuning(tasks),
         *_edges(tasks),
     ]
+
+
+def _short_tuning(tasks: dict) -> list[str]:
+    lines = []
+    for task, runs in tasks.items():
+        short, long = (max((r["steps"] for r in runs if r["measured"] is whole), default=0) for whole in (False, True))
+        if 0 < short < long:
+            lines.append(
+                f"- Whether the rates that were best after {short} steps are best after {long}, for {task}: where arms "
+                "have different rates, a part of their difference may be the rate's."
+            )
+    return lines
 
 
 def _edges(tasks: dict) -> list[str]:
@@ -174,9 +187,25 @@ def task_section(task: str, runs: list[dict], tables: Tables, reference: str, pi
     lines = [f"## {task}", "", _sizes(runs), ""]
     lines += [f"![Curves, sizes, differences and memory of {task}]({picture})", "", *value_table(measured), ""]
     lines += [*difference_table({metric: tables[task, metric] for metric in METRICS}, reference), ""]
+    lines += rate_table(runs)
     if any(run["evaluations"] for run in measured):
         lines += [*size_table(measured), ""]
     return [*lines, *lambda_table(measured), ""]
+
+
+def rate_table(runs: list[dict]) -> list[str]:
+    """What each arm's runs at each learning rate ended with: arms at one rate differ in Λ alone."""
+    losses = {(run["arm"], run["learning_rate"]): run["curve"][-1]["loss"] for run in runs if not run["measured"]}
+    rates = sorted({rate for _, rate in losses})
+    if len(rates) < 2:
+        return []
+    steps = max(run["steps"] for run in runs if not run["measured"])
+    lines = [f"| loss after {steps} steps at the rate | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    lines += ["|---" * (len(rates) + 1) + "|"]
+    for arm in dict.fromkeys(arm for arm, _ in losses):
+        cells = (f"{losses[arm, rate]:.4f}" if (arm, rate) in losses else "" for rate in rates)
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return [*lines, "", "The runs that chose the rates, of one seed. In a column arms differ in Λ alone.", ""]
 
 
 def _sizes(runs: list[dict]) -> str:

@@ -174,9 +174,12 @@ def test_a_first_run_that_diverged_hides_no_others(runs, tmp_path):
 
 
 def test_shorter_runs_for_the_learning_rates_are_said(runs, tmp_path):
-    tuning = {**record("uniform", 9, 1.0, measured=False), "steps": 3}
-    main([str(write(tmp_path / "sweep", [tuning, *runs]))])
-    assert "10 steps (3 where learning rates were chosen); seeds: 5." in (tmp_path / "sweep.md").read_text()
+    tuning = [{**record("uniform", 9, 1.0 + rate, measured=False, rate=rate), "steps": 3} for rate in (0.5, 0.25)]
+    main([str(write(tmp_path / "sweep", [*tuning, *runs]))])
+    text = (tmp_path / "sweep.md").read_text()
+    assert "10 steps (3 where learning rates were chosen); seeds: 5." in text
+    assert "| loss after 3 steps at the rate | 0.25 | 0.5 |\n|---|---|---|\n| uniform | 1.2500 | 1.5000 |" in text
+    assert "rates that were best after 3 steps are best after 10" in text
 
 
 def test_a_page_of_a_sweep_that_runs_leaves_its_file_alone(runs, tmp_path):
