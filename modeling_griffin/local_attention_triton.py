@@ -102,6 +102,7 @@ def triton_attention_unavailable_reason(head_dim: int, dtype: torch.dtype, devic
     return None
 
 
+@torch.compiler.disable  # a compiled layer calls it as it is
 def local_attention_triton(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Visible, scaling: float
 ) -> torch.Tensor:
