@@ -54,17 +54,19 @@ class RecordedBatch:
         self.free += set(self.places) - set(kept)
         self.places = kept
 
-    def add(self, requests: Sequence, chunk_size: int) -> torch.Tensor:
+    def add(self, generations: Sequence, chunk_size: int) -> torch.Tensor:
         """Reads the prompts of new rows, N; the logits (N, V) behind them."""
-        places, self.free = self.free[: len(requests)], self.free[len(requests) :]
+        places, self.free = self.free[: len(generations)], self.free[len(generations) :]
         self.places += places
-        logits = self.step.logits.new_empty(len(requests), self.step.logits.shape[1])
-        for numbers in _together([0 if each.state else len(each.prompt) for each in requests]):
+        logits = self.step.logits.new_empty(len(generations), self.step.logits.shape[1])
+        for numbers in _together([0 if each.state else len(each.prompt) for each in generations]):
             rows = torch.tensor([places[number] for number in numbers], device=logits.device)
-            if requests[numbers[0]].state:
-                logits[numbers] = self._add_state(rows, requests[numbers[0]], chunk_size)
+            if generations[numbers[0]].state:
+                logits[numbers] = self._add_state(rows, generations[numbers[0]], chunk_size)
             else:
-                logits[numbers] = self._add_prompts(rows, [requests[number].prompt for number in numbers], chunk_size)
+                logits[numbers] = self._add_prompts(
+                    rows, [generations[number].prompt for number in numbers], chunk_size
+                )
         return logits
 
     def _add_state(self, row: torch.Tensor, request, chunk_size: int) -> torch.Tensor:

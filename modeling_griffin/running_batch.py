@@ -36,9 +36,9 @@ class RunningBatch:
         """Ends all rows but these."""
         self.members = [self.members[number] for number in numbers]
 
-    def add(self, requests: Sequence, chunk_size: int) -> torch.Tensor:
+    def add(self, generations: Sequence, chunk_size: int) -> torch.Tensor:
         """Reads the prompts of new rows; the logits (N, V) behind them."""
-        states = [self.model._read_prompt(request, chunk_size) for request in requests]
+        states = [self.model._read_prompt(request, chunk_size) for request in generations]
         self.members += states
         return torch.cat([state.logits for state in states])
 

@@ -13,7 +13,11 @@ def test_the_chain_on_a_cpu(tmp_path, capsys):
     arguments = ["--device", "cpu", "--size", "tiny", "--cell", "2x24", "--repeats", "1", "--output", str(output)]
     profile_training.main(arguments)
     report = json.loads(output.with_suffix(".json").read_text())
-    assert report["step_s"] > 0 and all(part["seconds"] > 0 and part["floor"] > 0 for part in report["parts"])
+    assert report["step_s"] > 0 and all(part["seconds"] > 0 for part in report["parts"])
+    floors = {
+        part["name"]: part["floor"] for part in report["parts"]
+    }  # a CPU's peak is not known: products count nothing
+    assert floors["scan"] > floors["convolution"] > 0 and min(floors.values()) == floors["attention"] == 0
     page = output.with_suffix(".md").read_text()
     assert page in capsys.readouterr().out
     total = sum(part["count"] * part["seconds"] for part in report["parts"]) * 1e3
@@ -35,5 +39,6 @@ def test_each_part_runs_forward_and_backward():
     model = griffin("tiny").bfloat16()
     for part in profile_training.parts(model, 1, 40):
         result = part.function(*part.inputs)
-        result.backward(torch.ones_like(result))
+        result = result if isinstance(result, tuple) else (result,)
+        torch.autograd.backward(result, [torch.ones_like(y) for y in result])
         assert all(x.grad is not None for x in part.inputs), part.name
