@@ -3,13 +3,14 @@
 A folder that the Hub can load holds the configuration with an `auto_map`, safetensors, the generation configuration,
 the model card and the code: every file that the loader of Transformers will look for, flat.
 
-Stock saving falls short in five places, which the two classes here mend:
+Stock saving falls short in six places, which the two classes here mend:
   - under FSDP2 the model's class is a generated one, and stock saving ships PyTorch's source files in place of ours;
   - where rank 0 of several fails to write, the others wait for it until the process group's timeout;
   - `auto_map` names only the class at hand, so that the other Auto classes refuse the folder;
   - it writes into the folder as it goes: a failure leaves half a model, and a change between one file of weights and
     several leaves the old ones beside the new, where the loader prefers them;
-  - `push_to_hub` writes an empty model card.
+  - `push_to_hub` writes an empty model card;
+  - `Trainer.push_to_hub` writes a card of its own over the one that the model has saved.
 """
 
 import os
@@ -26,7 +27,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .model_card import card_for_hub, refresh_card
+from .model_card import card_for_hub, keep_cards_of_trainers, refresh_card
 from .sharded_weights import all_ranks_or_none, gather, is_sharded
 
 
@@ -67,6 +68,8 @@ class CompleteConfigMixin:
 class CompleteModelMixin:
     """For the models: `save_pretrained` and `push_to_hub` that are complete, sharded models too, and all or nothing."""
 
+    _keeps_its_card = True  # under any copy of this code
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -90,6 +93,7 @@ class CompleteModelMixin:
             ValueError: for `distributed_checkpoint=True` with `push_to_hub=True`: PyTorch's sharded files are for
                 resuming, and no Hub client reads them.
         """
+        keep_cards_of_trainers()
         in_shards = kwargs.get("distributed_checkpoint", False)
         if in_shards and push_to_hub:
             raise ValueError(

@@ -5,8 +5,11 @@ left them; what a person adds (license, language, datasets, base_model, results,
 and read from there when the card is written again. What is not known is left out.
 """
 
+import functools
+import inspect
 import json
 import os
+import sys
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -99,6 +102,29 @@ def keep_model_card(trainer, **given) -> None:
             write_model_card(trainer.args.output_dir, repo_id=trainer.hub_model_id or model_name, **facts)
 
     trainer.create_model_card = create_model_card
+
+
+def keep_cards_of_trainers() -> None:
+    """The same for every stock `Trainer` of these models from now on, once; for other models it writes what it wrote.
+
+    Trainer asks neither the model nor a callback for its card, so its method is wrapped: when one of these models is
+    saved, which `Trainer.push_to_hub` does first, and only where Trainer is imported already.
+    """
+    trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if trainer_class is None or hasattr(trainer_class.create_model_card, "__wrapped__"):
+        return
+    stock = trainer_class.create_model_card
+
+    @functools.wraps(stock)
+    def create_model_card(self, *args, **kwargs):
+        if not getattr(type(self.model), "_keeps_its_card", False):
+            return stock(self, *args, **kwargs)
+        keep_model_card(self)  # replaces this method on the one trainer
+        named = dict(inspect.signature(stock).bind(self, *args, **kwargs).arguments)
+        del named["self"]
+        return self.create_model_card(**named)
+
+    trainer_class.create_model_card = create_model_card
 
 
 def refresh_card(saved: Path, facts: Path, target: Path | None = None) -> None:

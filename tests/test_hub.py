@@ -270,31 +270,40 @@ def test_save_pretrained_that_pushes(hub, author, reader, expected, tmp_path):
     assert sorted(hub.files("me/only-config")) == sorted(["config.json", *CODE, "README.md"])
 
 
-def test_trainer_that_pushes(hub, author, reader):
-    """What stock Trainer uploads during training loads, and at the end the card is ours by `keep_model_card`."""
-    code = """
+@pytest.mark.parametrize("facts", ["keep_model_card(trainer, datasets=['me/words'])", ""], ids=["facts", "bare"])
+def test_trainer_that_pushes(facts, hub, author, reader):
+    """What stock Trainer uploads during training loads, and at the end the card is ours, with further facts or without.
+
+    Trainers of other models write the card that they wrote.
+    """
+    repo = "me/trained" if facts else "me/trained-bare"
+    code = f"""
     from modeling_griffin.model_card import keep_model_card
-    from transformers import Trainer, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        folder, max_steps=2, save_steps=1, push_to_hub=True, hub_model_id="me/trained", report_to=[], use_cpu=True,
+        folder, max_steps=2, save_steps=1, push_to_hub=True, hub_model_id="{repo}", report_to=[], use_cpu=True,
         per_device_train_batch_size=1, hub_always_push=True, logging_steps=1, disable_tqdm=True,
     )
-    rows = [{"input_ids": ids, "labels": ids} for ids in IDS * 4]
+    rows = [{{"input_ids": ids, "labels": ids}} for ids in IDS * 4]
     trainer = Trainer(deepcopy(model), arguments, train_dataset=rows)
-    keep_model_card(trainer, datasets=["me/words"])
+    {facts}
     from huggingface_hub import HfApi
     trainer.train()
     trainer._finish_current_push()
-    during = HfApi().list_repo_files("me/trained")
+    during = HfApi().list_repo_files("{repo}")
     trainer.push_to_hub(license="mit")
-    result = [during, logits(trainer.model)]
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    other = TrainingArguments(folder + "-other", report_to=[], use_cpu=True)
+    Trainer(LlamaForCausalLM(LlamaConfig(**sizes)), other).create_model_card("en", model_name="other")
+    result = [during, logits(trainer.model), open(folder + "-other/README.md").read()]
     """
-    during, trained = author.run(code, folder=str(author.home / "trained"))
+    during, trained, other = author.run(code, folder=str(author.home / repo[3:]))
     assert {"README.md", "config.json", "model.safetensors", *CODE} <= set(during)
-    card = hub.files("me/trained")["README.md"].decode()
-    assert "license: mit" in card and "- me/words" in card and "## Λ, the learnt decay" in card
-    assert reader.run('result = pulled_logits("me/trained")') == trained
+    card = hub.files(repo)["README.md"].decode()
+    assert "license: mit" in card and "## Λ, the learnt decay" in card and ("- me/words" in card) == bool(facts)
+    assert "Λ" not in other and "generated_from_trainer" in other and "- en" in other
+    assert reader.run(f'result = pulled_logits("{repo}")') == trained
 
 
 def test_an_initialisation_that_the_reader_does_not_have(author, reader):
