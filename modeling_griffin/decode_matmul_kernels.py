@@ -37,7 +37,7 @@ def _sums(
 ):  # fmt: skip
     """w (x (1 + norm))^T (BLOCK_N, BLOCK_M) and sums of x's squares (BLOCK_M,), for a split's inputs.
 
-    p_w: of the matrix, or (BLOCK_N,) of each output's. i_n: the row of each output in it.
+    p_w: of the matrix, or (BLOCK_N, 1) of each output's. i_n: the row of each output in it.
 
     Weights are asked for STAGES tiles ahead, the first of them before the kernel that computes x has ended: the wait
     stands in the loop, behind what the compiler takes out of it. So x comes one turn later than it is loaded.

@@ -1,8 +1,9 @@
 """Many generations at once, each with its own prompt, limits and sampling: rows come and go, none waits for another.
 
 A row of a Griffin's state has the same size whatever its length, so that a batch is put together anew as soon as a row
-ends: the prompts are not padded, and no step is spent on a row that has ended. Each row finds the tokens that it would
-find alone.
+ends, and no step is spent on a row that has ended. Each row finds the tokens that it would find alone. Behind a cache
+(`running_batch`) prompts are read one by one, unpadded; on a recorded step of a GPU (`recorded_batch`) those of similar
+lengths together, padded to the longest.
 
 Legend: B rows, T new tokens, V vocabulary.
 """
@@ -139,7 +140,8 @@ class BatchGenerationMixin:
         """Runs generations side by side and yields each token as soon as it is known.
 
         Args:
-            queue: the generations; any iterable. It is asked for the next one when a row is free.
+            queue: the generations; any iterable. It is asked for the next one when a row is free; on a recorded step,
+                for several when an eighth of the rows are.
             max_rows: at most so many at once; the others wait.
             prefill_chunk_size: tokens of a prompt read in one forward pass.
             tokenizer: for those with `stop`.

@@ -14,7 +14,7 @@ from modeling_griffin import (
     local_attention_triton,
 )
 from modeling_griffin.documents import read_layout
-from modeling_griffin.flash_local_attention import Runs, edges_of_runs, flash_unavailable_reason
+from modeling_griffin.flash_local_attention import Runs, Visible, edges_of_runs, flash_unavailable_reason
 from tests.conftest import make_audible, make_config
 from tests.tolerances import assert_close
 
@@ -149,7 +149,7 @@ def test_reasons():
     config._attn_implementation = "sdpa"
     reason = flash_unavailable_reason(config, torch.zeros(1, 2, 16))
     assert "cpu" in reason or "has no torch.nn.attention.varlen" in reason
-    assert not isinstance(read_layout(config, torch.zeros(1, 30, 16), None, None, None)[0], Runs)
+    assert not isinstance(read_layout(config, torch.zeros(1, 30, 16), None, None, None)[0], (Runs, Visible))
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,19 @@ def test_checkpointing_strides_and_second_derivatives_on_a_gpu():
         d_query.sum().backward()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="launches nothing")
+def test_a_compiled_layer_calls_it_as_it_is(monkeypatch):
+    class Traced:
+        @staticmethod
+        def apply(query, *arguments):
+            return query * (3 if torch.compiler.is_compiling() else 2)
+
+    monkeypatch.setattr(module, "_LocalAttention", Traced)
+    visible, x = visible_tokens(edges([0, 4]), 2), torch.ones(4, 1, 8)
+    layer = torch.compile(lambda x: local_attention_triton(x + 1, x, x, visible, 1.0) + 1, backend="eager")
+    assert torch.equal(layer(x), torch.full_like(x, 5.0))
+
+
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_the_second_gpu():
