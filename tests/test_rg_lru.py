@@ -66,6 +66,26 @@ def test_products_written_in_place_are_the_same(blocks, autocast, monkeypatch):
         assert_close("bfloat16 layer" if autocast else "layer", found.float(), right.float())
 
 
+@pytest.mark.parametrize(
+    "blocks, width, joined", [(16, 4, 1), (9, 4, 1), (3, 20, 1), (5, 20, 5), (4, 32, 2), (2, 160, 2)]
+)
+@pytest.mark.parametrize("rows", [63, 192])
+def test_narrow_blocks_are_multiplied_together(blocks, width, joined, rows):
+    """Blocks joined to wider ones, and sums over rows in parts, are the same products, in float64."""
+    weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((blocks, width, width), (blocks, width))
+    )
+    x, d_y = torch.randn(2, 3, rows // 3, blocks * width, dtype=torch.float64)
+    x.requires_grad_()
+    assert rg_lru._join_narrow_blocks(weight).shape[0] == joined
+    found = rg_lru._BlockDiagonalProduct.apply(x, weight, bias)
+    expected = x @ torch.block_diag(*weight) + bias.flatten()
+    torch.testing.assert_close(found, expected)
+    found, expected = (torch.autograd.grad(y, [x, weight, bias], d_y) for y in (found, expected))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("c", [0.5, 8.0])
 def test_decay_is_the_log_of_a_to_the_c(c):
     """Equation 6: a^c with log a = -softplus(Λ), where the stored Λ may be large or very negative."""
