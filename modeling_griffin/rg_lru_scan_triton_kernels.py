@@ -65,6 +65,12 @@ def _pack(a, b):
 
 
 @triton.jit
+def _publish(p_word, a, b, mask):
+    """The word is read soon, and written again: it should not give way to the tiles that pass through the cache."""
+    tl.store(p_word, _pack(a, b), mask=mask, eviction_policy="evict_last")
+
+
+@triton.jit
 def _and(a, b):
     return a & b
 
@@ -187,11 +193,11 @@ def forward_kernel(
     if CHAINED:
         p_word = p_words + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[None, :] + i_s * 0
         if i_t > 0:
-            tl.store(p_word, _pack(a_end, b_end), mask=m_end)
+            _publish(p_word, a_end, b_end, m_end)
         carry += _look_back(p_words, i_chain, n_chains, i_t, SEGMENTS, CHANNELS)[None, :]
     state = tl.fma(a_end, carry, b_end)
     if CHAINED:
-        tl.store(p_word, _pack(tl.zeros_like(state), state), mask=m_end)
+        _publish(p_word, tl.zeros_like(state), state, m_end)
 
     h = tl.fma(a_start, carry, b_start)
     for i in tl.static_range(ROWS):
@@ -262,11 +268,11 @@ def backward_kernel(
     if CHAINED:
         p_word = p_words + tile.to(tl.int64) * CHANNELS + i_c[None, :] + i_s * 0
         if n_before > 0:
-            tl.store(p_word, _pack(a_end, b_end), mask=m_end)
+            _publish(p_word, a_end, b_end, m_end)
         carry += _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS, CHANNELS)[None, :]
     state = tl.fma(a_end, carry, b_end)
     if CHAINED:
-        tl.store(p_word, _pack(tl.zeros_like(state), state), mask=m_end)
+        _publish(p_word, tl.zeros_like(state), state, m_end)
 
     k = tl.fma(a_start, carry, b_start)
     d_log_decay = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
