@@ -20,6 +20,9 @@ KINDS = {
     "delayed_recall": "associative recall at a distance",
     "language_modelling": "language modelling",
 }
+PRECISION = """\
+On the GPU products were computed in TF32, those of language modelling in bfloat16; weights, Λ and the recurrence in
+float32."""
 STATISTICS = """Every arm was trained once with each learning rate of the grid under a seed used for nothing else, and
 measured with the rate that had the lowest final validation loss, which is that of the same held-out rows as the figures
 here. Runs of the same seed share the order of the data and all initial weights but Λ. Differences are therefore paired
@@ -49,6 +52,8 @@ def page(name: str, records: list[dict], reference: str, pictures: dict[str, str
         "",
     ]
     lines += ["## How it was compared", "", STATISTICS, ""]
+    if any(record["device"] == "cuda" for record in records):
+        lines += [PRECISION, ""]
     for task, runs in tasks.items():
         lines += task_section(task, runs, tables, reference, pictures[task])
     lines += ["## What was not tested", "", *not_tested(records, tasks), ""]
