@@ -2,6 +2,8 @@
 
 Alone, each layer makes a gradient of the input, and autograd adds them up in a pass of its own; here the second product
 adds to the first one's result. In front of a gated activation, the gradients of the biases come with its own.
+Products of few outputs, as for a single key-value head, leave much of a GPU idle and read all of x for little: they
+are made as one.
 """
 
 from collections.abc import Sequence
@@ -15,10 +17,26 @@ from .fused import GELU_TANH, gated, pays
 from .fused_triton import gelu_gated_backward, gelu_gated_forward
 
 
+NARROW = 512  # outputs, up to which a layer shares its product with others
+
+
 def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...]:
-    """module(x) of each."""
+    """module(x) of each; on a GPU those of narrow layers without a bias may be views of one tensor."""
     inputs = _plain_inputs(x, modules)
-    return tuple(module(x) for module in modules) if inputs is None else _Linears.apply(*inputs)
+    if inputs is None:
+        return tuple(module(x) for module in modules)
+    x, weights, biases = inputs[0], inputs[1 : 1 + len(modules)], inputs[1 + len(modules) :]
+    narrow = [i for i, weight in enumerate(weights) if biases[i] is None and len(weight) <= NARROW]
+    return _Linears.apply(*inputs) if len(narrow) < 2 else _narrow_as_one(x, weights, biases, narrow)
+
+
+def _narrow_as_one(x, weights, biases, narrow: list[int]) -> tuple[torch.Tensor, ...]:
+    """The layers at `narrow` as one product each way; autograd joins and splits the small tensors around it."""
+    wide = [i for i in range(len(weights)) if i not in narrow]
+    joined = torch.cat([weights[i] for i in narrow])
+    *outputs, several = _Linears.apply(x, *(weights[i] for i in wide), joined, *(biases[i] for i in wide), None)
+    outputs += several.split([len(weights[i]) for i in narrow], dim=-1)
+    return tuple(output for _, output in sorted(zip((*wide, *narrow), outputs), key=lambda pair: pair[0]))
 
 
 def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor:

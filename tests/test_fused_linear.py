@@ -38,13 +38,81 @@ def gradients(result, x, layers):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linears(paying, bias):
+def test_linears(paying, bias, monkeypatch):
+    monkeypatch.setattr(fused_linear, "NARROW", 3)
     x, layers = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), modules(bias)
     expected = gradients([layer(x) for layer in layers], x, layers)
     found = linears(x, *layers)
     assert type(found[0].grad_fn) is type(found[1].grad_fn) and found[0].grad_fn is found[1].grad_fn
     for f, e in zip(gradients(found, x, layers), expected, strict=True):
         assert_close("scan float64", f, e)
+
+
+def attention_like(order=(9, 2, 3)):
+    """A wide layer and narrow ones, none with a bias."""
+    return [nn.Linear(6, features, bias=False).double() for features in order]
+
+
+@pytest.fixture
+def products(paying, monkeypatch):
+    """How many outputs each product has."""
+    monkeypatch.setattr(fused_linear, "NARROW", 3)
+    seen, linear = [], fused_linear.linear
+    monkeypatch.setattr(fused_linear, "linear", lambda x, w, b: seen.append(len(w)) or linear(x, w, b))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "order, expected", [((9, 2, 3), [9, 5]), ((2, 9, 3), [9, 5]), ((2, 3, 1), [6]), ((9, 4, 3), [9, 4, 3])]
+)
+def test_narrow_layers_are_one_product(products, order, expected):
+    """In their places, whatever the order; each with its own values and gradients."""
+    x, layers = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), attention_like(order)
+    right = gradients([layer(x) for layer in layers], x, layers)
+    found = linears(x, *layers)
+    assert products == expected
+    for f, e in zip(gradients(found, x, layers), right, strict=True):
+        assert_close("scan float64", f, e)
+
+
+def test_narrow_layers_with_a_bias_keep_their_products(products):
+    x, layers = torch.randn(2, 5, 6, dtype=torch.float64), [nn.Linear(6, 2).double(), *attention_like()]
+    for f, layer in zip(linears(x, *layers), layers, strict=True):
+        assert_close("scan float64", f, layer(x))
+    assert products == [2, 9, 5]
+
+
+def test_gradients_of_one_product_accumulate_and_are_apart(products):
+    """They start as views of one buffer: an optimizer must be able to add to, clear or drop each alone."""
+    x, layers = torch.randn(2, 5, 6, dtype=torch.float64), attention_like()
+    weights = [layer.weight for layer in layers]
+    right = torch.autograd.grad([layer(x).square().sum() for layer in layers], weights)
+
+    def backward():
+        sum(y.square().sum() for y in linears(x, *layers)).backward()
+
+    for passes in (1, 2):
+        backward()
+        for weight, r in zip(weights, right):
+            assert weight.grad.is_contiguous()
+            assert_close("scan float64", weight.grad, passes * r)
+    weights[1].grad.zero_()
+    assert_close("scan float64", weights[2].grad, 2 * right[2])
+    weights[1].grad = None
+    backward()
+    assert_close("scan float64", weights[1].grad, right[1])
+    assert_close("scan float64", weights[2].grad, 3 * right[2])
+
+
+def test_of_one_product_a_part_is_frozen_or_unused(products):
+    x, layers = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), attention_like()
+    layers[1].requires_grad_(False)
+    right = gradients([layer(x) for layer in layers], x, layers)
+    for f, r in zip(gradients(linears(x, *layers), x, layers), right, strict=True):
+        assert_close("scan float64", f, r)
+    linears(x, *layers)[2].sum().backward()
+    assert layers[1].weight.grad is None
+    assert_close("scan float64", x.grad, layers[2].weight.sum(0).expand_as(x))
 
 
 def test_gated_linears(paying):
@@ -81,6 +149,16 @@ def test_autocast(paying):
     assert layers[0].weight.grad.dtype == torch.float32
 
 
+def test_autocast_of_one_product(products):
+    x, layers = torch.randn(2, 5, 6, requires_grad=True), [layer.float() for layer in attention_like()]
+    with torch.autocast("cpu", torch.bfloat16):
+        right, found = [layer(x) for layer in layers], linears(x, *layers)
+    assert products == [9, 5] and all(y.dtype == torch.bfloat16 for y in found)
+    for f, r in zip(gradients(found, x, layers), gradients(right, x, layers), strict=True):
+        assert f.dtype == r.dtype
+        assert_close("bfloat16 layer", f, r)
+
+
 def test_other_activations_and_missing_biases_take_the_modules(paying):
     x, layers = torch.randn(2, 5, 6, dtype=torch.float64), modules()
     assert torch.equal(gated_linears(nn.ReLU(), x, *layers), layers[0](x).relu() * layers[1](x))
@@ -108,3 +186,56 @@ def test_what_is_plain(paying):
     layers[0].register_forward_hook(lambda *a: seen.append(1))
     linears(torch.randn(1, 2, 6, dtype=torch.float64), *layers)
     assert seen == [1]
+
+
+def test_attention_reads_the_views(products, monkeypatch):
+    """Keys and values of several heads: the block's result and gradients are those of separate products."""
+    from modeling_griffin.configuration_griffin import GriffinConfig
+    from modeling_griffin.modeling_griffin import GriffinAttention
+
+    monkeypatch.setattr(fused_linear, "NARROW", 16)
+    config = GriffinConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    config._attn_implementation = "sdpa"
+    block = GriffinAttention(config, 2).double()
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(2, 5, 4, dtype=torch.float64)
+
+    def outcome():
+        return gradients([block(x, (angles.cos(), angles.sin()))[0]], x, [block])
+
+    found = outcome()
+    assert products == [32, 32]
+    monkeypatch.setattr(fused_linear, "pays", lambda *x: False)
+    for f, e in zip(found, outcome(), strict=True):
+        assert_close("scan float64", f, e)
+    assert products == [32, 32]
+
+
+@pytest.mark.gpu
+def test_attention_projects_keys_and_values_by_one_product_on_a_gpu(monkeypatch):
+    """And what reads them takes views: the block with a hook on one of the layers has nearly the same gradients."""
+    from modeling_griffin.configuration_griffin import GriffinConfig
+    from modeling_griffin.modeling_griffin import GriffinForCausalLM
+
+    seen, linear = [], fused_linear.linear
+    monkeypatch.setattr(fused_linear, "linear", lambda x, w, b: seen.append(len(w)) or linear(x, w, b))
+    config = GriffinConfig(
+        vocab_size=64, hidden_size=1024, num_hidden_layers=1, num_attention_heads=8, attention_window_size=96,
+        layer_types=["sliding_attention"],
+    )  # fmt: skip
+    model = GriffinForCausalLM(config).cuda().bfloat16()
+    ids = torch.randint(0, 64, (8, 512), device="cuda")
+
+    def outcome():
+        model.zero_grad()
+        result = model(ids, labels=ids, use_cache=False)
+        result.loss.backward()
+        return [result.logits, *(parameter.grad for parameter in model.parameters())]
+
+    found = outcome()
+    assert 256 in seen and 128 not in seen
+    model.model.layers[0].temporal_block.k_proj.register_forward_hook(lambda *arguments: None)
+    seen.clear()
+    for f, e in zip(found, outcome(), strict=True):
+        assert (f - e).norm() <= 2e-2 * e.norm()
+    assert 256 not in seen
