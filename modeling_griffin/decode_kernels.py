@@ -5,7 +5,7 @@ read from the device, so that a recorded CUDA graph can be replayed: the same la
 
 PDL: a kernel may start while the one before it ends (programmatic dependent launch, compute capability 9).
 
-Legend: B rows, D inputs of a product, N outputs, R rotated dimensions.
+Legend: B rows, D inputs of a product, N outputs, R rotated dimensions, V vocabulary.
 """
 
 try:
@@ -231,3 +231,36 @@ def begin_kernel(
         angles = position * tl.load(p_frequencies + i_r, mask=i_r < R, other=0.0)
         tl.store(p_cos + i_b * R + i_r, tl.cos(angles).to(p_cos.dtype.element_ty), mask=i_r < R)
         tl.store(p_sin + i_b * R + i_r, tl.sin(angles).to(p_sin.dtype.element_ty), mask=i_r < R)
+
+
+@triton.jit
+def _in_order(x):
+    """float32 -> int32 in the order of argmax: zeros of both signs are equal, and what is no number is above all."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, -0x80000000 - bits, bits))
+
+
+@triton.jit
+def end_kernel(p_logits, p_token, p_time, V: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    """token (B,): the likeliest of logits (B, V), the first of several; time (1,) += 1. One program: one row.
+
+    No kernel in front reads the time any more once the last of them has ended. A block is asked for before the one in
+    front of it is looked at; each thread keeps the best of its places, and only these are compared between threads.
+    """
+    i_b, i = tl.program_id(0), tl.arange(0, BLOCK)
+    p_row = p_logits + i_b.to(tl.int64) * V
+    wait_for_the_kernel_before(PDL)
+    best = tl.full((BLOCK,), -0x80000000, tl.int32)  # below all that there is
+    i_best = tl.zeros((BLOCK,), tl.int32)
+    x = tl.load(p_row + i, mask=i < V, other=float("-inf"))
+    for start in range(0, V, BLOCK):
+        i_next = start + BLOCK + i
+        next_x = tl.load(p_row + i_next, mask=i_next < V, other=float("-inf"))
+        order = _in_order(x.to(tl.float32))
+        i_best = tl.where(order > best, start + i, i_best)
+        best = tl.maximum(best, order)
+        x = next_x
+    first = tl.min(tl.where(best == tl.max(best, 0), i_best, V), 0)  # places beyond the row come behind those in it
+    tl.store(p_token + i_b, first.to(tl.int64))
+    if i_b == 0:
+        tl.store(p_time, tl.load(p_time) + 1)

@@ -4,7 +4,7 @@ Both read the layers' own parameters where they lie and write the states in plac
 the token's time modulo their size, so that no step moves what it keeps.
 
 Legend: B rows, D width of the residual stream, C RG-LRU channels, P channels of a gate block, H heads, K head
-dimension, W attention window.
+dimension, W attention window, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ try:
     import triton
 
     from .decode_attention_kernels import attention_kernel, combine_kernel
-    from .decode_kernels import add_norm_kernel, begin_kernel, gate_kernel
+    from .decode_kernels import add_norm_kernel, begin_kernel, end_kernel, gate_kernel
     from .decode_recurrence_kernels import recurrent_kernel, recurrent_row_kernel
 except ImportError:
     triton = None
@@ -67,6 +67,11 @@ class PlainOps:
     def head(self, stream: Stream, norm, linear: nn.Linear, logits: torch.Tensor) -> None:
         """norm(stream) through linear, into logits (B, V)."""
         logits.copy_(self.project(stream, norm, [linear])[0])
+
+    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
+        """The likeliest of logits (B, V), as `argmax` finds it, into token (B,); then the next token's time begins."""
+        token.copy_(logits.argmax(-1))
+        clock.time.add_(1)
 
     def project(self, stream: Stream, norm, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
         """norm(stream) through each of the linears."""
@@ -131,6 +136,7 @@ def _rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
 
 
 ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
+END_BLOCK = 16384  # logits that are compared at a time: 64 bytes of bfloat16 a thread
 
 
 class KernelOps(PlainOps):
@@ -164,6 +170,12 @@ class KernelOps(PlainOps):
             self.products.project(stream.residual, norm, [linear], outputs=[logits])
         else:
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
+
+    def end(self, logits, token, clock):
+        block = min(END_BLOCK, triton.next_power_of_2(logits.shape[1]))
+        end_kernel[(logits.shape[0],)](
+            *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=16, **self.launch
+        )
 
     def project(self, stream, norm, linears):
         if self.products.takes(stream.residual):

@@ -15,7 +15,8 @@ from .decode_ops import Clock, KernelOps, PlainOps, Stream
 class DecodeStep:
     """The state of B rows and the step that reads one more token of each.
 
-    token (B,) int64: what the next `step` reads. logits (B, V): what it leaves, in the model's dtype.
+    token (B,) int64: what the next `step` reads; it leaves the likeliest of its own logits there, so that a host that
+    chooses no other has nothing to write. logits (B, V): what a step leaves, in the model's dtype.
     """
 
     def __init__(self, base: nn.Module, head: nn.Linear, batch: int):
@@ -85,7 +86,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """Reads `token` and returns `logits`, which the next step overwrites."""
+        """Reads `token`, puts the likeliest next one there and returns `logits`; the next step overwrites both."""
         if self.graph is None:
             self._compute()
         else:
@@ -118,7 +119,7 @@ class DecodeStep:
         ops.head(stream, base.final_norm, self.head, self.logits)
         if (cap := self.config.final_logit_softcapping) is not None:
             torch.mul((self.logits / cap).tanh_(), cap, out=self.logits)
-        clock.time.add_(1)
+        ops.end(self.logits, self.token, clock)
 
     def _mix(self, stream: Stream, layer: nn.Module, buffers: tuple, clock: Clock) -> Stream:
         ops, block, norm = self.ops, layer.temporal_block, layer.temporal_pre_norm

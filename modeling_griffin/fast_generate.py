@@ -140,8 +140,11 @@ class _Choice:
             pad = getattr(generation_config, "_pad_token_tensor", None)
             self.pad = self.eos[0] if pad is None else pad.to(prompt.device)
 
-    def next(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits (B, V) -> tokens (B,), padding for rows that have ended; they are also put behind the others."""
+    def next(self, logits: torch.Tensor, likeliest: torch.Tensor | None = None) -> torch.Tensor:
+        """logits (B, V) -> tokens (B,), padding for rows that have ended; they are also put behind the others.
+
+        likeliest (B,): of these logits where it is known; it is returned itself where it is what is chosen.
+        """
         scores = logits  # the likeliest is the same in float32, which is exact for them
         if self.processors or self.do_sample:
             scores = logits.to(copy=True, dtype=torch.float32)
@@ -149,8 +152,10 @@ class _Choice:
             scores = processor(self.tokens[:, : self.length], scores)
         if self.do_sample:
             token = _draw(scores.softmax(-1))
-        else:
+        elif self.processors or likeliest is None:
             token = scores.argmax(-1)
+        else:
+            token = likeliest
         if self.eos is not None:
             token = torch.where(self.going_on, token, self.pad)
             self.going_on = self.going_on & ~torch.isin(token, self.eos)
@@ -169,14 +174,15 @@ def _draw(shares: torch.Tensor) -> torch.Tensor:
 
 def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length: int | None, streamer) -> torch.Tensor:
     """The prompt and the new tokens (B, T + new)."""
-    reports, end = _Reports(choice, streamer), None
+    reports, end, likeliest = _Reports(choice, streamer), None, None
     while end is None:
-        token = choice.next(logits)
+        token = choice.next(logits, likeliest)
         reports.send(token)
         if max_length is not None and choice.length >= max_length:
             break
-        step.token.copy_(token)
-        logits = step.step()
+        if token is not step.token:
+            step.token.copy_(token)
+        logits, likeliest = step.step(), step.token
         end = next(reports.received(STEPS_AHEAD), None)
     if end is None:
         end = next(reports.received(0), choice.length)

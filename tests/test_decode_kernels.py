@@ -8,6 +8,7 @@ from _decode_helpers import DEVICE, DTYPES_OF_STEPS, LOGITS, both, multiply_matr
 from tolerances import assert_close
 from torch import nn
 
+from modeling_griffin import decode_ops
 from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps
 from modeling_griffin.decode_step import DecodeStep
 
@@ -35,6 +36,43 @@ def test_the_beginning_of_a_step(dtype, time, scale):
             assert_close(LOGITS[dtype], one, other)
 
 
+@pytest.mark.parametrize("rows, vocabulary", [(1, 1000), (2, 1), (5, 29), (5, 200), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_end_of_a_step(dtype, rows, vocabulary, monkeypatch):
+    """Blocks of 64: the likeliest of several in one block and in others; values of all kinds; time goes on by one."""
+    monkeypatch.setattr(decode_ops, "END_BLOCK", 64)
+    of_many, of_few = normal(rows, vocabulary), torch.randint(-2, 2, (rows, vocabulary), device=DEVICE).float()
+    zeros = torch.zeros(rows, vocabulary, device=DEVICE).copysign(of_many)
+    lowest = torch.full((rows, vocabulary), float("-inf"), device=DEVICE)
+    cases = [of_many, of_few, zeros, lowest, lowest.clone(), of_many.clone(), of_many.clone(), of_many.clone()]
+    cases[4][:, -1] = -1e4
+    cases[5][:, vocabulary // 3 :: 3] = float("inf")
+    cases[6][:, vocabulary // 2 :: 7] = float("nan")
+    cases[7][:, 0], cases[7][:, -1] = float("inf"), -float("nan")
+    for time, logits in enumerate(case.to(dtype) for case in cases):
+        for ops in (PlainOps(), KernelOps()):
+            token = torch.full((rows,), -1, device=DEVICE)
+            clock = Clock(torch.tensor([time], device=DEVICE), torch.zeros_like(token))
+            ops.end(logits, token, clock)
+            assert torch.equal(token, logits.float().argmax(-1))
+            assert clock.time.tolist() == [time + 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [32000, 32003, 256000])
+@torch.no_grad()
+def test_the_end_of_a_step_of_a_large_vocabulary(vocabulary):
+    """The likeliest in the middle of the row and again at its end."""
+    for rows in (1, 64, 65):
+        logits, token = normal(rows, vocabulary, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long).cuda()
+        first = torch.randint(vocabulary // 2, vocabulary, (rows, 1), device=DEVICE)
+        logits.scatter_(1, first, 10.0)[:, -1] = 10.0
+        time = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        KernelOps().end(logits, token, Clock(time, token))
+        assert torch.equal(token, first[:, 0]) and torch.equal(token, logits.argmax(-1)) and time.item() == 1
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
     reason="kernels overlap from compute capability 9 on",
@@ -53,7 +91,7 @@ def test_overlapping_kernels_change_nothing(rows, kind, small_model):
             tensor.zero_()
         for _ in range(300):
             step.step()
-            step.token.copy_(step.logits.argmax(-1))
+            assert torch.equal(step.token, step.logits.argmax(-1))
         ends.append([step.logits.clone(), *(tensor.clone() for layer in step.layers for tensor in layer)])
     assert all(map(torch.equal, ends[0], ends[1])) and all(map(torch.equal, ends[0], ends[2]))
 
@@ -78,6 +116,7 @@ def test_steps_past_the_window(dtype, rows, kind, small_model, monkeypatch):
             step.token.copy_(tokens)
             step.step()
         assert_close(LOGITS[dtype], steps[1].logits, steps[0].logits)
+        assert all(torch.equal(step.token, step.logits.argmax(-1)) for step in steps)
         for one, other in zip(steps[1].layers, steps[0].layers):
             for actual, expected in zip(one[:2], other[:2]):
                 assert_close(LOGITS[dtype], actual, expected)
