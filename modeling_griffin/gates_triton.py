@@ -2,7 +2,8 @@
 
 Apart, each gate costs a product, a pass for its bias, and on the way back a pass for the bias and one to add its d_x to
 the other's. Here x and both results go through memory once forward, and backward the gradients of both and d_x once;
-the weights' gradients are plain batched products. `gates_triton_kernels` has the kernels.
+the scan, which reads x too, gets it from here, so that its share of d_x is added on the way. The weights' gradients are
+plain batched products. `gates_triton_kernels` has the kernels.
 
 Legend: C channels, N gate blocks, W = C / N their width, M rows: all axes of x but the last, flattened.
 """
@@ -58,8 +59,10 @@ def rg_lru_gates(
     recurrence_bias: torch.Tensor,
     input_weight: torch.Tensor,
     input_bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both pre-activations (..., C) of x (..., C), summed in float32 and rounded once to the dtype of all, 16 bits.
+
+    And x itself: the gradient of what is computed from this one is added to d_x in the same pass.
 
     Weights are (N, W, W) with the input axis first, biases (N, W). `gates_unavailable_reason` must be None, Triton
     installed. Gradients of x and the biases are deterministic, those of the weights as `torch.bmm` is. Second
@@ -72,30 +75,34 @@ class _Gates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_r, bias_r, weight_i, bias_i):
         ctx.save_for_backward(x, weight_r, weight_i)
+        ctx.set_materialize_grads(False)
         r, i = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
         inputs = _contiguous(x, weight_r, bias_r, weight_i, bias_i)
         tile = FORWARD if weight_r.shape[-1] <= NARROW else FORWARD_WIDE
         _launch(forward_kernel, tile, weight_r, (*inputs, r, i), programs_per_tile=2)
-        return r, i
+        return r, i, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_r, d_i):
+    def backward(ctx, d_r, d_i, d_same):
+        if d_r is None and d_i is None:
+            return d_same, None, None, None, None
         x, weight_r, weight_i = ctx.saved_tensors  # once: activation checkpointing computes them at each access
-        d_r, d_i = _contiguous(d_r, d_i)
-        d_x, d_bias_r, d_bias_i = _backward(d_r, d_i, weight_r, weight_i)
+        d_r, d_i = (torch.zeros_like(x) if d is None else d.contiguous() for d in (d_r, d_i))
+        d_x, d_bias_r, d_bias_i = _backward(d_r, d_i, d_same, weight_r, weight_i)
         d_weight_r = _weight_gradient(x, d_r, weight_r) if ctx.needs_input_grad[1] else None
         d_weight_i = _weight_gradient(x, d_i, weight_i) if ctx.needs_input_grad[3] else None
         return d_x, d_weight_r, d_bias_r, d_weight_i, d_bias_i
 
 
-def _backward(d_r, d_i, weight_r, weight_i):
+def _backward(d_r, d_i, d_same, weight_r, weight_i):
     tile = BACKWARD if weight_r.shape[-1] <= NARROW else BACKWARD_WIDE
     d_x = torch.empty_like(d_r)
     tiles = triton.cdiv(d_r.numel() // d_r.shape[-1], tile.rows)
     # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
     d_bias = torch.empty(tiles, 2, *weight_r.shape[:2], dtype=torch.float32, device=d_r.device)
-    _launch(backward_kernel, tile, weight_r, (d_r, d_i, *_contiguous(weight_r, weight_i), d_x, d_bias))
+    d_same = None if d_same is None else d_same.contiguous()
+    _launch(backward_kernel, tile, weight_r, (d_r, d_i, d_same, *_contiguous(weight_r, weight_i), d_x, d_bias))
     return d_x, *d_bias.sum(0).to(d_r.dtype).unbind(0)
 
 

@@ -91,6 +91,7 @@ def forward_kernel(
 def backward_kernel(
     p_d_r,  # (M, N * WIDTH)
     p_d_i,
+    p_d_same,  # what d_x begins with, or None
     p_weight_r,
     p_weight_i,
     p_d_x,  # (M, N * WIDTH)
@@ -103,12 +104,14 @@ def backward_kernel(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """d_x of both gates as one sum, and their share of the biases' gradients."""
+    """d_x of both gates and of all else that reads x as one sum, and the biases' gradients of these rows."""
     program = tl.program_id(0)
     n, tile = program % N, program // N
     p_weight_r, p_weight_i = p_weight_r + n * (WIDTH * WIDTH), p_weight_i + n * (WIDTH * WIDTH)
     corner = tile.to(tl.int64) * (ROWS * WIDTH) * N + n * WIDTH
     p_d_r, p_d_i, p_d_x = p_d_r + corner, p_d_i + corner, p_d_x + corner
+    if p_d_same is not None:
+        p_d_same += corner
     p_d_bias_r = p_d_bias + tile.to(tl.int64) * (2 * WIDTH) * N + n * WIDTH
     p_d_bias_i = p_d_bias_r + N * WIDTH
     row, rows = tl.arange(0, ROWS), M - tile * ROWS
@@ -129,6 +132,10 @@ def backward_kernel(
             rest = _dot(d_i, _load(p_weight_i, k, j_rest, 1, WIDTH, WIDTH, WIDTH), rest)
         tl.store(p_d_bias_r + k, tl.sum(d_r.to(tl.float32), 0), mask=k < WIDTH)
         tl.store(p_d_bias_i + k, tl.sum(d_i.to(tl.float32), 0), mask=k < WIDTH)
+    if p_d_same is not None:
+        first += _load(p_d_same, row, j, N * WIDTH, 1, rows, WIDTH).to(tl.float32)
+        if REST:
+            rest += _load(p_d_same, row, j_rest, N * WIDTH, 1, rows, WIDTH).to(tl.float32)
     _store(p_d_x, first, row, j, N * WIDTH, rows, WIDTH)
     if REST:
         _store(p_d_x, rest, row, j_rest, N * WIDTH, rows, WIDTH)

@@ -147,7 +147,7 @@ class RGLRU(nn.Module):
         Returns:
             hidden (B, T, C) in the dtype of x and the last state (B, C) float32; or the last states (B, min(N, T), C).
         """
-        recurrence_gate, input_gate = self._gates(x)
+        recurrence_gate, input_gate, x = self._gates(x)
         if real is not None:
             padding = real.logical_not()[..., None]
             x, recurrence_gate = x.masked_fill(padding, 0.0), recurrence_gate.masked_fill(padding, -torch.inf)
@@ -159,13 +159,14 @@ class RGLRU(nn.Module):
         )
         return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]
 
-    def _gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both pre-activations (B, T, C): on a GPU as a pair where the two modules are nothing but their numbers."""
+    def _gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Both pre-activations (B, T, C), and x: on a GPU by kernels, of modules that are only numbers."""
         gates = (self.recurrence_gate, self.input_gate)
         if all(is_plain(gate, BlockDiagonalLinear) for gate in gates):
             inputs = (x, *(parameter for gate in gates for parameter in (gate.weight, gate.bias)))
             if pays(*inputs):
                 inputs = as_autocast(*inputs)
                 if gates_unavailable_reason(*inputs) is None:
-                    return rg_lru_gates(*inputs)
-        return self.recurrence_gate(x), self.input_gate(x)
+                    recurrence_gate, input_gate, same = rg_lru_gates(*inputs)
+                    return recurrence_gate, input_gate, same if same.dtype == x.dtype else x
+        return self.recurrence_gate(x), self.input_gate(x), x

@@ -169,7 +169,7 @@ def parts(model: GriffinForCausalLM, batch: int, length: int) -> list[Part]:
             0,
         ),
         *product("recurrent block, out", recurrent, block.linear_out),
-        Part("both gates", recurrent, block.rg_lru._gates, (x(channels),), gates, 2 * 8 * rows * channels),
+        Part("both gates", recurrent, block.rg_lru._gates, (x(channels),), gates, 2 * 9 * rows * channels),
         *elementwise("convolution", recurrent, lambda x: block.conv_1d(x)[0], (x(channels),), 5),
         *elementwise("scan", recurrent, scan, (x(channels), x(channels), x(channels)), 12),
         *elementwise("gelu(y) * x", recurrent, lambda y, x: gated(block.act_fn, y, x), (x(channels), x(channels)), 8),

@@ -24,7 +24,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = [torch.bfloat16, torch.float16]
 BLOCKS = [(3, 16), (2, 24), (16, 4), (3, 5), (2, 160), (1, 256)]
 ROWS = [1, 7, 127, 129, 300]
-NAMES = ["r", "i", "d_x", "d_weight_r", "d_bias_r", "d_weight_i", "d_bias_i"]
+SUBSETS = [(0,), (1,), (2,), (0, 1), (1, 2)]  # of the results, those with a gradient
+NAMES = ["r", "i", "x", "d_x", "d_weight_r", "d_bias_r", "d_weight_i", "d_bias_i"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside of test_in_the_interpreter")
 gpu = pytest.mark.gpu
@@ -36,11 +37,13 @@ def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(DTYPES) * len(BLOCKS) * len(ROWS)} passed" in done.stdout.replace("\n", " "), done.stdout
+    assert f"{len(DTYPES) * len(BLOCKS) * len(ROWS) + len(SUBSETS)} passed" in done.stdout.replace("\n", " "), (
+        done.stdout
+    )
 
 
 def make_inputs(rows, blocks, width, dtype, device):
-    """x, weight and bias of both gates; the gradients of both results."""
+    """x, weight and bias of both gates; the gradients of both results and of x as the third one."""
     generator = torch.Generator().manual_seed(rows * blocks * width)
 
     def normal(*shape):
@@ -48,7 +51,7 @@ def make_inputs(rows, blocks, width, dtype, device):
 
     gates = [normal(blocks, width, *more) / width ** (len(more) / 2) for _ in range(2) for more in ([width], [])]
     channels = blocks * width
-    return [normal(1, rows, channels), *gates], [normal(1, rows, channels) for _ in range(2)]
+    return [normal(1, rows, channels), *gates], [normal(1, rows, channels) for _ in range(3)]
 
 
 def two_modules(x, *parameters):
@@ -57,11 +60,11 @@ def two_modules(x, *parameters):
     for weight, bias in (parameters[:2], parameters[2:]):
         gate = BlockDiagonalLinear(bias.numel(), len(bias))
         results.append(torch.func.functional_call(gate, {"weight": weight, "bias": bias}, (x,)))
-    return tuple(results)
+    return (*results, x)
 
 
 def run(gates, inputs, d_results, dtype):
-    """Both results and all gradients."""
+    """All results and all gradients."""
     inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
     results = gates(*inputs)
     gradients = torch.autograd.grad(results, inputs, [d.to(dtype) for d in d_results])
@@ -122,6 +125,30 @@ def test_interpreted(rows, blocks, width, dtype, poison):
 @pytest.mark.parametrize("rows", [*ROWS, 2048])
 def test_on_a_gpu(rows, blocks, width, dtype, poison):
     check(rows, blocks, width, dtype, "cuda")
+
+
+def check_missing_gradients(subset, device):
+    """Where some results have no gradient, the others' is that of zeros in its place."""
+    inputs, d_results = make_inputs(70, 2, 24, torch.float16, device)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    results = rg_lru_gates(*inputs)
+    asked = [results[i] for i in subset], inputs, [d_results[i] for i in subset]
+    found = torch.autograd.grad(*asked, allow_unused=True)
+    zeros = [d if i in subset else torch.zeros_like(d) for i, d in enumerate(d_results)]
+    for name, a, e in zip(NAMES[3:], found, torch.autograd.grad(rg_lru_gates(*inputs), inputs, zeros), strict=True):
+        assert torch.equal(torch.zeros_like(e) if a is None else a, e), name
+
+
+@interpreted
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_missing_gradients_interpreted(subset, poison):
+    check_missing_gradients(subset, "cpu")
+
+
+@gpu
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_missing_gradients_on_a_gpu(subset, poison):
+    check_missing_gradients(subset, "cuda")
 
 
 @gpu
