@@ -160,6 +160,7 @@ class KernelOps(PlainOps):
             *(x, cos if rotary else x, sin if rotary else x, scale, width, rotary),
             SCALE=scale != 1,
             ROTARY=rotary > 0,
+            PDL=self.launch["PDL"],
             BLOCK_D=triton.next_power_of_2(width),
             BLOCK_R=triton.next_power_of_2(max(1, rotary)),
             num_warps=8,
