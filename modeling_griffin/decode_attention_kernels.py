@@ -1,6 +1,7 @@
-"""Triton kernels of one query's attention over a ring of keys and values, in splits that run side by side.
+"""Triton kernel of one query's attention over a ring of keys and values, in splits that run side by side.
 
-Names: p_ pointer, i_ index, m_ mask. The time is read from the device, as in `decode_kernels`.
+Names: p_ pointer, i_ index, m_ mask. The time is read from the device, as in `decode_kernels`. The last split to end
+adds up what the others have left, in their order, so that results are the same every time.
 
 Legend: B rows, H heads, K head dimension, W attention window, S splits of the window.
 """
@@ -28,18 +29,49 @@ def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
 
 
 @triton.jit
+def _all_splits(
+    p_sums, p_top, p_total, p_count, sums, top, total, i_query, i_k, m_query, m_k, K: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Leaves this split's sums; the last split of all returns sums and total of all, in their order, and True."""
+    i_part = i_query * SPLITS + tl.program_id(1)
+    m_sums = m_query[:, None] & m_k[None, :]
+    tl.store(p_top + i_part, top, mask=m_query)
+    tl.store(p_total + i_part, total, mask=m_query)
+    tl.store(p_sums + i_part[:, None] * K + i_k[None, :], sums, mask=m_sums)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    is_last = tl.atomic_add(p_count, 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        tl.store(p_count, 0)  # for the next launch
+        i_part = i_query * SPLITS
+        top = tl.full(top.shape, -1e30, tl.float32)
+        for split in tl.static_range(SPLITS):
+            top = tl.maximum(top, tl.load(p_top + i_part + split, mask=m_query, other=-1e30, cache_modifier=".cg"))
+        total = tl.zeros(total.shape, tl.float32)
+        sums = tl.zeros(sums.shape, tl.float32)
+        for split in tl.static_range(SPLITS):
+            its_top = tl.load(p_top + i_part + split, mask=m_query, other=-1e30, cache_modifier=".cg")
+            its_total = tl.load(p_total + i_part + split, mask=m_query, other=1.0, cache_modifier=".cg")
+            p_tile = p_sums + (i_part + split)[:, None] * K + i_k[None, :]
+            share = tl.exp(its_top - top)
+            total += share * its_total
+            sums += share[:, None] * tl.load(p_tile, mask=m_sums, other=0.0, cache_modifier=".cg")
+    return sums, total, is_last
+
+
+@triton.jit
 def attention_kernel(
-    p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_time, p_padding, p_sums, p_top, p_total, scaling, W,
-    PDL: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    ROTARY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_time, p_padding, p_out, p_sums, p_top, p_total, p_count, scaling,
+    W, PDL: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, K: tl.constexpr, KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, ROTARY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One query against SPLIT slots of the ring of keys and values (B, H_kv, W, K), in which this step's are stored.
 
     q (B, H, K), k and v (B, H_kv, K) before the rotation. Slot s holds the last time that is s modulo W; a row sees it
-    from its first token on, at time `padding`. Results of a split: sums (B, H, S, K) of exp(score - top) * value, top
-    and total (B, H, S). Program: (B * H_kv, S).
+    from its first token on, at time `padding`. out (B, H, K). A split leaves sums (B, H, S, K) of exp(score - top) *
+    value, top and total (B, H, S); count (B * H_kv,) int32: of splits that have, 0 before and after.
+    Program: (B * H_kv, S).
     """
-    i_head, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_head, i_split = tl.program_id(0), tl.program_id(1)
     i_row = i_head // KEY_HEADS
     time = tl.load(p_time)
     slot = (time % W).to(tl.int32)
@@ -85,25 +117,11 @@ def attention_kernel(
     m_new = m_k & (slot >= i_split * SPLIT) & (slot < (i_split + 1) * SPLIT)
     tl.store(p_keys + slot * K + i_k, new_k, mask=m_new)
     tl.store(p_values + slot * K + i_k, new_v, mask=m_new)
-    i_part = i_query * splits + i_split
-    tl.store(p_top + i_part, top, mask=i_g < GROUP)
-    tl.store(p_total + i_part, total, mask=i_g < GROUP)
-    tl.store(p_sums + i_part[:, None] * K + i_k[None, :], sums, mask=m_q)
-
-
-@triton.jit
-def combine_kernel(
-    p_sums, p_top, p_total, p_out, K, PDL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """The attention's output (B, H, K) from its splits. Program: one head of one row."""
-    i_query = tl.program_id(0)
-    i_k, i_s = tl.arange(0, BLOCK_K), tl.arange(0, SPLITS)
-    wait_for_the_kernel_before(PDL)
-    m_k = i_k < K
-    top = tl.load(p_top + i_query * SPLITS + i_s)
-    share = tl.exp(top - tl.max(top, 0))
-    total = tl.sum(share * tl.load(p_total + i_query * SPLITS + i_s), 0)
-    tile = (i_query * SPLITS + i_s)[:, None] * K + i_k[None, :]
-    sums = tl.load(p_sums + tile, mask=m_k[None, :], other=0.0)
-    y = tl.sum(sums * share[:, None], 0) / total
-    tl.store(p_out + i_query * K + i_k, y.to(p_out.dtype.element_ty), mask=m_k)
+    is_last = True
+    if SPLITS > 1:
+        sums, total, is_last = _all_splits(
+            p_sums, p_top, p_total, p_count + i_head, sums, top, total, i_query, i_k, i_g < GROUP, m_k, K, SPLITS
+        )
+    if is_last:
+        y = sums / total[:, None]
+        tl.store(p_out + i_query[:, None] * K + i_k[None, :], y.to(p_out.dtype.element_ty), mask=m_q)

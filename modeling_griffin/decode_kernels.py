@@ -217,9 +217,14 @@ def gate_kernel(p_gate, p_up, p_y, SIZE, PDL: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def begin_kernel(
     p_token, p_table, p_time, p_padding, p_frequencies, p_x, p_cos, p_sin, scale, D, R,
-    SCALE: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCALE: tl.constexpr, ROTARY: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """x (B, D): the token's embedding; cos, sin (B, R): of its position's angles. One program: one row."""
+    """x (B, D): the token's embedding; cos, sin (B, R): of its position's angles. One program: one row.
+
+    It starts when all before it has ended, so that the next kernel may start at once.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(0)
     i_d, i_r = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
     x = tl.load(p_table + tl.load(p_token + i_b) * D + i_d, mask=i_d < D)

@@ -24,7 +24,7 @@ from .rg_lru_scan import rg_lru_scan
 try:
     import triton
 
-    from .decode_attention_kernels import attention_kernel, combine_kernel
+    from .decode_attention_kernels import attention_kernel
     from .decode_kernels import add_norm_kernel, begin_kernel, end_kernel, gate_kernel
     from .decode_recurrence_kernels import recurrent_kernel, recurrent_row_kernel
 except ImportError:
@@ -149,6 +149,7 @@ class KernelOps(PlainOps):
     def __init__(self, overlap: bool = False, matmul: bool = True):
         self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
         self.products = Products(self.launch, matmul)
+        self.counters: torch.Tensor | None = None  # heads that are shared are fewer than programs to aim at
 
     def begin(self, token, embedding, scale, clock, frequencies):
         width, rotary = embedding.weight.shape[1], 0 if frequencies is None else len(frequencies)
@@ -159,6 +160,7 @@ class KernelOps(PlainOps):
             *(x, cos if rotary else x, sin if rotary else x, scale, width, rotary),
             SCALE=scale != 1,
             ROTARY=rotary > 0,
+            PDL=self.launch["PDL"],
             BLOCK_D=triton.next_power_of_2(width),
             BLOCK_R=triton.next_power_of_2(max(1, rotary)),
             num_warps=8,
@@ -221,12 +223,12 @@ class KernelOps(PlainOps):
         blocks = triton.next_power_of_2(triton.cdiv(window, block_s))
         splits = min(blocks, triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, batch * key_heads)))
         block_k = max(16, triton.next_power_of_2(head_dim))
-        sums = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        top, total = (torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device) for _ in range(2))
+        out = torch.empty_like(q)
         attention_kernel[(batch * key_heads, splits)](
-            *(q, k, v, clock.cos, clock.sin, keys, values, clock.time, clock.padding, sums, top, total),
-            *(scaling, window),
+            *(q, k, v, clock.cos, clock.sin, keys, values, clock.time, clock.padding, out),
+            *(*self._shared_attention(q, splits, heads), scaling, window),
             SPLIT=blocks // splits * block_s,
+            SPLITS=splits,
             K=head_dim,
             KEY_HEADS=key_heads,
             GROUP=heads // key_heads,
@@ -237,10 +239,17 @@ class KernelOps(PlainOps):
             num_warps=4,
             **self.launch,
         )
-        out = torch.empty_like(q)
-        sizes = {"SPLITS": splits, "BLOCK_K": block_k, "num_warps": 2}
-        combine_kernel[(batch * heads,)](sums, top, total, out, head_dim, **sizes, **self.launch)
         return out
+
+    def _shared_attention(self, q: torch.Tensor, splits: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """Where splits of a head leave their sums, largest scores and totals, and how many have done so."""
+        if splits == 1:
+            return q, q, q, q
+        if self.counters is None:
+            self.counters = torch.zeros(ATTENTION_PROGRAMS, dtype=torch.int32, device=q.device)
+        new, parts = {"dtype": torch.float32, "device": q.device}, q.shape[0] * heads * splits
+        sums = torch.empty(parts * (q.shape[1] // heads), **new)
+        return sums, torch.empty(parts, **new), torch.empty(parts, **new), self.counters
 
     def _normed(self, stream, norm):
         x, y = stream.residual, torch.empty_like(stream.residual)

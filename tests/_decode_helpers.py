@@ -48,6 +48,20 @@ def multiply_matrices(monkeypatch):
         monkeypatch.setattr(decode_products, "MATMUL_DTYPES", (torch.float32, torch.float16))
 
 
+def poison_what_is_new(monkeypatch):
+    """What a kernel leaves unwritten is not a number."""
+
+    def poison(*shape, dtype, device):
+        return torch.full(shape, float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", poison)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda x, *shape, device=None: poison(*shape, dtype=x.dtype, device=device or x.device),
+    )
+
+
 def both(call):
     """The results of the plain operations and of the kernels, and what each left of the tensors that `call` changes."""
     return call(PlainOps()), call(KernelOps())

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from _decode_helpers import DEVICE, DTYPES_OF_STEPS, LOGITS, both, multiply_matrices, needs_kernels, normal
+from _decode_helpers import (
+    DEVICE,
+    DTYPES_OF_STEPS,
+    LOGITS,
+    both,
+    multiply_matrices,
+    needs_kernels,
+    normal,
+    poison_what_is_new,
+)
 from tolerances import assert_close
 from torch import nn
 
@@ -81,7 +90,7 @@ def test_the_end_of_a_step_of_a_large_vocabulary(vocabulary):
 @pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
 def test_overlapping_kernels_change_nothing(rows, kind, small_model):
     """Recorded and replayed many times: a kernel that did not wait for the one before it would show."""
-    model = small_model(kind).to(DEVICE, torch.bfloat16)
+    model = small_model(kind, attention_window_size=150).to(DEVICE, torch.bfloat16)  # in four splits
     ends = []
     for overlap in (False, True):
         step = DecodeStep(model.model, model.lm_head, rows)
@@ -140,6 +149,38 @@ def test_attention(time, heads, key_heads, head_dim, window):
 
     for expected, actual in zip(*both(attend), strict=True):
         assert_close("logits", actual, expected)
+
+
+@pytest.mark.parametrize(
+    "rows, window, programs, splits",
+    [(1, 500, 256, 8), (2, 500, 10, 4), (5, 300, 20, 2), (64, 80, 256, 2), (64, 80, 128, 1)],
+)
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_splits_of_attention(dtype, rows, window, programs, splits, monkeypatch):
+    """Tokens in one split, in some and in all; twice by the same kernels: what the first has counted is forgotten."""
+    monkeypatch.setattr(decode_ops, "ATTENTION_PROGRAMS", programs)
+    poison_what_is_new(monkeypatch)
+    head_dim, heads, key_heads, kernels = 16, 6, 2, KernelOps()
+    q, k, v = (normal(rows, n * head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
+    rings = [normal(rows, key_heads, window, head_dim, dtype=dtype) for _ in range(2)]
+    angles = torch.rand(rows, head_dim // 4, device=DEVICE).repeat(1, 2).to(dtype)
+    grids = []
+    real = decode_ops.attention_kernel
+    seen = type("Seen", (), {"__getitem__": lambda _, grid: grids.append(grid) or real[grid]})
+    monkeypatch.setattr(decode_ops, "attention_kernel", seen())
+
+    def attend(ops, time):
+        padding = (torch.arange(rows, device=DEVICE) * 97 + time - window + 20).clamp(0, time)
+        clock = Clock(torch.tensor([time], device=DEVICE), padding, angles.cos(), angles.sin())
+        return ops.attend(q, k, v, *(ring.clone() for ring in rings), clock, head_dim**-0.5)
+
+    for time in (0, 70, 1777) if rows < 64 else (1777,):
+        expected, first, second = attend(PlainOps(), time), attend(kernels, time), attend(kernels, time)
+        assert_close(LOGITS[dtype], first, expected)
+        assert torch.equal(first, second)
+    assert set(grids) == {(rows * key_heads, splits)}
+    assert kernels.counters is None if splits == 1 else not kernels.counters.any()
 
 
 @pytest.mark.parametrize("width, blocks, rows", [(48, 3, 2), (160, 2, 1), (70, 1, 65), (320, 2, 33)])

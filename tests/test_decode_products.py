@@ -12,6 +12,7 @@ from _decode_helpers import (
     multiply_matrices,
     needs_kernels,
     normal,
+    poison_what_is_new,
 )
 from tolerances import assert_close
 
@@ -29,20 +30,6 @@ pytestmark = needs_kernels
 @pytest.fixture(autouse=True)
 def kernels_of_many_rows(monkeypatch):
     multiply_matrices(monkeypatch)
-
-
-def poison_what_is_new(monkeypatch):
-    """What a product leaves unwritten is not a number."""
-
-    def poison(*shape, dtype, device):
-        return torch.full(shape, float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device)
-
-    monkeypatch.setattr(torch, "empty", poison)
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda x, *shape, device=None: poison(*shape, dtype=x.dtype, device=device or x.device),
-    )
 
 
 @pytest.mark.parametrize("inputs, sizes", [(24, (17, 40, 8)), (512, (16, 8)), (1024, (3,)), (600, (5, 32))])
