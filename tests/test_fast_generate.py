@@ -377,7 +377,9 @@ def test_under_inference_mode_and_then_without(both, small_model):
 def test_recorded_step_on_a_gpu(kind, rows, both, small_model):
     model, ids = small_model(kind).cuda(), random_ids(rows, 9).cuda()
     mask = left_padded(rows, 9).cuda()
-    for options in ({}, {"do_sample": True, "top_k": 10}, {"eos_token_id": [7, 8, 9], "do_sample": True}):
+    ends = {"eos_token_id": [7, 8, 9]}
+    sampled = [{"do_sample": True, "top_k": 10}, {"do_sample": True, **ends}]
+    for options in ({}, ends, {"repetition_penalty": 1.5}, *sampled):
         expected, found = both(model, ids, attention_mask=mask, **options)
         assert torch.equal(found, expected)
     step = next(iter(fast_generate.STEPS[model].values()))
