@@ -78,15 +78,18 @@ def main(argv: list[str] | None = None) -> None:
     for cell in arguments.cells or CELLS[device]:
         for row in measure(arguments, size, cell, dtype, PEAK_FLOPS.get(name)):
             report["rows"].append(row)
-            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-            output.with_suffix(".md").write_text(text(report))
-            plot(report, output.with_suffix(".png"))
+            _write(report, output)
     ways = range(len(WAYS) if device == "cuda" else 0) if arguments.ways is None else arguments.ways
     for way in (WAYS[number] for number in ways):
         report["ways"].append(measure_way(way, size, dtype, arguments.repeats, PEAK_FLOPS.get(name)))
-        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        output.with_suffix(".md").write_text(text(report))
+        _write(report, output)
     print(text(report))
+
+
+def _write(report: dict, output: Path) -> None:
+    output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    output.with_suffix(".md").write_text(text(report))
+    plot(report, output.with_suffix(".png"))
 
 
 def _is_installed(name: str) -> bool:
@@ -214,12 +217,10 @@ def _padded(tokens: torch.Tensor) -> dict:
     return {"attention_mask": (torch.arange(tokens.shape[1], device=tokens.device) >= padding).long()}
 
 
+CHECKPOINTING = "activation checkpointing"
 SLOW = 2.0  # seconds: a slower way is timed once
 WAYS = [
-    *(
-        Way("activation checkpointing", cell, _checkpointed)
-        for cell in [(64, 2048), (16, 8192), (4, 32768), (1, 131072)]
-    ),
+    *(Way(CHECKPOINTING, cell, _checkpointed) for cell in [(64, 2048), (16, 8192), (4, 32768), (1, 131072)]),
     Way("packed documents of 300 tokens", (8, 2048), inputs=_packed),
     Way("left-padded rows, padding counted as tokens", (8, 2048), inputs=_padded),
     Way("short rows", (64, 256)),
@@ -424,6 +425,9 @@ def plot(report: dict, path: Path) -> None:
             own = [row for row in rows if row["model"] == name]
             scale = 2**30 if key == "memory" else 1
             axis.plot([r["length"] for r in own], [r[key] / scale for r in own], "o-", label=name)
+        if long := [row for row in report["ways"] if row["way"] == CHECKPOINTING and row.get("seconds")]:
+            label_of_long = f"{OWN}, {CHECKPOINTING}, {long[0]['batch'] * long[0]['length']:,} tokens a step"
+            axis.plot([r["length"] for r in long], [r[key] / scale for r in long], "o--", label=label_of_long)
         axis.set(xlabel="T (tokens in a row)", ylabel=label)
         axis.set_xscale("log", base=2)
         if key == "tokens_per_second" and report["device"] == "cpu":  # peers are orders of magnitude apart there
