@@ -34,6 +34,7 @@ def record(arm, seed, loss, measured=True, task="recall", rate=1e-3, status="fin
         "curve": [{"step": step, "loss": loss + 1 - step / 10, "accuracy": 0.5} for step in (0, 5, 10)],
         "memory": [{"step": step, "layers": [layer, layer]} for step in (0, 5, 10)],
         "evaluations": [{"size": 64, "loss": loss, "accuracy": 0.5}, {"size": 128, "loss": 2 * loss, "accuracy": 0.25}],
+        "device": "cpu",
         "hardware": "abacus",
         "versions": {"torch": "9"},
         "commit": "abc",
@@ -115,11 +116,17 @@ def test_words_say_what_the_figures_say(runs, tmp_path, capsys):
     assert "No reliable difference from `uniform`: `same`." in words and "does not prove them equal" in words
     assert "its edge for `same` (0.001), `uniform` (0.001), `worse` (0.001)" in text
     assert "Tasks: selective copying, induction heads, language modelling." in text
+    assert "TF32" not in text
     assert "`python x`; commit abc; abacus; torch 9; 2030-01-02. 21 runs, 15 of them measured" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| worse | 0.001 | 5 |")]
     deviation = np.std(LOSSES["worse"], ddof=1)
     assert row.split("|")[4].strip() == f"{np.mean(LOSSES['worse']):.4f} ({deviation:.4f})"
     assert "| worse | 3.0 | 3.0 | 1.0 to 7.0 | 0.250 |" in text
+
+
+def test_the_precision_of_a_gpu_is_said(runs, tmp_path):
+    main([str(write(tmp_path / "sweep", [{**run, "device": "cuda"} for run in runs]))])
+    assert "products were computed in TF32" in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_hint_is_called_a_hint(tmp_path):
