@@ -498,9 +498,9 @@ def _decode_text(report) -> list[str]:
     ]
     for row in report["decode"]:
         name, seconds = row["contestant"], row.get("unwatched_s")
-        unwatched = f"{seconds * 1e3:.3f} | {row['rows'] / seconds:,.0f}" if seconds else " | "
+        alone = f"{seconds * 1e3:.3f} | {row['rows'] / seconds:,.0f}" if seconds else " | "
         span = f"{_span(row)} | {row['first_token_s']:.2f}"
-        lines.append(f"| {row['rows']} | {row['prompt']} | {name} | {span} | {unwatched} |")
+        lines.append(f"| {row['rows']} | {row['prompt']} | {name} | {span} | {alone} |")
     lines += ["", "Without a streamer, which stamps each token: by the difference of two lengths."]
     calls = ", ".join(f"{name} {s:.1f} s" for name, s in report["first_call_seconds"].items())
     return [*lines, "", f"First call of all, 8 tokens, compilation included: {calls}."]

@@ -206,7 +206,7 @@ def run_one(run: dict) -> dict:
     start, device = time.time(), torch.device(run["device"])
     torch.set_num_threads(1)  # runs go side by side
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in products of float32: twice the speed of a small model
+        torch.set_float32_matmul_precision("high")  # TF32: products in float32 took four tenths of a step
     task = make_task(run["settings"], run["seed"], device)
     config = make_config(run["settings"]["model"], run["arm_settings"], task.vocab_size)
     model = make_model(config, run["seed"]).to(device).train()

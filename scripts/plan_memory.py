@@ -270,7 +270,7 @@ lengths and batches, in float32, under autocast and in bfloat16, with and withou
 where the logits make it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
 processes, to the byte, and the shards. On H100s (results/distributed_h100.md) the peak
 of griffin-1b3 was 9 GB below the plan by DDP and 14 GB by FSDP2: the fused kernels there seem to keep less than is
-counted here, so take the plan as an upper bound. **Not compared**: more on a GPU; FSDP2's workspace; the activations of
+counted here. **Not compared**: more on a GPU; FSDP2's workspace; the activations of
 tensor parallelism. On a GPU the scan keeps the same tensors (x, both gates, hidden), and so do the attention
 kernels, but for log-sum-exps rounded up to 32 rows. Not counted: workspaces of single operators other than the
 loss, such as the float32 temporaries of PyTorch's scan on a CPU.

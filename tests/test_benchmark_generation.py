@@ -39,6 +39,7 @@ def test_every_part(arguments, tmp_path):
     assert {(row["rows"], row["prompt"]) for row in report["decode"]} == {(1, 8), (2, 5)}
     assert {row["contestant"] for row in report["decode"]} == {"griffin", "recurrentgemma", "llama-mqa"}
     assert all(0 < row["10%_ms"] <= row["median_ms"] <= row["90%_ms"] for row in report["decode"])
+    assert [row["unwatched_s"] > 0 for row in report["decode"] if row["contestant"] == "griffin"] == [True, True]
     ours = {row["context"]: row["cache_bytes"] for row in report["context"] if row["contestant"] == "griffin"}
     peer = {row["context"]: row["cache_bytes"] for row in report["context"] if row["contestant"] == "llama-mqa"}
     # 2 recurrent layers of 192 channels, 4 taps and a state; keys and values of 64 numbers, 63 slots of them

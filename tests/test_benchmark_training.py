@@ -28,6 +28,20 @@ def test_the_chain_on_a_cpu(tmp_path, capsys):
     assert output.with_suffix(".png").stat().st_size > 5000
 
 
+def test_the_plot_shows_long_rows_too(tmp_path, monkeypatch):
+    """Those under activation checkpointing that ran; memory is in GiB."""
+    shown = []
+    monkeypatch.setattr("matplotlib.pyplot.close", shown.append)
+    row = {"model": "a", "length": 8, "tokens_per_second": 5, "memory": 2**30, "seconds": {"median": 1}}
+    long = {"way": benchmark_training.CHECKPOINTING, "batch": 2, "tokens_per_second": 4, "memory": 2**31, "seconds": {}}
+    ways = [{**long, "length": 16, "seconds": {"median": 1}}, {**long, "length": 32}, {**row, "way": "other"}]
+    report = {"rows": [row], "ways": ways, "device": "cuda", "size": "s", "dtype": "d", "birth": {"hardware": "h"}}
+    benchmark_training.plot(report, tmp_path / "plot.png")
+    (figure,) = shown
+    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes]
+    assert drawn == [[[[8, 5]], [[16, 4]]], [[[8, 1]], [[16, 2]]]]
+
+
 def test_models_are_of_one_size():
     """Parameters differ by what the layers are, not by depth, width or vocabulary."""
     sizes = [benchmark_training.MODELS[name]("tiny").num_parameters() for name in list(benchmark_training.MODELS)[:3]]
