@@ -21,6 +21,7 @@ except ImportError:
 LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
 # Chosen on an H100, see results/training_designs.md.
 NORM_BACKWARD = (4, 64)  # programs for each multiprocessor, which walk over rows; registers of a thread
+NORM_ELEMENTS = 1024  # a program of the norm takes several rows where they have fewer columns
 ROTATED_ROWS = 32  # heads of tokens a program rotates
 GATED_FORWARD, GATED_BACKWARD = (16, 128, 2), (8, 128, 8)  # rows and columns at a time, and how often
 
@@ -60,10 +61,9 @@ class _AddRMSNorm(torch.autograd.Function):
             x, added = x.contiguous(), residual.contiguous()
             total = stored = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
         normed, columns = torch.empty_like(total), total.shape[-1]
+        rows, tile = total.numel() // columns, _norm_tile(columns)
         with on_its_device(total):
-            _norm_forward[(total.numel() // columns,)](
-                *(x, added, weight, normed, stored, columns, eps), **_row_in_registers(columns)
-            )
+            _norm_forward[(-(-rows // tile["ROWS"]),)](*(x, added, weight, normed, stored, rows, columns, eps), **tile)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -82,14 +82,14 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = total.numel() // total.shape[-1], total.shape[-1]
-    per_processor, registers = NORM_BACKWARD
-    programs = min(rows, per_processor * _processors(total.device))
+    tile, (per_processor, registers) = _norm_tile(columns), NORM_BACKWARD
+    programs = min(-(-rows // tile["ROWS"]), per_processor * _processors(total.device))
     d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
     d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
     with on_its_device(total):
         _norm_backward[(programs,)](
             *(d_normed, d_total, total, weight, d_x, partial, rows, columns, eps),
-            **_row_in_registers(columns),
+            **tile,
             maxnreg=registers,
         )
     return d_x, partial.sum(0).to(weight.dtype)
@@ -160,9 +160,10 @@ def _grid(tile: tuple[int, int, int], rows: int, columns: int) -> tuple[int, int
     return -(-rows // (tile[0] * tile[2])), -(-columns // tile[1])
 
 
-def _row_in_registers(columns: int) -> dict[str, int]:
-    num_warps = 4 if columns <= 1024 else 8 if columns <= 8192 else 16
-    return {"COLUMNS": triton.next_power_of_2(columns), "num_warps": num_warps}
+def _norm_tile(columns: int) -> dict[str, int]:
+    """Whole rows, as many as give each thread something to do: one of 1024 columns, 16 of 64."""
+    num_warps, width = 4 if columns <= 1024 else 8 if columns <= 8192 else 16, triton.next_power_of_2(columns)
+    return {"ROWS": max(1, NORM_ELEMENTS // width), "COLUMNS": width, "num_warps": num_warps}
 
 
 def on_its_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -177,42 +178,47 @@ def _processors(device: torch.device) -> int:
 if triton is not None:
 
     @triton.jit
-    def _norm_forward(p_x, p_residual, p_weight, p_normed, p_total, D, eps, COLUMNS: tl.constexpr):
-        start = tl.program_id(0).to(tl.int64) * D
-        i = tl.arange(0, COLUMNS)
-        m = i < D
-        total = tl.load(p_x + start + i, mask=m, other=0.0).to(tl.float32)
+    def _norm_forward(
+        p_x, p_residual, p_weight, p_normed, p_total, N, D, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):  # fmt: skip
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, COLUMNS)[None]
+        i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
+        total = tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
         if p_residual is not None:
-            total += tl.load(p_residual + start + i, mask=m, other=0.0).to(tl.float32)
+            total += tl.load(p_residual + i, mask=m, other=0.0).to(tl.float32)
             rounded = total.to(p_total.dtype.element_ty)
-            tl.store(p_total + start + i, rounded, mask=m)
+            tl.store(p_total + i, rounded, mask=m)
             total = rounded.to(tl.float32)  # what the next layer sees
-        scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
-        weight = tl.load(p_weight + i, mask=m, other=0.0).to(tl.float32)
-        tl.store(p_normed + start + i, (total * scale * (1.0 + weight)).to(p_normed.dtype.element_ty), mask=m)
+        scale = tl.rsqrt(tl.sum(total * total, 1, keep_dims=True) / D + eps)
+        weight = tl.load(p_weight + column, mask=column < D, other=0.0).to(tl.float32)
+        tl.store(p_normed + i, (total * scale * (1.0 + weight)).to(p_normed.dtype.element_ty), mask=m)
 
     @triton.jit
-    def _norm_backward(p_d_normed, p_d_total, p_total, p_weight, p_d_x, p_partial, N, D, eps, COLUMNS: tl.constexpr):
+    def _norm_backward(
+        p_d_normed, p_d_total, p_total, p_weight, p_d_x, p_partial, N, D, eps,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
         """With n = s / rms(s) and g = d_normed (1 + weight): d_x = (g - n mean(g n)) / rms(s) + d_total."""
-        program = tl.program_id(0)
-        i = tl.arange(0, COLUMNS)
-        m = i < D
-        d_weight = tl.zeros([COLUMNS], tl.float32)
-        row = program.to(tl.int64)
-        while row < N:
-            start = row * D
-            total = tl.load(p_total + start + i, mask=m, other=0.0).to(tl.float32)
-            d_normed = tl.load(p_d_normed + start + i, mask=m, other=0.0).to(tl.float32)
-            weight = tl.load(p_weight + i, mask=m, other=0.0).to(tl.float32)  # from the cache: fewer registers
-            scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
+        program, column = tl.program_id(0), tl.arange(0, COLUMNS)[None]
+        d_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
+        first = program * ROWS
+        while first < N:
+            row = first + tl.arange(0, ROWS)[:, None]
+            i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
+            total = tl.load(p_total + i, mask=m, other=0.0).to(tl.float32)
+            d_normed = tl.load(p_d_normed + i, mask=m, other=0.0).to(tl.float32)
+            weight = tl.load(p_weight + column, mask=column < D, other=0.0).to(tl.float32)  # cached: fewer registers
+            scale = tl.rsqrt(tl.sum(total * total, 1, keep_dims=True) / D + eps)
             normed, g = total * scale, d_normed * (1.0 + weight)
             d_weight += d_normed * normed
-            d_x = scale * (g - normed * (tl.sum(g * normed, 0) / D))
+            d_x = scale * (g - normed * (tl.sum(g * normed, 1, keep_dims=True) / D))
             if p_d_total is not None:
-                d_x += tl.load(p_d_total + start + i, mask=m, other=0.0).to(tl.float32)
-            tl.store(p_d_x + start + i, d_x.to(p_d_x.dtype.element_ty), mask=m)
-            row += tl.num_programs(0)
-        tl.store(p_partial + program.to(tl.int64) * D + i, d_weight, mask=m)
+                d_x += tl.load(p_d_total + i, mask=m, other=0.0).to(tl.float32)
+            tl.store(p_d_x + i, d_x.to(p_d_x.dtype.element_ty), mask=m)
+            first += tl.num_programs(0) * ROWS
+        i_column = tl.arange(0, COLUMNS)
+        tl.store(p_partial + program.to(tl.int64) * D + i_column, tl.sum(d_weight, 0), mask=i_column < D)
 
     @triton.jit
     def _rotate_kernel(

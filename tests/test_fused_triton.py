@@ -23,7 +23,7 @@ from modeling_griffin.fused_triton import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 5), (3, 130), (37, 16), (300, 24), (0, 8), (130, 257)]
+SHAPES = [(1, 5), (3, 130), (37, 16), (300, 24), (0, 8), (130, 257), (5, 1100)]
 # Of the norm, beside that of PyTorch's operations one by one; the interpreter cuts to bfloat16 where a GPU rounds.
 UNSEEN = {torch.float32: 3e-7, torch.float16: 2e-4, torch.bfloat16: 4e-3 if INTERPRETED else 1e-3}
 pytestmark = [pytest.mark.skipif(triton is None, reason="Triton is not installed")]
