@@ -8,6 +8,8 @@ from math import prod
 from typing import NamedTuple
 
 from modeling_griffin.causal_lm_loss import CHUNK_ELEMENTS
+from modeling_griffin.fused_linear import NARROW
+from modeling_griffin.local_attention_triton import BLOCK
 
 
 class Sizes(NamedTuple):
@@ -31,16 +33,21 @@ class Sizes(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """e and r, and whether autocast copies weights and inputs of matrix products to e bytes, once for each product."""
+    """e and r; whether autocast copies weights and inputs of matrix products to e bytes; whether kernels are fused."""
 
     e: int
     r: int
     copies: bool
+    fused: bool = False
 
 
+# By the definitions, as on a CPU and on a GPU under tensor parallelism: autocast makes a copy for each product.
 FLOAT32 = Precision(4, 4, copies=False)
-AUTOCAST = Precision(2, 4, copies=True)  # float32 weights under bfloat16 autocast: one GPU, DDP, tensor parallel
-BFLOAT16 = Precision(2, 2, copies=False)  # weights that FSDP2 gathers in bfloat16
+AUTOCAST = Precision(2, 4, copies=True)
+BFLOAT16 = Precision(2, 2, copies=False)
+# By the kernels that a model takes on a GPU.
+FUSED_AUTOCAST = AUTOCAST._replace(fused=True)  # float32 weights under bfloat16 autocast: one GPU, DDP
+FUSED_BFLOAT16 = BFLOAT16._replace(fused=True)  # weights that FSDP2 gathers in bfloat16
 
 
 def sizes_of(config) -> Sizes:
@@ -120,7 +127,7 @@ def parameters(s: Sizes) -> int:
 
 
 def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precision) -> int:
-    """Of a layer: two norms, the inputs of its projections, the temporal block, the MLP, copies of the weights.
+    """Of a layer, by the definitions: two norms, the inputs of its projections, the temporal block, the MLP, copies.
 
     norms        N (16 D + 8) + 8 D          float32: input, normalised input and 1 / rms of each; 1 + weight
     inputs       e N D i                     i = 2, one a block; autocast copies one for each projection: 4 or 5
@@ -136,6 +143,8 @@ def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precis
     the last line, and without the mask where it is not longer than the window. A single key-value head is not repeated
     for the heads; several are.
     """
+    if precision.fused:
+        return kept_by_fused_layer(s, kind, rows * length, precision)
     e, tokens = precision.e, rows * length
     kept = tokens * (16 * s.D + 8) + 8 * s.D + 4 * e * tokens * s.M
     if kind == "linear_attention":
@@ -155,6 +164,34 @@ def kept_by_layer(s: Sizes, kind: str, rows: int, length: int, precision: Precis
     return kept + e * tokens * s.D * 2
 
 
+def kept_by_fused_layer(s: Sizes, kind: str, tokens: int, precision: Precision) -> int:
+    """Of a layer by its kernels on a GPU, which make again what is quickly made.
+
+    norms        2 r N D                what is normalised: the residual stream before and after the temporal block
+    inputs       2 e N D                one a block, which its projections share
+    recurrent    7 e N C + 4 C          convolution's input and output, two gates, hidden; branch y; the product
+    attention    e N K (2 H + 2 G) + 4 N H    queries, output, keys, values; log-sum-exp
+    MLP          3 e N M
+    copies       e (weights of matrix products), under autocast; else the joined ones of narrow projections alone
+    """
+    e = precision.e
+    kept = 2 * (precision.r + e) * tokens * s.D + 3 * e * tokens * s.M
+    if kind == "linear_attention":
+        kept += 7 * e * tokens * s.C + 4 * s.C
+    else:
+        kept += e * tokens * s.K * 2 * (s.H + s.G) + 4 * tokens * s.H
+    if precision.copies:
+        weights = {name: shape for name, shape in layer_tensors(s, kind).items() if name.endswith(".weight")}
+        return kept + e * sum(prod(w) for name, w in weights.items() if "norm" not in name and "conv" not in name)
+    return kept + (e * s.D * joined_outputs(s) if kind == "sliding_attention" else 0)
+
+
+def joined_outputs(s: Sizes) -> int:
+    """Of queries, keys and values, the outputs that `fused_linear` makes as one product; 0 for one alone."""
+    narrow = [outputs for outputs in (s.H * s.K, s.G * s.K, s.G * s.K) if outputs <= NARROW]
+    return sum(narrow) if len(narrow) > 1 else 0
+
+
 def keys_and_pairs(s: Sizes, length: int) -> tuple[int, int]:
     """Of a row: T, T^2. Beyond two windows `local_attention` takes blocks of W queries, each with the one before."""
     if length <= 2 * s.window:
@@ -168,14 +205,23 @@ def kept_outside_layers(s: Sizes, rows: int, length: int, precision: Precision) 
     """Final norm, head and loss; token ids, labels, starts of documents, rotation.
 
     N (8 D + 4) + 4 D + e N D + e N V, the last one the logits; e N V more for a cap on them; a copy of the head under
-    autocast, e V D; 16 N + 4 + N. (8 bytes more for B = 1.)
+    autocast, e V D; 16 N + 4 + N. (8 bytes more for B = 1.) By kernels r N D + 4 N, the loss's log-sum-exps, in place
+    of N (8 D + 4) + 4 D; and `visible`.
     """
     e, tokens = precision.e, rows * length
-    kept = tokens * (8 * s.D + 4) + 4 * s.D + e * tokens * s.D + e * tokens * s.logits + 16 * tokens + 4
+    norm = precision.r * tokens * s.D + 4 * tokens if precision.fused else tokens * (8 * s.D + 4) + 4 * s.D
+    kept = norm + e * tokens * s.D + e * tokens * s.logits + 16 * tokens + 4
     kept += e * tokens * s.logits if s.capped else 0
     kept += e * s.V * s.D if precision.copies else 0
     kept += tokens if "linear_attention" in s.kinds else 0
-    return kept + (rotation(s, rows, length, precision) if "sliding_attention" in s.kinds else 0)
+    if "sliding_attention" in s.kinds:
+        kept += rotation(s, rows, length, precision) + (visible(tokens) if precision.fused else 0)
+    return kept
+
+
+def visible(tokens: int) -> int:
+    """What the attention kernels read in place of a mask, for all layers: 8 N, and 8 for each block of tokens."""
+    return 8 * tokens + 8 * -(-tokens // BLOCK)
 
 
 def rotation(s: Sizes, rows: int, length: int, precision: Precision) -> int:
@@ -186,14 +232,17 @@ def rotation(s: Sizes, rows: int, length: int, precision: Precision) -> int:
 def kept(s: Sizes, rows: int, length: int, precision: Precision, checkpointing: bool = False) -> int:
     """After the forward pass. With checkpointing, of a layer only its input, r N D; and one mask for all, B T^2.
 
-    Beyond two windows 8 (T + N) in its place, the numbers of tokens and of documents that masks are made from.
+    Beyond two windows 8 (T + N) in its place, the numbers of tokens and of documents that masks are made from. By
+    kernels neither.
 
     (The rotation is then kept for a Hawk too, whose layers are called with it.)
     """
     outside = kept_outside_layers(s, rows, length, precision)
     if checkpointing:
         shared = rotation(s, rows, length, precision)
-        if "sliding_attention" in s.kinds:
+        if "sliding_attention" in s.kinds and precision.fused:
+            shared = 0
+        elif "sliding_attention" in s.kinds:
             shared = rows * length**2 if length <= 2 * s.window else 8 * (length + rows * length)
         return outside + len(s.kinds) * precision.r * rows * length * s.D + shared
     return outside + sum(kept_by_layer(s, kind, rows, length, precision) for kind in s.kinds)
@@ -203,12 +252,12 @@ def activations(s: Sizes, rows: int, length: int, precision: Precision, checkpoi
     """The most there is at a time: what is kept, and the largest of these workspaces on top of it.
 
     Backward pass of the loss: e N V, the gradient of the logits, and 4 c for the softmax of a chunk of at most
-    c = 2^25 logits; 8 c where they are cast to float32 for it. Where e = 2, the logits that the model returns, which
-    accelerate casts to float32: 4 N V. With checkpointing also one layer's activations, made again; and, in the loss
-    at the end of the forward pass, 8 c beside the copies of all weights that autocast holds.
+    c = 2^25 logits; 8 c where they are cast to float32 for it; by kernels neither. Where e = 2, the logits that the
+    model returns, which accelerate casts to float32: 4 N V. With checkpointing also one layer's activations, made
+    again; and, in the loss at the end of the forward pass, 8 c beside the copies of all weights that autocast holds.
     """
     elements = rows * length * s.logits
-    chunk = (8 if precision.e == 2 else 4) * min(elements, CHUNK_ELEMENTS["cuda"])
+    chunk = 0 if precision.fused else (8 if precision.e == 2 else 4) * min(elements, CHUNK_ELEMENTS["cuda"])
     workspaces = [precision.e * elements + chunk, 4 * elements]
     if checkpointing:
         workspaces += [kept_by_layer(s, kind, rows, length, precision) for kind in set(s.kinds)]

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import memory_formulas
 from memory_formulas import (
     AUTOCAST,
-    BFLOAT16,
+    FUSED_AUTOCAST,
+    FUSED_BFLOAT16,
     Sizes,
     activations,
     kept,
+    kept_by_fused_layer,
     kept_by_layer,
     kept_outside_layers,
     layer_tensors,
@@ -66,7 +68,7 @@ def ddp(sizes: Sizes, rows: int, length: int, gpus: int, checkpointing: bool = F
     return Plan(
         state=16 * total,
         workspace=buckets,
-        activations=activations(sizes, rows, length, AUTOCAST, checkpointing),
+        activations=activations(sizes, rows, length, FUSED_AUTOCAST, checkpointing),
         sent=ring(4 * total, gpus, passes=2),
     )
 
@@ -86,7 +88,7 @@ def fsdp2(sizes: Sizes, rows: int, length: int, gpus: int, checkpointing: bool =
     return Plan(
         state=16 * (sum(layers) + tail) // gpus,
         workspace=2 * 2 * tail + 2 * 4 * largest if gpus > 1 else 0,
-        activations=activations(sizes, rows, length, BFLOAT16, checkpointing),
+        activations=activations(sizes, rows, length, FUSED_BFLOAT16, checkpointing),
         sent=ring(gathers + scatters, gpus),
     )
 
@@ -219,7 +221,7 @@ def one_gpu_table(rows: int, length: int) -> str:
     table = []
     for name, sizes in ready_made().items():
         total = parameters(sizes)
-        plain, checkpointed = (activations(sizes, rows, length, AUTOCAST, flag) for flag in (False, True))
+        plain, checkpointed = (activations(sizes, rows, length, FUSED_AUTOCAST, flag) for flag in (False, True))
         columns = map(gigabytes, (4 * total, 4 * total, 8 * total, plain, checkpointed))
         table.append([f"`{name}`", f"{total:,}", *columns])
     return markdown(header, table)
@@ -246,7 +248,8 @@ def largest_table(rows: int, length: int) -> str:
 
 def formulas() -> str:
     """The docstrings of the functions that the tables are computed with."""
-    functions = (kept_by_layer, kept_outside_layers, kept, activations, ddp, fsdp2, fsdp2_elements, tensor_parallel)
+    functions = (kept_by_fused_layer, kept_by_layer, kept_outside_layers, kept, activations)
+    functions += (ddp, fsdp2, fsdp2_elements, tensor_parallel)
     return "\n\n".join(f"`{function.__name__}`\n\n```\n{inspect.getdoc(function)}\n```" for function in functions)
 
 
@@ -264,16 +267,17 @@ A cell is what a GPU holds / what it sends a step, in GB. Held: weights, gradien
 logits, and what the engine itself keeps. No mark: at most {headroom:.0%} of {small} GB; `*`: at most {headroom:.0%}
 of {large} GB; in brackets: neither.
 
-**Compared with real runs** by tests/test_plan_memory.py, on a CPU: the parameters of every model; bytes of weights,
+**Compared with real runs** by tests/test_plan_memory.py. On a CPU: the parameters of every model; bytes of weights,
 gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins and Hawks of several widths,
 lengths and batches, in float32, under autocast and in bfloat16, with and without checkpointing; the peak of memory,
 where the logits make it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
-processes, to the byte, and the shards. On H100s (results/distributed_h100.md) the peak
-of griffin-1b3 was 9 GB below the plan by DDP and 14 GB by FSDP2: the fused kernels there seem to keep less than is
-counted here. **Not compared**: more on a GPU; FSDP2's workspace; the activations of
-tensor parallelism. On a GPU the scan keeps the same tensors (x, both gates, hidden), and so do the attention
-kernels, but for log-sum-exps rounded up to 32 rows. Not counted: workspaces of single operators other than the
-loss, such as the float32 temporaries of PyTorch's scan on a CPU.
+processes, to the byte, and the shards. On a GPU what autograd keeps there, to the byte. With the peaks of
+griffin-1b3 on H100s (results/distributed_h100.md), within {measured_tolerance:.1%}. **Not compared**: other models'
+peaks on a GPU; the activations of tensor parallelism. Not counted: workspaces of single operators other than the loss,
+such as the float32 temporaries of PyTorch's scan on a CPU.
+
+**At the peak**, which is at the end of the forward pass, gradients are there only where they are accumulated over
+several passes, or kept in DDP's buckets; all tables count them. One pass a step by FSDP2 holds 4 P / n bytes less.
 
 **With gradient accumulation** Trainer sends DDP's gradients once a step. Under FSDP2 accelerate then keeps whole
 gradients on every GPU up to the last pass, 2 bytes a parameter more than here, and adds them in bfloat16;
@@ -284,7 +288,8 @@ blocks (recurrentgemma-2b 10). Beyond that, a GPU holds one block or nothing but
 Groups of up to {blocks} GPUs with whole copies between them (HSDP: `dp_replicate_size` in accelerate's
 `parallelism_config`) would avoid it; not run either.
 """
-PEAK_TOLERANCE = 0.001  # which the test of the peak takes from here
+# Which the tests take from here: of the peak on a CPU, and of those measured on GPUs.
+PEAK_TOLERANCE, MEASURED_TOLERANCE = 0.001, 0.015
 
 
 def page(rows: int, length: int) -> str:
@@ -296,6 +301,7 @@ def page(rows: int, length: int) -> str:
         small=min(CAPACITIES),
         large=max(CAPACITIES),
         tolerance=PEAK_TOLERANCE,
+        measured_tolerance=MEASURED_TOLERANCE,
         blocks=GriffinConfig.num_gate_blocks,
     )
     parts = [
