@@ -1,7 +1,6 @@
 """configuration/accelerate/: each file by accelerate's own loader, what really runs, and the numbers of one process."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -14,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from _script_helpers import ROOT, made_once, run_to_end, write_run
+from _launch_helpers import FILES, launch, losses
+from _script_helpers import made_once, run_to_end, write_run
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils import DistributedType, merge_fsdp_weights
 from safetensors.torch import load_file
@@ -23,18 +23,9 @@ from train import run
 from modeling_griffin import GriffinForCausalLM
 
 
-FILES = {path.stem: path for path in sorted((ROOT / "configuration" / "accelerate").glob("*.yaml"))}
 STEPS, SAVED = 20, 8
 # Of float32 sums in another order through 20 steps of AdamW; measured 2.5e-7 and 1.8e-6 of the largest value.
 LOSS, WEIGHT = 2e-6, 2e-5
-
-
-def launch(file: str, *words: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch --config_file file words`; all its processes end with it."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
-    command += [] if "--main_process_port" in words else ["--main_process_port", "0"]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()}
-    return run_to_end([*command, *words], timeout, env={**os.environ, **settings, **environment}, cwd=ROOT)
 
 
 def say(file: str | Path, *words: str) -> str:
@@ -53,20 +44,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def python_path() -> str:
-    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-
-
 def settings_of(folder: Path, rows: int, **changes) -> str:
     """A run over epochs whose last batch is not full, with documents of many lengths packed into its rows."""
     settings = dict(max_steps=STEPS, per_device_train_batch_size=rows, save_strategy="steps", save_steps=SAVED)
     settings |= dict(weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=3, eval_strategy="steps", eval_steps=10)
     return write_run(folder, **{**settings, "use_cpu": None, "logging_steps": 1, **changes})
-
-
-def losses(folder: Path) -> list[float]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return [entry["loss"] for entry in metrics["train"]] + [entry["eval_bits_per_byte"] for entry in metrics["eval"]]
 
 
 def assert_same_run(folder: Path, reference: Path, loss: float = LOSS, weight: float = WEIGHT):

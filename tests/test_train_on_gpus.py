@@ -1,0 +1,104 @@
+"""train.py on two GPUs by DDP and FSDP2: what runs, the losses of one GPU, killed and resumed, on fewer GPUs too."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from _launch_helpers import FILES, launch, launch_command, launch_environment, losses
+from _script_helpers import ROOT, made_once, make_text, write_run
+
+from modeling_griffin import GriffinForCausalLM
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+STEPS, SAVED, ROWS = 40, 8, 8  # rows a step, over all GPUs
+# Wide and long enough for the kernels: a GPU's four rows of 1024 tokens have 2^20 numbers.
+MODEL = {"hidden_size": 256, "intermediate_size": 768, "lru_width": 256, "num_attention_heads": 2, "head_dim": 128}
+LOSS = 5e-3  # relative; of products in bfloat16 and sums in another order through 40 steps
+
+
+def settings_of(folder: Path, gpus: int) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [json.dumps({"text": make_text(200 + 7 * i, seed=i)}) for i in range(150)]
+    (folder / "texts.jsonl").write_text("\n".join(texts) + "\n")
+    settings = dict(train_data=str(folder / "texts.jsonl"), eval_fraction=0.1, sequence_length=1024, max_steps=STEPS)
+    settings |= dict(per_device_train_batch_size=ROWS // gpus, save_strategy="steps", save_steps=SAVED, use_cpu=None)
+    settings |= dict(config_overrides={**MODEL, "attention_window_size": 256}, learning_rate=1e-3, weight_decay=0.1)
+    return write_run(folder, **settings, eval_strategy="steps", eval_steps=20, warmup_steps=4)
+
+
+def train(file: str, folder: Path, gpus: int, *words: str) -> dict:
+    """Launches train_program.py, which says in what the RG-LRU worked; returns that with the log and the losses."""
+    argv = [settings_of(folder, gpus), *words]
+    (folder / "runs.json").write_text(json.dumps([{"name": "out", "argv": argv}]))
+    program = ["--num_processes", str(gpus), "tests/train_program.py", str(folder / "runs.json")]
+    process = launch(FILES[file], *program, CUDA_VISIBLE_DEVICES=",".join(map(str, range(gpus))))
+    assert process.returncode == 0, process.stdout[-6000:]
+    (results,) = json.loads((folder / "runs.results").read_text())
+    return results | {"log": process.stdout, "losses": losses(folder / "out"), "out": folder / "out"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[float]:
+    folder = made_once(tmp_path_factory, "one_gpu", lambda folder: train("gpu", folder / "run", 1))
+    return losses(folder / "run" / "out")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """An unbroken run by FSDP2 on two GPUs."""
+    return made_once(tmp_path_factory, "fsdp2_gpus", lambda folder: train("fsdp2", folder / "run", 2)) / "run"
+
+
+def assert_continues(found: list[float], expected: list[float], tolerance: float = LOSS) -> None:
+    assert len(found) == len(expected)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found, expected))
+    print(f"largest difference of a loss: {worst:.1e}")
+    assert worst <= tolerance
+
+
+@pytest.mark.parametrize("file", ["ddp", "fsdp2", "fsdp2_activation_checkpointing"])
+def test_two_gpus_give_the_losses_of_one(file, alone, tmp_path):
+    found = train(file, tmp_path, 2)
+    kind = "MULTI_GPU" if file == "ddp" else "FSDP"
+    assert f"{kind}, 2 processes on cuda, mixed precision bf16" in found["log"]
+    assert "RG-LRU scan: triton" in found["log"]
+    assert found["dtypes"] == {"decay": ["torch.float32"], "x": ["torch.bfloat16"]}
+    assert_continues(found["losses"], alone)
+    assert alone[0] > 1.3 * alone[STEPS - 1]  # it learns
+    model = GriffinForCausalLM.from_pretrained(found["out"])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("file", ["ddp", "fsdp2"])
+def test_killed_and_resumed(file, alone, shards, tmp_path):
+    """kill -9 of all processes, some time after the second checkpoint."""
+    out = tmp_path / "out"
+    words = ["--num_processes", "2", "scripts/train.py", settings_of(tmp_path, 2)]
+    command, environment = launch_command(FILES[file], *words), launch_environment(CUDA_VISIBLE_DEVICES="0,1")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (out / f"checkpoint-{2 * SAVED}" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        os.kill(each.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    found = train(file, tmp_path, 2, "--resume")
+    assert "torch.float32" in found["dtypes"]["decay"]
+    assert_continues(found["losses"], losses(shards / "out") if file == "fsdp2" else alone)
+
+
+def test_shards_of_two_gpus_resume_on_one(shards, tmp_path):
+    shutil.copytree(shards / "out" / f"checkpoint-{SAVED}", tmp_path / "out" / f"checkpoint-{SAVED}")
+    found = train("fsdp2", tmp_path, 1, "--resume")
+    assert "FSDP, 1 process on cuda" in found["log"]
+    assert_continues(found["losses"], losses(shards / "out"))
