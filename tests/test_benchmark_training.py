@@ -84,3 +84,12 @@ def test_out_of_memory_leaves_the_others(monkeypatch):
     arguments = type("Arguments", (), {"repeats": 3, "longest": 60, "device": "cuda"})
     seconds, memory = benchmark_training._take_turns({"small": "small", "big": "big"}, (1, 1), arguments)
     assert seconds == {"small": [1.0, 1.0, 1.0], "big": []} and memory == {"small": 5}
+
+
+def test_a_slow_model_is_timed_once_after_its_first_step(monkeypatch):
+    """The first step compiles: its length says nothing of the model's."""
+    times = {"compiled": iter([100.0, 1.0, 1.0, 1.0]), "slow": iter([90.0, 80.0, 70.0, 60.0])}
+    monkeypatch.setattr(benchmark_training, "_step", lambda model, cell, device: (next(times[model]), None))
+    arguments = type("Arguments", (), {"repeats": 3, "longest": 60, "device": "cpu"})
+    seconds, _ = benchmark_training._take_turns({name: name for name in times}, (1, 1), arguments)
+    assert seconds == {"compiled": [1.0, 1.0, 1.0], "slow": [80.0]}
