@@ -110,9 +110,9 @@ class Decay(nn.Module):
         self.c = c
         self.lambda_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
 
-    def forward(self) -> torch.Tensor:
-        """log(a^c) = -c * softplus(Λ) (C,), float32, <= 0. Stored sign: see `lambda_init.py`."""
-        return -self.c * nn.functional.softplus(self.lambda_bias.float())
+    def forward(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """log(a^c) = -c * softplus(Λ) (C,) in `dtype`, <= 0. Stored sign: see `lambda_init.py`."""
+        return -self.c * nn.functional.softplus(self.lambda_bias.to(dtype))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.lambda_bias.shape)}, c={self.c}"
@@ -154,8 +154,10 @@ class RGLRU(nn.Module):
         dtype = x.dtype
         if states_to_keep is not None:
             x = x.to(torch.promote_types(dtype, torch.float32))  # then hidden is the states themselves, not rounded
+        # With an argument: where activations are made anew, FSDP2 of PyTorch 2.9 to 2.11 cannot call a module without.
+        log_decay = self.decay(torch.float32)
         hidden, state = rg_lru_scan(
-            x, recurrence_gate, input_gate, self.decay(), initial_state=state, reset=document_start
+            x, recurrence_gate, input_gate, log_decay, initial_state=state, reset=document_start
         )
         return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]
 

@@ -112,9 +112,9 @@ def watch_lambda(model: torch.nn.Module) -> set[str]:
     seen = set()
 
     def watched(module, forward):
-        def call():
+        def call(*arguments):
             seen.add(str(module.lambda_bias.dtype))
-            return forward()
+            return forward(*arguments)
 
         return call
 

@@ -157,3 +157,11 @@ def test_autocast_keeps_the_scan_in_bfloat16(monkeypatch):
         x, _ = CausalConv1d(C, 4)(torch.randn(B, T, C, dtype=torch.bfloat16))
         make_layer()(x)
     assert seen == [torch.bfloat16] * 3
+
+
+def test_the_decay_is_called_with_an_argument():
+    """FSDP2 of PyTorch 2.9 to 2.11 takes the first one's device, on a GPU where activations are made anew."""
+    layer, seen = make_layer(), []
+    layer.decay.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    layer(torch.randn(1, 3, layer.decay.lambda_bias.numel()))
+    assert seen == [(torch.float32,)]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 STEPS, SAVED, ROWS = 40, 8, 8  # rows a step, over all GPUs
 # Wide and long enough for the kernels: a GPU's four rows of 1024 tokens have 2^20 numbers.
 MODEL = {"hidden_size": 256, "intermediate_size": 768, "lru_width": 256, "num_attention_heads": 2, "head_dim": 128}
-LOSS = 5e-3  # relative; of products in bfloat16 and sums in another order through 40 steps
+# Relative, of a loss: other sums of bfloat16 products through 40 steps, 0.8% measured; FSDP2 has the residual stream
+# and the sums of gradients in bfloat16 too, 1.8%. The same processes repeat every bit.
+LOSS, LOSS_OF_FSDP2 = 0.02, 0.04
 
 
 def settings_of(folder: Path, gpus: int) -> str:
@@ -52,12 +55,18 @@ def alone(tmp_path_factory) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """An unbroken run by FSDP2 on two GPUs."""
-    return made_once(tmp_path_factory, "fsdp2_gpus", lambda folder: train("fsdp2", folder / "run", 2)) / "run"
+def unbroken(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a whole run on two GPUs by that launcher."""
+
+    def run(file: str) -> Path:
+        return (
+            made_once(tmp_path_factory, f"two_gpus_{file}", lambda folder: train(file, folder / "run", 2)) / "run/out"
+        )
+
+    return run
 
 
-def assert_continues(found: list[float], expected: list[float], tolerance: float = LOSS) -> None:
+def assert_same_losses(found: list[float], expected: list[float], tolerance: float) -> None:
     assert len(found) == len(expected)
     worst = max(abs(a - b) / abs(b) for a, b in zip(found, expected))
     print(f"largest difference of a loss: {worst:.1e}")
@@ -71,14 +80,14 @@ def test_two_gpus_give_the_losses_of_one(file, alone, tmp_path):
     assert f"{kind}, 2 processes on cuda, mixed precision bf16" in found["log"]
     assert "RG-LRU scan: triton" in found["log"]
     assert found["dtypes"] == {"decay": ["torch.float32"], "x": ["torch.bfloat16"]}
-    assert_continues(found["losses"], alone)
+    assert_same_losses(found["losses"], alone, LOSS if file == "ddp" else LOSS_OF_FSDP2)
     assert alone[0] > 1.3 * alone[STEPS - 1]  # it learns
     model = GriffinForCausalLM.from_pretrained(found["out"])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp2"])
-def test_killed_and_resumed(file, alone, shards, tmp_path):
+def test_killed_and_resumed(file, unbroken, tmp_path):
     """kill -9 of all processes, some time after the second checkpoint."""
     out = tmp_path / "out"
     words = ["--num_processes", "2", "scripts/train.py", settings_of(tmp_path, 2)]
@@ -94,11 +103,12 @@ def test_killed_and_resumed(file, alone, shards, tmp_path):
     assert not (out / "metrics.json").exists()
     found = train(file, tmp_path, 2, "--resume")
     assert "torch.float32" in found["dtypes"]["decay"]
-    assert_continues(found["losses"], losses(shards / "out") if file == "fsdp2" else alone)
+    assert_same_losses(found["losses"], losses(unbroken(file)), tolerance=0)
 
 
-def test_shards_of_two_gpus_resume_on_one(shards, tmp_path):
-    shutil.copytree(shards / "out" / f"checkpoint-{SAVED}", tmp_path / "out" / f"checkpoint-{SAVED}")
+def test_shards_of_two_gpus_resume_on_one(unbroken, tmp_path):
+    whole = unbroken("fsdp2")
+    shutil.copytree(whole / f"checkpoint-{SAVED}", tmp_path / "out" / f"checkpoint-{SAVED}")
     found = train("fsdp2", tmp_path, 1, "--resume")
     assert "FSDP, 1 process on cuda" in found["log"]
-    assert_continues(found["losses"], losses(shards / "out"))
+    assert_same_losses(found["losses"], losses(whole), LOSS_OF_FSDP2)

@@ -57,9 +57,9 @@ def watch(watched: list):
         watched[-1].see_groups(self)
         return grad_norm(self, *arguments, **more)
 
-    def see_decay(self):
+    def see_decay(self, *arguments):
         watched[-1].dtypes["decay"].add(str(self.lambda_bias.dtype))
-        return decay(self)
+        return decay(self, *arguments)
 
     def see_unit(self, x, *arguments):
         if self.training:
