@@ -38,7 +38,7 @@ def settings_of(folder: Path, gpus: int) -> str:
 
 
 def train(file: str, folder: Path, gpus: int, *words: str) -> dict:
-    """Launches train_program.py, which says in what the RG-LRU worked; returns that with the log and the losses."""
+    """Launches train_program.py, which says in what the RG-LRU worked; returns `results_of`."""
     argv = [settings_of(folder, gpus), *words]
     (folder / "runs.json").write_text(json.dumps([{"name": "out", "argv": argv}]))
     program = ["--num_processes", str(gpus), "tests/train_program.py", str(folder / "runs.json")]
@@ -74,8 +74,8 @@ def assert_same_losses(found: list[float], expected: list[float], tolerance: flo
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp2", "fsdp2_activation_checkpointing"])
-def test_two_gpus_give_the_losses_of_one(file, alone, tmp_path):
-    found = train(file, tmp_path, 2)
+def test_two_gpus_give_the_losses_of_one(file, unbroken):
+    found, alone = unbroken(file), unbroken("gpu", gpus=1)["losses"]
     kind = "MULTI_GPU" if file == "ddp" else "FSDP"
     assert f"{kind}, 2 processes on cuda, mixed precision bf16" in found["log"]
     assert "RG-LRU scan: triton" in found["log"]
@@ -103,12 +103,12 @@ def test_killed_and_resumed(file, unbroken, tmp_path):
     assert not (out / "metrics.json").exists()
     found = train(file, tmp_path, 2, "--resume")
     assert "torch.float32" in found["dtypes"]["decay"]
-    assert_same_losses(found["losses"], losses(unbroken(file)), tolerance=0)
+    assert_same_losses(found["losses"], unbroken(file)["losses"], tolerance=0)
 
 
 def test_shards_of_two_gpus_resume_on_one(unbroken, tmp_path):
     whole = unbroken("fsdp2")
-    shutil.copytree(whole / f"checkpoint-{SAVED}", tmp_path / "out" / f"checkpoint-{SAVED}")
+    shutil.copytree(whole["out"] / f"checkpoint-{SAVED}", tmp_path / "out" / f"checkpoint-{SAVED}")
     found = train("fsdp2", tmp_path, 1, "--resume")
     assert "FSDP, 1 process on cuda" in found["log"]
-    assert_same_losses(found["losses"], losses(whole), LOSS_OF_FSDP2)
+    assert_same_losses(found["losses"], whole["losses"], LOSS_OF_FSDP2)
