@@ -191,7 +191,8 @@ def summarise(run: dict, single: dict | None) -> dict:
     tokens = run["processes"] * run["rows"] * run["length"]
     spread = quantiles(run["seconds"])
     plan, checkpointing = ENGINES[run["engine"]]
-    planned = plan(sizes_of(make_config(run)), run["rows"], run["length"], run["processes"], checkpointing).memory
+    gpus = max(2, run["processes"]) if run["engine"] == "ddp" else run["processes"]  # DDP has buckets alone too
+    planned = plan(sizes_of(make_config(run)), run["rows"], run["length"], gpus, checkpointing).memory
     speed = tokens / spread["median"]
     row = {name: run[name] for name in ("engine", "processes", "parameters")} | {"tokens_per_second": speed}
     row |= {**spread, "loss": run["loss"], "peak": run["peak"], "planned": planned}

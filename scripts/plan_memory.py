@@ -271,10 +271,10 @@ of {large} GB; in brackets: neither.
 gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins and Hawks of several widths,
 lengths and batches, in float32, under autocast and in bfloat16, with and without checkpointing; the peak of memory,
 where the logits make it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
-processes, to the byte, and the shards. On a GPU what autograd keeps there, to the byte. With the peaks of
-griffin-1b3 on H100s (results/distributed_h100.md), within {measured_tolerance:.1%}. **Not compared**: other models'
-peaks on a GPU; the activations of tensor parallelism. Not counted: workspaces of single operators other than the loss,
-such as the float32 temporaries of PyTorch's scan on a CPU.
+processes, to the byte, and the shards. On a GPU what autograd keeps there, to the byte. On H100s the peaks of
+griffin-1b3 (results/distributed_h100.md): the plan is above them by at most {measured_tolerance:.1%}, by 1% for DDP.
+**Not compared**: other models' peaks on a GPU; the activations of tensor parallelism. Not counted: workspaces of
+single operators other than the loss, such as the float32 temporaries of PyTorch's scan on a CPU.
 
 **At the peak**, which is at the end of the forward pass, gradients are there only where they are accumulated over
 several passes, or kept in DDP's buckets; all tables count them. One pass a step by FSDP2 holds 4 P / n bytes less.
@@ -289,7 +289,7 @@ Groups of up to {blocks} GPUs with whole copies between them (HSDP: `dp_replicat
 `parallelism_config`) would avoid it; not run either.
 """
 # Which the tests take from here: of the peak on a CPU, and of those measured on GPUs.
-PEAK_TOLERANCE, MEASURED_TOLERANCE = 0.001, 0.015
+PEAK_TOLERANCE, MEASURED_TOLERANCE = 0.001, 0.045
 
 
 def page(rows: int, length: int) -> str:

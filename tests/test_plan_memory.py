@@ -165,15 +165,19 @@ def test_what_autograd_keeps_on_a_gpu_to_the_byte(name, precision, monkeypatch):
 
 
 def test_the_peaks_measured_on_gpus():
-    """Within MEASURED_TOLERANCE. The benchmark passes once a step, and FSDP2 then holds no gradients at the peak."""
+    """Below the plan, by MEASURED_TOLERANCE at most.
+
+    The benchmark passes once a step: FSDP2 then holds no gradients at the peak. It wraps one process in DDP too, which
+    has its buckets then.
+    """
     report = json.loads((ROOT / "results" / "distributed_h100.json").read_text())
     config = GriffinConfig.from_json_file(ROOT / "configuration" / "model" / f"{report['run']['config']}.json")
     sizes, batch = sizes_of(config), (report["run"]["rows"], report["run"]["length"])
     assert {row["engine"] for row in report["rows"]} == {"ddp", "fsdp2"}
     for row in report["rows"]:
-        plan = {"ddp": ddp, "fsdp2": fsdp2}[row["engine"]](sizes, *batch, row["processes"])
+        plan = ddp(sizes, *batch, 2) if row["engine"] == "ddp" else fsdp2(sizes, *batch, row["processes"])
         absent = plan.state // 4 if row["engine"] == "fsdp2" else 0
-        assert abs(plan.memory - absent - row["peak"]) <= MEASURED_TOLERANCE * row["peak"], row
+        assert 0 <= plan.memory - absent - row["peak"] <= MEASURED_TOLERANCE * row["peak"], row
 
 
 def tracked(config, precision: str, checkpointing: bool, shape) -> tuple[int, int]:
