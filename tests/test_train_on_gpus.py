@@ -44,24 +44,23 @@ def train(file: str, folder: Path, gpus: int, *words: str) -> dict:
     program = ["--num_processes", str(gpus), "tests/train_program.py", str(folder / "runs.json")]
     process = launch(FILES[file], *program, CUDA_VISIBLE_DEVICES=",".join(map(str, range(gpus))))
     assert process.returncode == 0, process.stdout[-6000:]
+    (folder / "log.txt").write_text(process.stdout)
+    return results_of(folder)
+
+
+def results_of(folder: Path) -> dict:
     (results,) = json.loads((folder / "runs.results").read_text())
-    return results | {"log": process.stdout, "losses": losses(folder / "out"), "out": folder / "out"}
+    out = folder / "out"
+    return results | {"log": (folder / "log.txt").read_text(), "losses": losses(out), "out": out}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> list[float]:
-    folder = made_once(tmp_path_factory, "one_gpu", lambda folder: train("gpu", folder / "run", 1))
-    return losses(folder / "run" / "out")
+def unbroken(tmp_path_factory) -> Callable[..., dict]:
+    """Of a whole run by that launcher."""
 
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Callable[[str], Path]:
-    """The folder of a whole run on two GPUs by that launcher."""
-
-    def run(file: str) -> Path:
-        return (
-            made_once(tmp_path_factory, f"two_gpus_{file}", lambda folder: train(file, folder / "run", 2)) / "run/out"
-        )
+    def run(file: str, gpus: int = 2) -> dict:
+        made = made_once(tmp_path_factory, f"{file}_on_gpus", lambda folder: train(file, folder / "run", gpus))
+        return results_of(made / "run")
 
     return run
 
