@@ -272,7 +272,7 @@ gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins
 lengths and batches, in float32, under autocast and in bfloat16, with and without checkpointing; the peak of memory,
 where the logits make it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
 processes, to the byte, and the shards. On a GPU what autograd keeps there, to the byte. On H100s the peaks of
-griffin-1b3 (results/distributed_h100.md): the plan is above them by at most {measured_tolerance:.1%}, by 1% for DDP.
+griffin-1b3 (results/distributed_h100*.md): the plan is above them by at most {measured_tolerance:.1%}, by 1% for DDP.
 **Not compared**: other models' peaks on a GPU; the activations of tensor parallelism. Not counted: workspaces of
 single operators other than the loss, such as the float32 temporaries of PyTorch's scan on a CPU.
 
