@@ -15,6 +15,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -103,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     report = {"birth": birth_certificate(arguments.device, arguments.commit), "dtype": str(settings["dtype"])[6:]}
     models = make_models(config, settings, report, arguments.contestants)
     for part in arguments.parts:
-        PARTS[part](models, settings, report)
-        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        output.with_suffix(".md").write_text(text_of(report))
+        for _ in PARTS[part](models, settings, report) or [None]:
+            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+            output.with_suffix(".md").write_text(text_of(report))
         if "context" in report:
             plot(report, output.with_suffix(".png"))
     print(text_of(report))
@@ -231,8 +232,8 @@ def unwatched(model, rows: int, prompt: int, settings: dict) -> float:
     return statistics.median(long - short for short, long in zip(seconds[::2], seconds[1::2])) / (4 * new)
 
 
-def decode(models, settings, report) -> None:
-    """Milliseconds a token, the time to the first one, and of the first call of all, compilation included."""
+def decode(models, settings, report) -> Iterator[None]:
+    """Milliseconds a token, the time to the first one, and of the first call of all. Yields after each cell."""
     contestants, report["checks"], report["first_call_seconds"] = {}, {}, {}
     for name, model in models.items():
         may_compile = settings["compile"] and not (name == OURS and settings["device"] == "cuda")  # it records a step
@@ -275,6 +276,7 @@ def decode(models, settings, report) -> None:
                 if label == OURS:
                     row["unwatched_s"] = unwatched(models[OURS], rows, prompt, settings)
                 report["decode"].append(row)
+        yield
 
 
 def context(models, settings, report) -> None:

@@ -55,6 +55,22 @@ def test_every_part(arguments, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 0
 
 
+def test_what_was_measured_before_it_ended_is_kept(arguments, tmp_path, monkeypatch):
+    """A run on a borrowed GPU may be cut off between two cells."""
+    generate = benchmark_generation.generate
+
+    def ends(model, ids, *others, **more):
+        if "streamer" in more and ids.shape == (2, 5):
+            raise KeyboardInterrupt
+        return generate(model, ids, *others, **more)
+
+    monkeypatch.setattr(benchmark_generation, "generate", ends)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_generation.main([*arguments, "--parts", "decode"])
+    rows = json.loads((tmp_path / "out.json").read_text())["decode"]
+    assert {(row["rows"], row["prompt"]) for row in rows} == {(1, 8)}
+
+
 def test_nothing_is_timed_that_is_wrong(arguments, tmp_path, monkeypatch):
     """A step that forgets its cache finds other logits than a forward pass without one."""
     forward = GriffinForCausalLM.forward
