@@ -259,6 +259,7 @@ def plot(report: dict, path: Path) -> None:
         counts = [row["processes"] for row in rows]
         (line,) = axes.plot(counts, [row["tokens_per_second"] for row in rows], "o-", label=engine)
         axes.plot(counts, [rows[0]["each"] * count for count in counts], "--", color=line.get_color(), linewidth=0.8)
+    axes.set_xticks(sorted({row["processes"] for row in report["rows"]}))
     axes.set(xlabel="processes", ylabel="tokens/s", title=f"{Path(report['run']['config']).stem}; dashed: ideal")
     axes.legend()
     figure.tight_layout()
