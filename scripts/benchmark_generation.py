@@ -192,11 +192,10 @@ def disagreement(model, sequences: torch.Tensor, logits: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def check(name: str, model, compiled: bool) -> float:
+def check(name: str, model, compiled: bool, rows: int) -> float:
     """The disagreement of generated logits; SystemExit if it is ours and too large."""
-    found = generate(
-        model, random_ids(model, 2, 40, seed=1), 8, compiled, output_logits=True, return_dict_in_generate=True
-    )
+    ids = random_ids(model, rows, 40, seed=1)
+    found = generate(model, ids, 8, compiled, output_logits=True, return_dict_in_generate=True)
     error = disagreement(model, found.sequences, torch.stack(found.logits, dim=1))
     if error > TOLERANCE[model.dtype] and name == OURS:
         raise SystemExit(f"{name}: logits differ by {error:.1e} from those without a cache: nothing is timed")
@@ -233,8 +232,9 @@ def unwatched(model, rows: int, prompt: int, settings: dict) -> float:
 
 
 def decode(models, settings, report) -> Iterator[None]:
-    """Milliseconds a token, the time to the first one, and of the first call of all. Yields after each cell."""
-    contestants, report["checks"], report["first_call_seconds"] = {}, {}, {}
+    """Milliseconds a token, the time to the first one, and of the first call. Yields after each check and cell."""
+    contestants, report["checks"], report["first_call_seconds"], report["decode"] = {}, {}, {}, []
+    rows = settings["decode"][0][0]  # of the checks: other rows could be compiled anew
     for name, model in models.items():
         may_compile = settings["compile"] and not (name == OURS and settings["device"] == "cuda")  # it records a step
         for compiled in [False, True] if may_compile else [False]:
@@ -244,7 +244,7 @@ def decode(models, settings, report) -> Iterator[None]:
                 if name == OURS and not compiled:  # what is asked for logits takes Transformers' loop
                     report["checks"][f"{OURS}, tokens below the likeliest"] = check_plain(model)
                     report["first_call_seconds"][label] = time.perf_counter() - begin
-                error = check(name, model, compiled)
+                error = check(name, model, compiled, rows)
                 report["first_call_seconds"].setdefault(label, time.perf_counter() - begin)
                 report["checks"][label] = error
                 if error <= TOLERANCE[model.dtype]:
@@ -253,7 +253,7 @@ def decode(models, settings, report) -> Iterator[None]:
                 if name == OURS:
                     raise
                 report["checks"][label] = f"fails: {str(error).strip().splitlines()[0][:120]}"
-    report["decode"] = []
+            yield
     for rows, prompt in settings["decode"]:
         steps, first = {label: [] for label in contestants}, {label: [] for label in contestants}
         for _ in tqdm(range(settings["turns"] + 1), desc=f"{rows} rows, prompt {prompt}"):  # the first warms up
