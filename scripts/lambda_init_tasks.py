@@ -8,6 +8,7 @@ tasks run without it.
 """
 
 import hashlib
+import importlib.util
 import json
 import random
 import sysconfig
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 
 HELD_OUT_SEED = 10**6  # of the rows all runs are evaluated on; no training seed is that large
+PACKAGE = "package:"  # before the name of one
 LONGEST_DOCUMENT = 200_000  # characters; several times the longest rows that are evaluated
 MOST_TOKENS = 2**16  # in one forward pass of an evaluation; bounds the memory
 
@@ -150,7 +152,8 @@ def _endless_order(count: int, generator):
 def prepare_text(settings: dict, folder: Path) -> dict:
     """Tokenises the documents of settings["text"] into `folder`, once; returns the settings with what identifies them.
 
-    text: files, folders and globs, as text_data.py reads them, and "stdlib", the sources of Python's standard library.
+    text: files, folders and globs, as text_data.py reads them; "stdlib", the sources of Python's standard library; and
+    "package:NAME", those of an installed package.
     Text that has changed is tokenised anew. Documents above LONGEST_DOCUMENT are cut into pieces. Every eighth by size,
     from the largest on, is held out, so that long documents are among them.
     """
@@ -206,12 +209,22 @@ def cut(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
 def _read_texts(source: str) -> list[str]:
     from text_data import load_documents
 
-    if source != "stdlib":
+    if source == "stdlib":
+        files = Path(sysconfig.get_path("stdlib")).rglob("*.py")
+        files = [file for file in files if not {"site-packages", "dist-packages"} & {*file.parts}]
+    elif source.startswith(PACKAGE):
+        files = _package_folder(source.removeprefix(PACKAGE)).rglob("*.py")
+    else:
         return list(load_documents(source)["text"])
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*file.parts}]
-    texts = (file.read_bytes().decode("utf-8", errors="replace") for file in files)
+    texts = (file.read_bytes().decode("utf-8", errors="replace") for file in sorted(files))
     return [text for text in texts if text.strip()]
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"text = {PACKAGE}{name}: allowed are installed packages")
+    return Path(spec.submodule_search_locations[0])
 
 
 def make_task(settings: dict, seed: int, device: torch.device) -> SyntheticTask | LanguageTask:
