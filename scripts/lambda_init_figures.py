@@ -86,6 +86,7 @@ def _differences(axes, measured: list[dict], colours: dict, reference: str, metr
         pairs = [table[c.arm][seed] - table[reference][seed] for seed in table[c.arm] if seed in table[reference]]
         axes.plot(pairs, [index + 0.25] * len(pairs), "|", color=colours[c.arm], markersize=9)
     axes.axvline(0, color="#222222", linewidth=1)
+    axes.locator_params(axis="x", nbins=6)  # so that long numbers stay apart
     axes.set_yticks(range(len(rows)), [c.arm for c in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel=f"difference from {reference} (nats; left is better)", title=words)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import lambda_init_run
@@ -16,7 +17,7 @@ from _script_helpers import ROOT, document_nats, make_text
 from compare_lambda_inits import main, plan, read_records, read_sweep, run_all, select_tasks
 from lambda_init_run import depth_ladder, make_config, make_model, make_optimizer, run_one
 from lambda_init_statistics import metrics
-from lambda_init_tasks import LanguageTask, cut, make_task, prepare_text
+from lambda_init_tasks import LanguageTask, _read_texts, cut, make_task, prepare_text
 from report_lambda_inits import main as report
 
 from modeling_griffin import decay_parameter_names
@@ -337,6 +338,15 @@ def test_language_modelling(text_task):
     orders = [[next(task.order) for _ in range(len(task.train_rows) + 5)] for task in (one, same, other)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0][:-5]) == list(range(len(one.train_rows)))
+
+
+def test_text_of_an_installed_package():
+    import yaml
+
+    sources = _read_texts("package:yaml")
+    assert Path(yaml.__file__).read_text(encoding="utf-8") in sources and len(sources) > 10
+    with pytest.raises(ValueError, match="package:no_such_package: allowed are installed packages"):
+        _read_texts("package:no_such_package")
 
 
 def test_tokens_of_other_text_are_not_taken_for_these(text_task, tmp_path):
