@@ -51,9 +51,9 @@ def draft_recurrent_kernel(
     p_time, N, C, P: tl.constexpr, TAPS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x, y (N, C) -> out (N, C) = h gelu(y). Program: BLOCK_C channels of a gate block, for all tokens.
+    """x, y (N, C) -> out (N, C) = h gelu(y): gates as products of matrices, then a scan over the tokens.
 
-    BLOCK_N tokens at a time are a product with the gates' weights, which stay where they are, and a scan.
+    Program: BLOCK_C channels of a gate block, all tokens.
     """
     i_tile = tl.program_id(0) % tl.cdiv(P, BLOCK_C)
     i_block = tl.program_id(0) // tl.cdiv(P, BLOCK_C)
@@ -66,34 +66,28 @@ def draft_recurrent_kernel(
         tiles = tiles + load_gates(p_w_r, p_w_i, start, i_j, P, BLOCK_P)
     time = tl.load(p_time)
     h = tl.load(p_state + i_c, mask=m_c, other=0.0)
-    b_r = tl.load(p_b_r + i_c, mask=m_c, other=0.0).to(tl.float32)
-    b_i = tl.load(p_b_i + i_c, mask=m_c, other=0.0).to(tl.float32)
+    r = tl.load(p_b_r + i_c, mask=m_c, other=0.0).to(tl.float32) + tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    i = tl.load(p_b_i + i_c, mask=m_c, other=0.0).to(tl.float32) + tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     log_decay = tl.load(p_log_decay + i_c, mask=m_c, other=0.0)
-    i_n = tl.arange(0, BLOCK_N)[:, None]
+    token = tl.arange(0, BLOCK_N)[:, None]
+    m_n = token < N
+    own = m_n & m_c
     wait_for_the_kernel_before(PDL)
-    for first in range(0, N, BLOCK_N):
-        token = first + i_n
-        m_n = token < N
-        own = m_n & m_c
-        r = b_r + tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        i = b_i + tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for start in tl.static_range(0, P, BLOCK_P):
-            i_p = (start + tl.arange(0, BLOCK_P))[None, :]
-            u = _convolved(
-                p_x, p_past, p_conv_w, p_conv_b, token, i_block * P + i_p, m_n & (i_p < P), i_p < P, time, C, TAPS
-            )
-            r = tl.dot(u, tiles[start // BLOCK_P * 2], r, input_precision="ieee")
-            i = tl.dot(u, tiles[start // BLOCK_P * 2 + 1], i, input_precision="ieee")
-        u = _convolved(p_x, p_past, p_conv_w, p_conv_b, token, i_c, own, m_c, time, C, TAPS)
-        a, b = coefficients(r, i, log_decay, u)
-        a, b = tl.associative_scan((a, b), 0, _compose)
-        hs = a * h + b
-        h = tl.sum(tl.where(i_n == BLOCK_N - 1, hs, 0.0), 0)[None, :]  # of use only where more tokens follow
-        x = tl.load(p_x + token * C + i_c, mask=own, other=0.0)
-        y = tl.load(p_y + token * C + i_c, mask=own, other=0.0).to(tl.float32)
-        tl.store(p_new_x + token * C + i_c, x, mask=own)
-        tl.store(p_new_h + token * C + i_c, hs, mask=own)
-        tl.store(p_out + token * C + i_c, (hs * gelu_tanh(y)).to(p_out.dtype.element_ty), mask=own)
+    for start in tl.static_range(0, P, BLOCK_P):
+        i_p = (start + tl.arange(0, BLOCK_P))[None, :]
+        m_p = i_p < P
+        u = _convolved(p_x, p_past, p_conv_w, p_conv_b, token, i_block * P + i_p, m_n & m_p, m_p, time, C, TAPS)
+        r = tl.dot(u, tiles[start // BLOCK_P * 2], r, input_precision="ieee")
+        i = tl.dot(u, tiles[start // BLOCK_P * 2 + 1], i, input_precision="ieee")
+    u = _convolved(p_x, p_past, p_conv_w, p_conv_b, token, i_c, own, m_c, time, C, TAPS)
+    a, b = coefficients(r, i, log_decay, u)
+    a, b = tl.associative_scan((a, b), 0, _compose)
+    h = a * h + b
+    x = tl.load(p_x + token * C + i_c, mask=own, other=0.0)
+    y = tl.load(p_y + token * C + i_c, mask=own, other=0.0).to(tl.float32)
+    tl.store(p_new_x + token * C + i_c, x, mask=own)
+    tl.store(p_new_h + token * C + i_c, h, mask=own)
+    tl.store(p_out + token * C + i_c, (h * gelu_tanh(y)).to(p_out.dtype.element_ty), mask=own)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from .causal_conv1d import convolve
-from .decode_ops import ATTENTION_PROGRAMS, Clock, KernelOps, PlainOps, rotated, triton
+from .decode_ops import Clock, KernelOps, PlainOps, rotated, triton
 from .decode_tiles import RECURRENT
 from .rg_lru_scan import rg_lru_scan
 
@@ -96,6 +96,10 @@ class PlainDraftOps(PlainOps):
             ring.index_copy_(2, slots, torch.where(is_new, new, ring.index_select(2, slots)))
 
 
+DRAFT_PROGRAMS = 128  # of attention: about one for each multiprocessor
+QUERIES = 16  # of a program; with more, their sums do not fit into its registers
+
+
 class KernelDraftOps(PlainDraftOps, KernelOps):
     """The same in Triton kernels; `begin`, `end` and the products are those of one token a row."""
 
@@ -108,7 +112,7 @@ class KernelDraftOps(PlainDraftOps, KernelOps):
             *(log_decay, clock.time, *x.shape),
             P=width,
             TAPS=past.shape[1],
-            BLOCK_N=RECURRENT["BLOCK_B"],
+            BLOCK_N=_block(len(x)),
             BLOCK_P=min(128, max(32, triton.next_power_of_2(width) // 8)),
             BLOCK_C=RECURRENT["BLOCK_C"],
             num_warps=RECURRENT["num_warps"],
@@ -119,11 +123,9 @@ class KernelDraftOps(PlainDraftOps, KernelOps):
     def attend(self, q, k, v, keys, values, new_keys, new_values, clock, scaling):
         number, (_, key_heads, window, head_dim) = len(q), keys.shape
         heads, block_s = q.shape[1] // head_dim, 32 if head_dim > 128 else 64
-        queries = number * heads // key_heads
-        block_m = 16 if queries <= 16 else 32
-        tiles = key_heads * triton.cdiv(queries, block_m)
+        tiles = key_heads * triton.cdiv(number * heads // key_heads, QUERIES)
         blocks = triton.next_power_of_2(triton.cdiv(window, block_s))
-        splits = min(blocks, triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, tiles)))
+        splits = min(blocks, triton.next_power_of_2(triton.cdiv(DRAFT_PROGRAMS, tiles)))
         out = torch.empty_like(q)
         draft_attention_kernel[(tiles, splits)](
             *(q, k, v, clock.cos, clock.sin, keys, values, new_keys, new_values, clock.time, clock.padding, out),
@@ -134,9 +136,9 @@ class KernelDraftOps(PlainDraftOps, KernelOps):
             KEY_HEADS=key_heads,
             GROUP=heads // key_heads,
             ROTARY=clock.cos.shape[1],
-            BLOCK_M=block_m,
-            BLOCK_N=max(16, triton.next_power_of_2(number)),
-            BLOCK_K=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_M=QUERIES,
+            BLOCK_N=_block(number),
+            BLOCK_K=_block(head_dim),
             BLOCK_S=block_s,
             num_warps=4,
             **self.launch,
@@ -162,3 +164,8 @@ class KernelDraftOps(PlainDraftOps, KernelOps):
             num_warps=1,
             **self.launch,
         )
+
+
+def _block(size: int) -> int:
+    """A side of a product of matrices that holds so many."""
+    return max(16, triton.next_power_of_2(size))
