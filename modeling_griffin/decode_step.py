@@ -26,6 +26,7 @@ class DecodeStep(RecordedStep):
             capability = torch.cuda.get_device_capability(device)[0]
             ops = KernelOps(overlap=capability >= 9, matmul=capability == 9)  # the tiles are what fits there
         self.busy = False
+        self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(base, head, ops)
             self._make_buffers(batch)

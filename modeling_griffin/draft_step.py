@@ -21,6 +21,11 @@ MOST_TOKENS = 64  # of a pass: as many rows as products have kernels for
 NO_DRAFT = -1  # never what is likeliest
 
 
+def most_tokens(config) -> int:
+    """Of a pass: in a ring of W keys, more would have to share a slot."""
+    return min(MOST_TOKENS, config.attention_window_size if "sliding_attention" in config.layer_types else MOST_TOKENS)
+
+
 class DraftStep(RecordedStep):
     """The pass over N = `tokens` tokens of the one row of `step`: the token chosen last and N - 1 drafts.
 
@@ -31,9 +36,8 @@ class DraftStep(RecordedStep):
     def __init__(self, step: DecodeStep, tokens: int):
         if len(step.token) != 1:
             raise ValueError(f"step: has {len(step.token)} rows; drafts are read for 1 row")
-        window = step.config.attention_window_size if "sliding_attention" in step.config.layer_types else MOST_TOKENS
-        if not 2 <= tokens <= min(MOST_TOKENS, window):
-            raise ValueError(f"tokens = {tokens}: allowed is 2 to {min(MOST_TOKENS, window)}")
+        if not 2 <= tokens <= most_tokens(step.config):
+            raise ValueError(f"tokens = {tokens}: allowed is 2 to {most_tokens(step.config)}")
         kernels = isinstance(step.ops, KernelOps)
         ops = KernelDraftOps(step.ops.launch["PDL"], step.ops.products.matmul) if kernels else PlainDraftOps()
         with torch.inference_mode(False), torch.no_grad():
