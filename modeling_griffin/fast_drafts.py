@@ -58,10 +58,11 @@ class FastDraftsMixin(FastGenerationMixin):
             )
         try:
             with torch.cuda.device(step.device) if step.on_gpu else nullcontext():
+                prompt = input_ids[0].tolist()  # before the model reads it: the host enters it for lookup meanwhile
                 logits = self._read_prompt_into(step, input_ids, kwargs.get("attention_mask"), generation_config)
                 step.token.copy_(logits.argmax(-1))
                 new: list[int] = []
-                for tokens in _passes(step, drafts, input_ids[0].tolist(), stopping_criteria, generation_config):
+                for tokens in _passes(step, drafts, prompt, stopping_criteria, generation_config):
                     new += tokens
                     if streamer is not None:
                         streamer.put(torch.tensor([tokens]))
