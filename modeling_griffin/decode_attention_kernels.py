@@ -16,7 +16,7 @@ from .decode_kernels import wait_for_the_kernel_before
 
 
 @triton.jit
-def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
+def rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
     """x with its first ROTARY dimensions rotated, in the dtype of x; offset: of each head's first dimension."""
     m_turn = i_k < ROTARY
     partner = tl.where(i_k < ROTARY // 2, i_k + ROTARY // 2, i_k - ROTARY // 2)
@@ -29,7 +29,7 @@ def _rotated(p_x, p_cos, p_sin, offset, i_k, mask, ROTARY: tl.constexpr):
 
 
 @triton.jit
-def _all_splits(
+def all_splits(
     p_sums, p_top, p_total, p_count, sums, top, total, i_query, i_k, m_query, m_k, K: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """Leaves this split's sums; the last split of all returns sums and total of all, in their order, and True."""
@@ -101,8 +101,8 @@ def attention_kernel(
         v = tl.load(p_values + tile, mask=m_old, other=0.0)
         if start == 0:  # here, so that old keys and values are asked for before the wait
             wait_for_the_kernel_before(PDL)
-            q = _rotated(p_q, p_cos, p_sin, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
-            new_k = _rotated(p_k, p_cos, p_sin, i_head * K, i_k, m_k, ROTARY)
+            q = rotated(p_q, p_cos, p_sin, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
+            new_k = rotated(p_k, p_cos, p_sin, i_head * K, i_k, m_k, ROTARY)
             new_v = tl.load(p_v + i_head * K + i_k, mask=m_k, other=0.0)
         k = tl.where(is_new[:, None], new_k[None, :], k)
         v = tl.where(is_new[:, None], new_v[None, :], v)
@@ -119,7 +119,7 @@ def attention_kernel(
     tl.store(p_values + slot * K + i_k, new_v, mask=m_new)
     is_last = True
     if SPLITS > 1:
-        sums, total, is_last = _all_splits(
+        sums, total, is_last = all_splits(
             p_sums, p_top, p_total, p_count + i_head, sums, top, total, i_query, i_k, i_g < GROUP, m_k, K, SPLITS
         )
     if is_last:

@@ -109,13 +109,13 @@ class PlainOps:
         batch, key_heads, window, head_dim = keys.shape
         q, k, v = (x.view(batch, -1, 1, head_dim) for x in (q, k, v))
         slot = clock.time % window
-        keys.index_copy_(2, slot, _rotated(k, clock))
+        keys.index_copy_(2, slot, rotated(k, clock))
         values.index_copy_(2, slot, v)
         times = clock.time - (clock.time - torch.arange(window, device=q.device)) % window
         seen = times >= clock.padding[:, None]
         groups = q.shape[1] // key_heads
         output = scaled_dot_product_attention(
-            _rotated(q, clock),
+            rotated(q, clock),
             keys.repeat_interleave(groups, dim=1),
             values.repeat_interleave(groups, dim=1),
             attn_mask=seen[:, None, None],
@@ -127,7 +127,7 @@ class PlainOps:
         return rms_norm(stream.residual, norm.weight, norm.eps)
 
 
-def _rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
+def rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
     """x (B, H, 1, K), its first R dimensions rotated."""
     cos, sin = clock.cos[:, None, None], clock.sin[:, None, None]
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]

@@ -59,7 +59,7 @@ def _convolved(past, p_x, p_w, row, channel, m, m_c, C, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _load_gates(p_w_r, p_w_i, start: tl.constexpr, i_j, P: tl.constexpr, BLOCK_P: tl.constexpr):
+def load_gates(p_w_r, p_w_i, start: tl.constexpr, i_j, P: tl.constexpr, BLOCK_P: tl.constexpr):
     """(BLOCK_P, BLOCK_C) of both gates' weights of a block."""
     i_p = start + tl.arange(0, BLOCK_P)
     offset = i_p[:, None] * P + i_j[None, :]
@@ -68,9 +68,10 @@ def _load_gates(p_w_r, p_w_i, start: tl.constexpr, i_j, P: tl.constexpr, BLOCK_P
 
 
 @triton.jit
-def _recurrence(r, i, log_decay, h, u):
+def coefficients(r, i, log_decay, u):
+    """a and b of h_t = a h_{t-1} + b, from both gates before the sigmoid and the convolution's output."""
     log_a = log_decay * _sigmoid(r)
-    return tl.exp(log_a) * h + tl.sqrt(_one_minus_exp(2.0 * log_a)) * _sigmoid(i) * u.to(tl.float32)
+    return tl.exp(log_a), tl.sqrt(_one_minus_exp(2.0 * log_a)) * _sigmoid(i) * u.to(tl.float32)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def recurrent_row_kernel(
     i_c, m_c = i_block * P + i_j, i_j < P
     p_w_r += i_block * P * P
     p_w_i += i_block * P * P
-    w_r, w_i = _load_gates(p_w_r, p_w_i, 0, i_j, P, BLOCK_P)
+    w_r, w_i = load_gates(p_w_r, p_w_i, 0, i_j, P, BLOCK_P)
     time = tl.load(p_time)
     i_p = tl.arange(0, BLOCK_P)
     past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, i_p < P, time, C, TAPS)
@@ -114,10 +115,11 @@ def recurrent_row_kernel(
         r += tl.sum(w_r.to(tl.float32) * u, 0)
         i += tl.sum(w_i.to(tl.float32) * u, 0)
         if start + BLOCK_P < P:
-            w_r, w_i = _load_gates(p_w_r, p_w_i, start + BLOCK_P, i_j, P, BLOCK_P)
+            w_r, w_i = load_gates(p_w_r, p_w_i, start + BLOCK_P, i_j, P, BLOCK_P)
             i_p += BLOCK_P
             past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, i_p < P, time, C, TAPS)
-    h = _recurrence(r, i, log_decay, h, own_u)
+    a, b = coefficients(r, i, log_decay, own_u)
+    h = a * h + b
     _store_step(p_past, p_state, p_out, h, x, y, i_b, i_c, m_c, time, C, TAPS)
 
 
@@ -141,7 +143,7 @@ def recurrent_kernel(
     own = m_b & m_c
     tiles, pasts = (), ()
     for start in tl.static_range(0, P, BLOCK_P):
-        tiles = tiles + _load_gates(p_w_r, p_w_i, start, i_j, P, BLOCK_P)
+        tiles = tiles + load_gates(p_w_r, p_w_i, start, i_j, P, BLOCK_P)
         i_p = (start + tl.arange(0, BLOCK_P))[None, :]
         past = _convolved_past(
             p_past, p_conv_w, p_conv_b, row, i_block * P + i_p, m_b & (i_p < P), i_p < P, time, C, TAPS
@@ -164,5 +166,6 @@ def recurrent_kernel(
         r = tl.dot(us[i_tile], tiles[i_tile * 2], r, input_precision="ieee")
         i = tl.dot(us[i_tile], tiles[i_tile * 2 + 1], i, input_precision="ieee")
     u = _convolved(own_past, p_x, p_conv_w, row, i_c, own, m_c, C, TAPS)
-    h = _recurrence(r, i, log_decay, h, u)
+    a, b = coefficients(r, i, log_decay, u)
+    h = a * h + b
     _store_step(p_past, p_state, p_out, h, x, y, row, i_c, own, time, C, TAPS)

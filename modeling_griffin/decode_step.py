@@ -9,10 +9,11 @@ Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K h
 import torch
 from torch import nn
 
-from .decode_ops import Clock, KernelOps, PlainOps, Stream
+from .decode_ops import Clock, KernelOps, PlainOps
+from .recorded_step import RecordedStep
 
 
-class DecodeStep:
+class DecodeStep(RecordedStep):
     """The state of B rows and the step that reads one more token of each.
 
     token (B,) int64: what the next `step` reads; it leaves the likeliest of its own logits there, so that a host that
@@ -20,16 +21,14 @@ class DecodeStep:
     """
 
     def __init__(self, base: nn.Module, head: nn.Linear, batch: int):
-        self.base, self.head, self.config = base, head, base.config
-        self.device, self.dtype = head.weight.device, head.weight.dtype
-        self.on_gpu = self.device.type == "cuda"
-        self.ops = PlainOps()
-        if self.on_gpu:  # one kernel can start while another ends from compute capability 9 on
-            capability = torch.cuda.get_device_capability(self.device)[0]
-            self.ops = KernelOps(overlap=capability >= 9, matmul=capability == 9)  # the tiles are what fits there
-        self.graph: torch.cuda.CUDAGraph | None = None
+        ops, device = PlainOps(), head.weight.device
+        if device.type == "cuda":  # one kernel can start while another ends from compute capability 9 on
+            capability = torch.cuda.get_device_capability(device)[0]
+            ops = KernelOps(overlap=capability >= 9, matmul=capability == 9)  # the tiles are what fits there
         self.busy = False
+        self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
         with torch.inference_mode(False), torch.no_grad():
+            super().__init__(base, head, ops)
             self._make_buffers(batch)
 
     def _make_buffers(self, batch: int) -> None:
@@ -46,12 +45,6 @@ class DecodeStep:
                 past = torch.zeros(batch, config.conv1d_width, config.lru_width, **new)
                 state = torch.zeros(batch, config.lru_width, dtype=torch.float32, device=self.device)
                 self.layers.append((past, state, torch.zeros(config.lru_width, device=self.device)))
-        self.scale = self.base.embedding_scale if config.scale_embeddings else 1.0
-        self.frequencies = None
-        if "sliding_attention" in config.layer_types:  # as rotary_emb computes them
-            rotary = self.base.rotary_emb
-            exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
-            self.frequencies = torch.cat([rotary.theta**-exponents] * 2)
 
     def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
         """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
@@ -84,47 +77,8 @@ class DecodeStep:
                 past[rows[:, None], slots] = layer.conv_states[0].transpose(1, 2)
                 state[rows] = layer.recurrent_states[0]
 
-    @torch.no_grad()
-    def step(self) -> torch.Tensor:
-        """Reads `token`, puts the likeliest next one there and returns `logits`; the next step overwrites both."""
-        if self.graph is None:
-            self._compute()
-        else:
-            self.graph.replay()
-        return self.logits
-
-    def record(self) -> None:
-        """Compiles what has to be and records the step. Overwrites the state: `load` comes afterwards."""
-        with torch.inference_mode(False), torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._compute()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._compute()
-            self.graph = graph
-
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
-        ops, base = self.ops, self.base
-        stream, clock = ops.begin(self.token, base.embed_tokens, self.scale, self.clock, self.frequencies)
-        for layer, buffers in zip(base.layers, self.layers):
-            stream = self._mix(stream, layer, buffers, clock)
-            mlp = layer.mlp_block
-            x = ops.gated_project(stream, layer.channel_pre_norm, mlp.gate_proj, mlp.up_proj)
-            stream = ops.add_project(stream, x, mlp.down_proj)
-        ops.head(stream, base.final_norm, self.head, self.logits)
-        if (cap := self.config.final_logit_softcapping) is not None:
-            torch.mul((self.logits / cap).tanh_(), cap, out=self.logits)
-        ops.end(self.logits, self.token, clock)
-
-    def _mix(self, stream: Stream, layer: nn.Module, buffers: tuple, clock: Clock) -> Stream:
-        ops, block, norm = self.ops, layer.temporal_block, layer.temporal_pre_norm
-        if len(buffers) == 2:
-            q, k, v = ops.project(stream, norm, [block.q_proj, block.k_proj, block.v_proj])
-            return ops.add_project(stream, ops.attend(q, k, v, *buffers, clock, block.scaling), block.o_proj)
-        x, y = ops.project(stream, norm, [block.linear_x, block.linear_y])
-        return ops.add_project(stream, ops.recurrent(x, y, block, *buffers, clock), block.linear_out)
+        stream, clock = self.ops.begin(self.token, self.base.embed_tokens, self.scale, self.clock, self.frequencies)
+        self._read(stream, clock)
+        self.ops.end(self.logits, self.token, clock)

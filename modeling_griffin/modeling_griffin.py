@@ -30,7 +30,7 @@ from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
-from .fast_generate import FastGenerationMixin
+from .fast_drafts import FastDraftsMixin
 from .flash_local_attention import OWN_ATTENTION
 from .fused import add_rms_norm, gated, rms_norm, rotate
 from .fused_linear import gated_linears, linears
@@ -360,7 +360,7 @@ class GriffinModel(GriffinPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastGenerationMixin, GenerationMixin):
+class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastDraftsMixin, GenerationMixin):
     """Griffin with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

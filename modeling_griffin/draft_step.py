@@ -1,0 +1,92 @@
+"""One step that reads a token and the drafts behind it, and keeps those that turn out to be what would be chosen.
+
+It shares the state of a `DecodeStep` of one row, and leaves there what single steps over the same tokens would have
+left. How many are kept is decided on the device, so that it is one recorded CUDA graph too, and the host waits once for
+all that it learns of a pass.
+
+Legend: N tokens, C RG-LRU channels, K head dimension, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .decode_ops import Clock, KernelOps
+from .decode_step import DecodeStep
+from .draft_ops import KernelDraftOps, PlainDraftOps
+from .recorded_step import RecordedStep
+
+
+MOST_TOKENS = 64  # of a pass: as many rows as products have kernels for
+NO_DRAFT = -1  # never what is likeliest
+
+
+def most_tokens(config) -> int:
+    """Of a pass: in a ring of W keys, more would have to share a slot."""
+    return min(MOST_TOKENS, config.attention_window_size if "sliding_attention" in config.layer_types else MOST_TOKENS)
+
+
+class DraftStep(RecordedStep):
+    """The pass over N = `tokens` tokens of the one row of `step`: the token chosen last and N - 1 drafts.
+
+    tokens (N,) int64: what a pass reads; NO_DRAFT where there are fewer drafts. report (1 + N,) int64: what it finds,
+    how many of these tokens are kept and the likeliest token behind each. logits (N, V), in the model's dtype.
+    """
+
+    def __init__(self, step: DecodeStep, tokens: int):
+        if len(step.token) != 1:
+            raise ValueError(f"step: has {len(step.token)} rows; drafts are read for 1 row")
+        if not 2 <= tokens <= most_tokens(step.config):
+            raise ValueError(f"tokens = {tokens}: allowed is 2 to {most_tokens(step.config)}")
+        kernels = isinstance(step.ops, KernelOps)
+        ops = KernelDraftOps(step.ops.launch["PDL"], step.ops.products.matmul) if kernels else PlainDraftOps()
+        with torch.inference_mode(False), torch.no_grad():
+            super().__init__(step.base, step.head, ops)
+            self.row_token, self.row_clock, self.row_layers = step.token, step.clock, step.layers
+            self._make_buffers(tokens)
+
+    def _make_buffers(self, number: int) -> None:
+        config, new, whole = self.config, {"dtype": self.dtype, "device": self.device}, {"dtype": torch.long}
+        self.tokens = torch.zeros(number, **whole, device=self.device)
+        self.report = torch.zeros(1 + number, **whole, device=self.device)
+        self.on_host = [torch.zeros(size, **whole, pin_memory=self.on_gpu) for size in (number, 1 + number)]
+        self.offsets = torch.arange(number, device=self.device)
+        self.passes = Clock(torch.zeros(1, **whole, device=self.device), self.offsets)
+        self.logits = torch.zeros(number, self.head.weight.shape[0], **new)
+        self.kept = []
+        for kind in config.layer_types:
+            if kind == "sliding_attention":
+                shape = (config.num_key_value_heads, number, config.head_dim)
+                self.kept.append((torch.zeros(shape, **new), torch.zeros(shape, **new)))
+            else:
+                h = torch.zeros(number, config.lru_width, device=self.device)
+                self.kept.append((torch.zeros(number, config.lru_width, **new), h))
+        self.layers = [(*row, *kept) for row, kept in zip(self.row_layers, self.kept)]
+
+    def read(self, token: int, drafts: Sequence[int]) -> list[int]:
+        """Reads the token chosen last and up to N - 1 drafts; the new tokens: right drafts, and the one behind them."""
+        tokens, report = self.on_host
+        tokens.fill_(NO_DRAFT)
+        tokens[: 1 + len(drafts)] = torch.tensor([token, *drafts])
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.step()
+        report.copy_(self.report, non_blocking=True)
+        if self.on_gpu:
+            torch.cuda.current_stream().synchronize()
+        accepted, *likeliest = report.tolist()
+        return likeliest[:accepted]
+
+    @torch.no_grad()  # here too: inference_mode(False) turns gradients on
+    def _compute(self) -> None:
+        ops, row = self.ops, self.row_clock
+        # A token's position is that of a row's next token that has as many fewer tokens of padding.
+        each = Clock(row.time, row.padding - self.offsets)
+        tokens = self.tokens.clamp(min=0)
+        stream, each = ops.begin(tokens, self.base.embed_tokens, self.scale, each, self.frequencies)
+        self._read(stream, Clock(row.time, row.padding, each.cos, each.sin))
+        ops.end(self.logits, self.report[1:], self.passes)  # whose time is how many passes there were
+        ops.accept(self.tokens, self.report, self.row_token, row)
+        accepted = self.report[:1]
+        for buffers, kept in zip(self.row_layers, self.kept):
+            keep = ops.keep_attention if len(buffers) == 2 else ops.keep_recurrent
+            keep(*buffers[:2], *kept, accepted, row)
