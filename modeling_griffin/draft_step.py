@@ -19,6 +19,7 @@ from .recorded_step import RecordedStep
 
 MOST_TOKENS = 64  # of a pass: as many rows as products have kernels for
 NO_DRAFT = -1  # never what is likeliest
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of `disagreement`; float32 may be TF32
 
 
 def most_tokens(config) -> int:
@@ -90,3 +91,29 @@ class DraftStep(RecordedStep):
         for buffers, kept in zip(self.row_layers, self.kept):
             keep = ops.keep_attention if len(buffers) == 2 else ops.keep_recurrent
             keep(*buffers[:2], *kept, accepted, row)
+
+
+@torch.no_grad()
+def disagreement(step: DecodeStep, drafts: DraftStep) -> float:
+    """How far a pass is from single steps over the same tokens: of the logits, as a share of the largest.
+
+    Half of its drafts are right. Compared are the logits up to the first wrong one, and those of a single step behind
+    the pass, which show what it has left. Overwrites the state.
+    """
+    number, vocabulary = drafts.logits.shape
+    for _ in range(number):  # the state that is compared should have something in it
+        step.step()
+    state = [step.clock.time, *(tensor for layer in step.layers for tensor in layer)]
+    before, tokens, expected = [tensor.clone() for tensor in state], step.token.tolist(), []
+    for _ in range(number + 1):
+        expected.append(step.step().clone())
+        tokens += step.token.tolist()
+    for tensor, value in zip(state, before):
+        tensor.copy_(value)
+    right = number // 2
+    wrong = [(token + 1) % vocabulary for token in tokens[right + 1 : number]]
+    accepted = len(drafts.read(tokens[0], tokens[1 : right + 1] + wrong))
+    step.token.fill_(tokens[accepted])  # where two tokens are as likely, the pass may have found the other one
+    pairs = [*zip(drafts.logits[: right + 1, None], expected), (step.step(), expected[accepted])]
+    errors = [(found - wanted).abs().max().float() / wanted.abs().max().float() for found, wanted in pairs]
+    return torch.stack(errors).max().item()

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .decode_step import DecodeStep
-from .draft_step import DraftStep, most_tokens
+from .draft_step import TOLERANCE, DraftStep, disagreement, most_tokens
 from .fast_generate import FastGenerationMixin, take_step
 from .fast_generate_requests import reason_against
 from .prompt_lookup import PromptLookup
@@ -109,15 +109,23 @@ def _take_drafts(model, tokens: int) -> tuple[DecodeStep, DraftStep] | tuple[Non
 
 
 def _recorded(step: DecodeStep, tokens: int) -> DraftStep | None:
-    """None where it cannot be recorded, which is then not tried again."""
+    """None where it cannot be recorded or does not agree with single steps, which is then not tried again."""
     try:
         drafts = DraftStep(step, tokens)
         if step.on_gpu:
             drafts.record()
+            _check(step, drafts)
         return drafts
     except Exception as error:
         logger.warning_once(f"generate with drafts is slow: {tokens} tokens cannot be recorded: {error!r}")
         return None
+
+
+def _check(step: DecodeStep, drafts: DraftStep) -> None:
+    """On a GPU that the kernels have not met, a slower answer is better than a wrong one."""
+    error = disagreement(step, drafts)
+    if not error <= TOLERANCE[drafts.dtype]:
+        raise RuntimeError(f"logits of a pass differ by {error:.1e} of the largest from those of single steps")
 
 
 def _passes(

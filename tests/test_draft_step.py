@@ -10,7 +10,8 @@ import torch
 from tolerances import assert_close
 
 from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.draft_step import MOST_TOKENS, NO_DRAFT, DraftStep
+from modeling_griffin.draft_ops import PlainDraftOps
+from modeling_griffin.draft_step import MOST_TOKENS, NO_DRAFT, TOLERANCE, DraftStep, disagreement
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,3 +192,22 @@ def test_recorded_passes_are_those_that_are_not_recorded(kind, tokens, dtype, sm
             found += drafts.read(found[-1], copy.copy(found[-2:-6:-1])[: length % tokens])
         ends.append((found, state_of(step)))
     assert ends[0][0] == ends[1][0] and all(map(torch.equal, ends[0][1], ends[1][1]))
+
+
+@pytest.mark.parametrize("number", [2, 5, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_agrees_with_single_steps(kind, number, small_model):
+    step = filled_step(small_model(kind), time=13)
+    assert disagreement(step, DraftStep(step, number)) < 1e-4
+
+
+@pytest.mark.parametrize("what", ["attend", "recurrent", "keep_recurrent", "keep_attention", "accept"])
+def test_a_pass_that_is_wrong_disagrees(what, small_model, monkeypatch):
+    """Whatever it is that does nothing."""
+    nothing = {"attend": lambda ops, q, *others: q, "recurrent": lambda ops, x, *others: x}
+    monkeypatch.setattr(PlainDraftOps, what, nothing.get(what, lambda *arguments: None))
+    step = filled_step(small_model().cpu(), time=13)
+    drafts = DraftStep(step, 6)
+    drafts.report.fill_(4)  # as if accepted: what is right to keep
+    error = disagreement(step, drafts)
+    assert not error <= TOLERANCE[torch.float32], error
