@@ -101,6 +101,8 @@ def disagreement(step: DecodeStep, drafts: DraftStep) -> float:
     the pass, which show what it has left. Overwrites the state.
     """
     number, vocabulary = drafts.logits.shape
+    step.start(0)
+    step.clock.padding.zero_()
     for _ in range(number):  # the state that is compared should have something in it
         step.step()
     state = [step.clock.time, *(tensor for layer in step.layers for tensor in layer)]

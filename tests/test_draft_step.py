@@ -197,8 +197,10 @@ def test_recorded_passes_are_those_that_are_not_recorded(kind, tokens, dtype, sm
 @pytest.mark.parametrize("number", [2, 5, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_agrees_with_single_steps(kind, number, small_model):
-    step = filled_step(small_model(kind), time=13)
-    assert disagreement(step, DraftStep(step, number)) < 1e-4
+    """On a step that is new, and on one that has read something."""
+    model = small_model(kind)
+    for step in (DecodeStep(model.model, model.lm_head, 1), filled_step(model, time=13, padding=3)):
+        assert disagreement(step, DraftStep(step, number)) < 1e-4
 
 
 @pytest.mark.parametrize("what", ["attend", "recurrent", "keep_recurrent", "keep_attention", "accept"])
@@ -206,8 +208,23 @@ def test_a_pass_that_is_wrong_disagrees(what, small_model, monkeypatch):
     """Whatever it is that does nothing."""
     nothing = {"attend": lambda ops, q, *others: q, "recurrent": lambda ops, x, *others: x}
     monkeypatch.setattr(PlainDraftOps, what, nothing.get(what, lambda *arguments: None))
-    step = filled_step(small_model().cpu(), time=13)
+    model = small_model()
+    step = DecodeStep(model.model, model.lm_head, 1)
     drafts = DraftStep(step, 6)
-    drafts.report.fill_(4)  # as if accepted: what is right to keep
+    drafts.report.fill_(4)  # as if so many were accepted
     error = disagreement(step, drafts)
+    assert not error <= TOLERANCE[torch.float32], error
+
+
+def test_a_recurrence_that_is_slightly_wrong_disagrees(small_model, monkeypatch):
+    """Without its decay: what a step shows only once it knows Λ."""
+    right = PlainDraftOps.recurrent
+
+    def recurrent(ops, x, y, block, past, state, log_decay, *others):
+        return right(ops, x, y, block, past, state, log_decay / 2, *others)
+
+    monkeypatch.setattr(PlainDraftOps, "recurrent", recurrent)
+    model = small_model()
+    step = DecodeStep(model.model, model.lm_head, 1)
+    error = disagreement(step, DraftStep(step, 6))
     assert not error <= TOLERANCE[torch.float32], error
