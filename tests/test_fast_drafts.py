@@ -224,17 +224,23 @@ def test_size_of_the_ngrams_and_a_configuration_as_argument(ngram, small_model, 
     ],
 )
 def test_other_requests_run_in_transformers_loop(options, small_model, passes, monkeypatch):
+    """With its tokens, or refused in its words: static caches are up to Transformers 5.23."""
     model, ids = small_model(), random_ids(5)
     options = {"prompt_lookup_num_tokens": 3, **options(model)}
     found = []
     for devices in ((), ("cpu",)):
         monkeypatch.setattr(type(model), "_fast_generation_devices", devices)
         torch.manual_seed(3)
-        result = run(model, ids, **options)
-        found.append(result if isinstance(result, torch.Tensor) else result.sequences)
+        try:
+            result = run(model, ids, **options)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append((result if isinstance(result, torch.Tensor) else result.sequences).tolist())
         if "past_key_values" in options:
             options["past_key_values"] = DynamicCache(config=model.config)
-    assert torch.equal(*found) and not passes.right
+    assert found[0] == found[1] and not passes.right
+    assert isinstance(found[0], list) or options.get("cache_implementation") == "static"
 
 
 def test_what_transformers_refuses_is_refused(small_model, monkeypatch):
