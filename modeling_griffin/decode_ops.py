@@ -113,14 +113,9 @@ class PlainOps:
         values.index_copy_(2, slot, v)
         times = clock.time - (clock.time - torch.arange(window, device=q.device)) % window
         seen = times >= clock.padding[:, None]
-        groups = q.shape[1] // key_heads
-        output = scaled_dot_product_attention(
-            rotated(q, clock),
-            keys.repeat_interleave(groups, dim=1),
-            values.repeat_interleave(groups, dim=1),
-            attn_mask=seen[:, None, None],
-            scale=scaling,
-        )
+        # Heads that share keys are queries of one head: keys need not be repeated.
+        queries = rotated(q, clock).view(batch, key_heads, -1, head_dim)
+        output = scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None, None], scale=scaling)
         return output.reshape(batch, -1)
 
     def _normed(self, stream: Stream, norm) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""`generate(prompt_lookup_num_tokens=...)` on a GPU by recorded steps: drafts cost little more than no drafts.
+"""`generate(prompt_lookup_num_tokens=...)` by recorded steps: drafts cost little more than no drafts.
 
 Greedy prompt lookup of one row runs here where it can be honoured exactly, every other request in Transformers' loop.
-A pass reads the token chosen last and its drafts, one without a draft is a plain step; the host waits once for each.
+Recorded are they on a GPU; a CPU runs the same passes. A pass reads the token chosen last and its drafts, one without a draft is a plain step; the host waits once for each.
 The tokens are those of greedy decoding, whatever is drafted.
 """
 

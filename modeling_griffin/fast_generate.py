@@ -1,10 +1,11 @@
-"""`generate` on a GPU by a recorded step: no Python a layer, and the host never waits for the token it just asked for.
+"""`generate` by a recorded step: on a GPU no Python a layer, and the host never waits for the token it just asked for.
 
 `generate` prepares everything as for any model and then calls `_sample`; here a request that can be honoured exactly
 runs on a `DecodeStep`, and every other goes on to Transformers' loop. Logits processors are Transformers' own.
 
-The host stays two steps ahead of the tokens that it has seen. Steps beyond the end are thus computed and dropped; what
-they leave behind is a random generator that has drawn for them too.
+On a GPU the host stays ahead of the tokens that it has seen. Steps beyond the end are thus computed and dropped; what
+they leave behind is a random generator that has drawn for them too. On a CPU nothing is recorded, but the step does
+less than Transformers' loop around it: no masks, no cache that grows.
 
 Legend: B rows, T tokens of the prompt.
 """
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 PREFILL_TOKENS = 16384  # of all rows together in one forward pass
 LEAST_CHUNK = 128  # tokens a row
-STEPS_AHEAD = 2
+TOKENS_AHEAD = 3  # of what the host has seen, on a GPU
 KEPT_STEPS = 4  # batch sizes whose recorded step and buffers stay with the model
 STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, DecodeStep]]" = weakref.WeakKeyDictionary()
 
@@ -34,7 +35,7 @@ STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, DecodeStep
 class FastGenerationMixin:
     """For the model with a language-model head: plain `generate` is fast where it can be."""
 
-    _fast_generation_devices = ("cuda",)
+    _fast_generation_devices = ("cpu", "cuda")
 
     def _sample(
         self,
@@ -175,15 +176,16 @@ def _draw(shares: torch.Tensor) -> torch.Tensor:
 def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length: int | None, streamer) -> torch.Tensor:
     """The prompt and the new tokens (B, T + new)."""
     reports, end, likeliest = _Reports(choice, streamer), None, None
-    while end is None:
+    ahead = TOKENS_AHEAD if step.on_gpu else 0
+    while True:
         token = choice.next(logits, likeliest)
         reports.send(token)
-        if max_length is not None and choice.length >= max_length:
+        end = next(reports.received(ahead), None)
+        if end is not None or max_length is not None and choice.length >= max_length:
             break
         if token is not step.token:
             step.token.copy_(token)
         logits, likeliest = step.step(), step.token
-        end = next(reports.received(STEPS_AHEAD), None)
     if end is None:
         end = next(reports.received(0), choice.length)
     if streamer is not None:

@@ -36,6 +36,12 @@ def seed():
     random.seed(0)
 
 
+@pytest.fixture
+def transformers_loop(monkeypatch):
+    """`generate` runs Transformers' own loop, as for a request that no step of ours can honour."""
+    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ())
+
+
 def make_config(kind: str = "griffin", **overrides) -> GriffinConfig:
     layer_types = overrides.pop("layer_types", LAYERS[kind])
     fields = {

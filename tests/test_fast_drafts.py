@@ -14,6 +14,7 @@ from modeling_griffin.draft_step import DraftStep
 from modeling_griffin.fast_generate import STEPS
 
 
+pytestmark = pytest.mark.usefixtures("transformers_loop")  # by which tokens are judged; `use_passes` turns passes on
 KINDS = ["griffin", "hawk", "attention", "attention_first"]
 NEW = 40  # five windows
 

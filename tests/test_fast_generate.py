@@ -49,7 +49,8 @@ def by_step(monkeypatch, model, ids, **options):
     steps = []
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "_fast_generation_devices", ("cpu", "cuda"))
-        patch.setattr(DecodeStep, "step", lambda step, real=DecodeStep.step: steps.append(step) or real(step))
+        load = DecodeStep.load
+        patch.setattr(DecodeStep, "load", lambda step, *state: steps.append(step) or load(step, *state))
         found = run(model, ids, **options)
     assert steps, "Transformers' own loop has run"
     return found
@@ -337,7 +338,7 @@ def test_a_step_keeps_no_graph_of_weights_that_train(rows, small_model):
     assert not step.logits.requires_grad
 
 
-def test_a_step_that_cannot_be_recorded_is_said_and_done_without(small_model, monkeypatch):
+def test_a_step_that_cannot_be_recorded_is_said_and_done_without(small_model, monkeypatch, transformers_loop):
     """Once: the next call does not try again."""
     tried = []
 

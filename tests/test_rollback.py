@@ -9,6 +9,7 @@ from modeling_griffin.rollback import MAX_ROLLBACK, RollbackLayer
 from tests.tolerances import assert_close
 
 
+pytestmark = pytest.mark.usefixtures("transformers_loop")  # which takes back what a cache has read
 VOCABULARY, WINDOW = 29, 8
 KINDS = ("griffin", "hawk", "attention_first")
 
