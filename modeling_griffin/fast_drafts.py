@@ -1,8 +1,8 @@
 """`generate(prompt_lookup_num_tokens=...)` by recorded steps: drafts cost little more than no drafts.
 
 Greedy prompt lookup of one row runs here where it can be honoured exactly, every other request in Transformers' loop.
-Recorded are they on a GPU; a CPU runs the same passes. A pass reads the token chosen last and its drafts, one without a draft is a plain step; the host waits once for each.
-The tokens are those of greedy decoding, whatever is drafted.
+A pass reads the token chosen last and its drafts, one without a draft is a plain step; the host waits once for each.
+The tokens are those of greedy decoding, whatever is drafted. On a CPU the passes are the same, but not recorded.
 """
 
 from collections.abc import Iterator
