@@ -392,3 +392,15 @@ def test_a_gpu_uses_the_step_by_default(small_model):
     model = small_model().cuda()
     run(model, random_ids(2, 5).cuda())
     assert len(fast_generate.STEPS[model]) == 1
+
+
+@pytest.mark.parametrize("eos", [None, "first", "later"])
+def test_a_cpu_computes_nothing_beyond_the_end(eos, small_model, monkeypatch):
+    """One step between two tokens, and none behind the last."""
+    model, ids, steps, real = small_model(), random_ids(1, 5), [], DecodeStep.step
+    tokens = run(model, ids)[0, 5:].tolist()
+    monkeypatch.setattr(DecodeStep, "step", lambda step: steps.append(1) or real(step))
+    eos_token_id = {None: None, "first": tokens[0], "later": tokens[6]}[eos]
+    new = run(model, ids, eos_token_id=eos_token_id).shape[1] - 5
+    assert len(steps) == new - 1
+    assert new == (NEW if eos is None else tokens.index(eos_token_id) + 1)
