@@ -1,7 +1,8 @@
 """The products of a decoding step as launches of its own kernels: which kernel, and how it divides the work.
 
 A product has up to three matrices of the same inputs and may take the norm in front of it and the residual stream
-behind it along. One, two or four rows: sums on each tile of weights; up to MATMUL_ROWS: products of matrices.
+behind it along. One row: sums on each tile of weights; up to MATMUL_ROWS: products of matrices, and where these do not
+serve, sums again for two or four rows.
 
 Legend: M rows, D inputs, N outputs.
 """
@@ -42,10 +43,11 @@ class Products:
 
     def takes(self, x: torch.Tensor, *pair: torch.Tensor) -> bool:
         """Whether there is a kernel for the rows x (M, D); else it is cuBLAS's work. pair: weights of one tile."""
-        if x.shape[0] in MATVEC_ROWS:
-            return True
+        return x.shape[0] in MATVEC_ROWS or self._as_matrices(x, *pair)
+
+    def _as_matrices(self, x: torch.Tensor, *pair: torch.Tensor) -> bool:
         aligned = len({weight.data_ptr() % 16 for weight in pair}) < 2
-        return self.matmul and 0 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned
+        return self.matmul and 1 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned
 
     def project(self, x, norm, linears: list[nn.Linear], residual=None, outputs=None) -> list[torch.Tensor]:
         """norm(x) through each of the linears, plus the residual (M, N), into outputs or new tensors (M, N)."""
@@ -64,7 +66,7 @@ class Products:
             "RESIDUAL": residual is not None,
             **self.launch,
         }
-        if x.shape[0] in MATVEC_ROWS:
+        if not self._as_matrices(x):
             tile = product_tile(PROJECT, sum(sizes), x.shape[1], x.shape[0])
             even = all(size % tile["BLOCK_N"] == 0 for size in sizes)
             programs = sum(triton.cdiv(size, tile["BLOCK_N"]) for size in sizes)
@@ -82,7 +84,7 @@ class Products:
         width = gate.out_features
         y = x.new_empty(x.shape[0], width)
         tensors = (x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, y)
-        if x.shape[0] in MATVEC_ROWS:
+        if not self._as_matrices(x, gate.weight, up.weight):
             tile = product_tile(GATED, 2 * width, x.shape[1], x.shape[0])
             options = {"ROWS": x.shape[0], "EVEN": width % tile["BLOCK_N"] == 0, **self.launch, **tile}
             grid = (triton.cdiv(width, tile["BLOCK_N"]),)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from .decode_ops import Clock, KernelOps, PlainOps
-from .recorded_step import RecordedStep
+from .recorded_step import RecordedStep, in_order
 
 
 class DecodeStep(RecordedStep):
     """The state of B rows and the step that reads one more token of each.
 
+    rings: keys and values (L, B, H_kv, W, K) of the L layers that attend; memories: past inputs (L, B, taps, C) and
+    states (L, B, C) float32 of those that recur. layers: for each layer its part of these.
     token (B,) int64: what the next `step` reads; it leaves the likeliest of its own logits there, so that a host that
     chooses no other has nothing to write. logits (B, V): what a step leaves, in the model's dtype.
     """
@@ -36,15 +38,14 @@ class DecodeStep(RecordedStep):
         self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.logits = torch.zeros(batch, self.head.weight.shape[0], **new)
         self.clock = Clock(torch.zeros(1, dtype=torch.long, device=self.device), torch.zeros_like(self.token))
-        self.layers = []
-        for kind in config.layer_types:
-            if kind == "sliding_attention":
-                shape = (batch, config.num_key_value_heads, config.attention_window_size, config.head_dim)
-                self.layers.append((torch.zeros(shape, **new), torch.zeros(shape, **new)))
-            else:
-                past = torch.zeros(batch, config.conv1d_width, config.lru_width, **new)
-                state = torch.zeros(batch, config.lru_width, dtype=torch.float32, device=self.device)
-                self.layers.append((past, state, torch.zeros(config.lru_width, device=self.device)))
+        attending = config.layer_types.count("sliding_attention")
+        ring = (attending, batch, config.num_key_value_heads, config.attention_window_size, config.head_dim)
+        self.rings = torch.zeros(ring, **new), torch.zeros(ring, **new)
+        recurring = len(config.layer_types) - attending
+        past = torch.zeros(recurring, batch, config.conv1d_width, config.lru_width, **new)
+        self.memories = past, torch.zeros(recurring, batch, config.lru_width, device=self.device)
+        decays = torch.zeros(recurring, config.lru_width, device=self.device)
+        self.layers = in_order(config.layer_types, self.rings, (*self.memories, decays))
 
     def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
         """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""

@@ -1,6 +1,6 @@
 """How the kernels of a decoding step divide their work: what was fastest on one H100 in bfloat16.
 
-What decides is how many bytes of weights are on their way at a time. Few rows: a thread loads 16 bytes of each of
+What decides is how many bytes of weights are on their way at a time. One row: a thread loads 16 bytes of each of
 BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 2 tiles
 (BLOCK_N, BLOCK_D) at once; each program reads all rows too, from the cache, so that BLOCK_N is not less than the rows.
 
@@ -10,7 +10,7 @@ Legend: N outputs of a product, D inputs.
 import torch
 
 
-# Rows up to which a product is done one row after the other on each tile of weights.
+# Rows for which a product can be done one row after the other on each tile of weights.
 MATVEC_ROWS = (1, 2, 4)
 INPUTS_OF_A_WARP = 256  # 16 bytes a thread in bfloat16; nothing has to be exchanged between threads
 # (least outputs, least inputs): (BLOCK_N, warps, AHEAD); the first line that fits
@@ -23,7 +23,7 @@ PROJECT = {
 GATED = {(0, 0): (2, 2, 3)}
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
-# Rows up to which the others are products of matrices in one kernel; beyond, and in other dtypes, they are cuBLAS's.
+# Rows up to which products of more than one are those of matrices in one kernel; beyond it they are cuBLAS's.
 MATMUL_ROWS = 64
 MATMUL_DTYPES = (torch.bfloat16,)  # in float16, x (1 + norm) could leave its range before it is divided by rms(x)
 # rows: {(least outputs, least inputs): (BLOCK_N, BLOCK_D, STAGES, warps, programs to aim at)}, the first that fit
@@ -34,9 +34,16 @@ _MANY = {
     (2561, 0): (64, 128, 5, 4, 132),  # q_proj, k_proj and v_proj
     (0, 0): (64, 128, 5, 4, 132),  # linear_out, o_proj
 }
-MATMUL = {16: dict(_MANY), 32: dict(_MANY), 64: dict(_MANY)}
+_SOME = {
+    (16384, 0): (64, 128, 3, 4, 132),
+    (0, 5120): (64, 256, 3, 4, 264),
+    (4096, 0): (128, 128, 4, 8, 132),
+    (2561, 0): (64, 128, 4, 4, 264),
+    (0, 0): (64, 128, 5, 4, 264),
+}
+MATMUL = {16: _SOME, 32: _MANY, 64: _MANY}
 # BLOCK_N of each of both matrices
-MATMUL_GATED = {rows: {(0, 0): (64, 128, 4, 8, 132)} for rows in (16, 32, 64)}
+MATMUL_GATED = {16: {(0, 0): (32, 256, 3, 4, 264)}, 32: {(0, 0): (64, 128, 4, 8, 132)}, 64: {(0, 0): (64, 128, 4, 8, 132)}}
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 
 

@@ -102,9 +102,9 @@ def keep_attention_kernel(
 ):  # fmt: skip
     """A new key and value into their slot, where the token is accepted; the time is already behind all that are.
 
-    Program: (token, key head).
+    Program: (token, key head of a layer).
     """
-    i_n, i_head, i_k = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_K)
+    i_n, i_head, i_k = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_K)
     wait_for_the_kernel_before(PDL)
     accepted = tl.load(p_report)
     m_k = (i_k < K) & (i_n < accepted)

@@ -108,11 +108,19 @@ def accept_kernel(p_tokens, p_report, p_token, p_time, N, PDL: tl.constexpr, BLO
 
 @triton.jit
 def keep_recurrent_kernel(
-    p_past, p_state, p_new_x, p_new_h, p_report, p_time, C, TAPS: tl.constexpr, PDL: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """What the accepted tokens leave in past and state; the time is already behind them. Program: BLOCK_C channels."""
-    i_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_past, p_state, p_new_x, p_new_h, p_report, p_time, N, C,
+    TAPS: tl.constexpr, PDL: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What the accepted tokens leave in past and state; the time is already behind them.
+
+    All tensors have a layer in front. Program: (BLOCK_C channels, layer).
+    """
+    i_c, i_layer = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1).to(tl.int64)
     m_c = i_c < C
+    p_past += i_layer * TAPS * C
+    p_state += i_layer * C
+    p_new_x += i_layer * N * C
+    p_new_h += i_layer * N * C
     wait_for_the_kernel_before(PDL)
     last, newest = tl.load(p_report) - 1, tl.load(p_time) - 1
     tl.store(p_state + i_c, tl.load(p_new_h + last * C + i_c, mask=m_c, other=0.0), mask=m_c)

@@ -79,21 +79,27 @@ class PlainDraftOps(PlainOps):
         clock.time.add_(report[:1])
 
     def keep_recurrent(self, past, state, new_x, new_h, accepted, clock: Clock) -> None:
-        """What the first accepted (1,) tokens leave, into past and state; the clock's time is already behind them."""
-        taps = past.shape[1]
+        """What the first accepted (1,) tokens leave in all L layers; the clock's time is already behind them.
+
+        new_x, new_h (L, N, C) into past (L, 1, taps, C) and state (L, 1, C).
+        """
+        taps = past.shape[2]
         last = clock.time - 1
         source = accepted - 1 - (last - torch.arange(taps, device=past.device)) % taps  # of each slot's newest token
         is_new = (source >= 0)[:, None]
-        past.copy_(torch.where(is_new, new_x.index_select(0, source.clamp(min=0)), past[0])[None])
-        state.copy_(new_h.index_select(0, accepted - 1))
+        past.copy_(torch.where(is_new, new_x.index_select(1, source.clamp(min=0)), past[:, 0])[:, None])
+        state.copy_(new_h.index_select(1, accepted - 1))
 
     def keep_attention(self, keys, values, new_keys, new_values, accepted, clock: Clock) -> None:
-        """The same for a ring of keys and values; slots of tokens that are not accepted keep what they have."""
-        number, window = new_keys.shape[1], keys.shape[2]
+        """The same for rings of keys and values; slots of tokens that are not accepted keep what they have.
+
+        new_keys, new_values (L, H_kv, N, K) into keys, values (L, 1, H_kv, W, K).
+        """
+        number, window = new_keys.shape[2], keys.shape[3]
         i_token = torch.arange(number, device=keys.device)
         slots, is_new = (clock.time - accepted + i_token) % window, (i_token < accepted)[:, None]
         for ring, new in ((keys, new_keys), (values, new_values)):
-            ring.index_copy_(2, slots, torch.where(is_new, new, ring.index_select(2, slots)))
+            ring.index_copy_(3, slots, torch.where(is_new, new[:, None], ring.index_select(3, slots)))
 
 
 DRAFT_PROGRAMS = 128  # of attention: about one for each multiprocessor
@@ -150,20 +156,25 @@ class KernelDraftOps(PlainDraftOps, KernelOps):
         accept_kernel[(1,)](tokens, report, token, clock.time, len(tokens), BLOCK_N=block, num_warps=1, **self.launch)
 
     def keep_recurrent(self, past, state, new_x, new_h, accepted, clock):
-        taps, channels = past.shape[1:]
-        keep_recurrent_kernel[(triton.cdiv(channels, 256),)](
-            *(past, state, new_x, new_h, accepted, clock.time, channels), TAPS=taps, BLOCK_C=256, **self.launch
-        )
+        layers, _, taps, channels = past.shape
+        if layers > 0:
+            keep_recurrent_kernel[(triton.cdiv(channels, 256), layers)](
+                *(past, state, new_x, new_h, accepted, clock.time, new_x.shape[1], channels),
+                TAPS=taps,
+                BLOCK_C=256,
+                **self.launch,
+            )
 
     def keep_attention(self, keys, values, new_keys, new_values, accepted, clock):
-        key_heads, number, head_dim = new_keys.shape
-        keep_attention_kernel[(number, key_heads)](
-            *(keys, values, new_keys, new_values, accepted, clock.time, number, keys.shape[2]),
-            K=head_dim,
-            BLOCK_K=triton.next_power_of_2(head_dim),
-            num_warps=1,
-            **self.launch,
-        )
+        layers, key_heads, number, head_dim = new_keys.shape
+        if layers > 0:
+            keep_attention_kernel[(number, layers * key_heads)](
+                *(keys, values, new_keys, new_values, accepted, clock.time, number, keys.shape[3]),
+                K=head_dim,
+                BLOCK_K=triton.next_power_of_2(head_dim),
+                num_warps=1,
+                **self.launch,
+            )
 
 
 def _block(size: int) -> int:

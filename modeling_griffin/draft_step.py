@@ -14,11 +14,10 @@ import torch
 from .decode_ops import Clock, KernelOps
 from .decode_step import DecodeStep
 from .draft_ops import KernelDraftOps, PlainDraftOps
-from .recorded_step import RecordedStep
+from .recorded_step import RecordedStep, in_order
 
 
 MOST_TOKENS = 64  # of a pass: as many rows as products have kernels for
-NO_DRAFT = -1  # never what is likeliest
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of `disagreement`; float32 may be TF32
 
 
@@ -30,8 +29,9 @@ def most_tokens(config) -> int:
 class DraftStep(RecordedStep):
     """The pass over N = `tokens` tokens of the one row of `step`: the token chosen last and N - 1 drafts.
 
-    tokens (N,) int64: what a pass reads; NO_DRAFT where there are fewer drafts. report (1 + N,) int64: what it finds,
-    how many of these tokens are kept and the likeliest token behind each. logits (N, V), in the model's dtype.
+    tokens (N,) int64: what a pass reads, in the host's memory, where a GPU reads it too. report (1 + N,) int64: what it
+    finds, how many of these tokens are kept and the likeliest token behind each; on_host: the same for the host.
+    logits (N, V), in the model's dtype.
     """
 
     def __init__(self, step: DecodeStep, tokens: int):
@@ -43,54 +43,49 @@ class DraftStep(RecordedStep):
         ops = KernelDraftOps(step.ops.launch["PDL"], step.ops.products.matmul) if kernels else PlainDraftOps()
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(step.base, step.head, ops)
-            self.row_token, self.row_clock, self.row_layers = step.token, step.clock, step.layers
+            self.row = step
             self._make_buffers(tokens)
 
     def _make_buffers(self, number: int) -> None:
         config, new, whole = self.config, {"dtype": self.dtype, "device": self.device}, {"dtype": torch.long}
-        self.tokens = torch.zeros(number, **whole, device=self.device)
+        self.tokens = torch.zeros(number, **whole, pin_memory=self.on_gpu)
         self.report = torch.zeros(1 + number, **whole, device=self.device)
-        self.on_host = [torch.zeros(size, **whole, pin_memory=self.on_gpu) for size in (number, 1 + number)]
+        self.on_host = torch.zeros(1 + number, **whole, pin_memory=self.on_gpu)
         self.offsets = torch.arange(number, device=self.device)
         self.passes = Clock(torch.zeros(1, **whole, device=self.device), self.offsets)
         self.logits = torch.zeros(number, self.head.weight.shape[0], **new)
-        self.kept = []
-        for kind in config.layer_types:
-            if kind == "sliding_attention":
-                shape = (config.num_key_value_heads, number, config.head_dim)
-                self.kept.append((torch.zeros(shape, **new), torch.zeros(shape, **new)))
-            else:
-                h = torch.zeros(number, config.lru_width, device=self.device)
-                self.kept.append((torch.zeros(number, config.lru_width, **new), h))
-        self.layers = [(*row, *kept) for row, kept in zip(self.row_layers, self.kept)]
+        ring = (len(self.row.rings[0]), config.num_key_value_heads, number, config.head_dim)
+        self.new_rings = torch.zeros(ring, **new), torch.zeros(ring, **new)
+        memory = (len(self.row.memories[0]), number, config.lru_width)
+        self.new_memories = torch.zeros(memory, **new), torch.zeros(memory, device=self.device)
+        kept = in_order(config.layer_types, self.new_rings, self.new_memories)
+        self.layers = [(*before, *new) for before, new in zip(self.row.layers, kept)]
 
     def read(self, token: int, drafts: Sequence[int]) -> list[int]:
-        """Reads the token chosen last and up to N - 1 drafts; the new tokens: right drafts, and the one behind them."""
-        tokens, report = self.on_host
-        tokens.fill_(NO_DRAFT)
-        tokens[: 1 + len(drafts)] = torch.tensor([token, *drafts])
-        self.tokens.copy_(tokens, non_blocking=True)
+        """Reads the token chosen last and up to N - 1 drafts; the new tokens: right drafts, and the one behind them.
+
+        Places without a draft hold `token` again, a draft like any other: where it is right there are more new tokens.
+        """
+        tokens = self.tokens.numpy()
+        tokens[: 1 + len(drafts)], tokens[1 + len(drafts) :] = (token, *drafts), token
         self.step()
-        report.copy_(self.report, non_blocking=True)
         if self.on_gpu:
             torch.cuda.current_stream().synchronize()
-        accepted, *likeliest = report.tolist()
+        accepted, *likeliest = self.on_host.tolist()
         return likeliest[:accepted]
 
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
-        ops, row = self.ops, self.row_clock
+        ops, row = self.ops, self.row.clock
         # A token's position is that of a row's next token that has as many fewer tokens of padding.
         each = Clock(row.time, row.padding - self.offsets)
-        tokens = self.tokens.clamp(min=0)
-        stream, each = ops.begin(tokens, self.base.embed_tokens, self.scale, each, self.frequencies)
+        stream, each = ops.begin(self.tokens, self.base.embed_tokens, self.scale, each, self.frequencies)
         self._read(stream, Clock(row.time, row.padding, each.cos, each.sin))
         ops.end(self.logits, self.report[1:], self.passes)  # whose time is how many passes there were
-        ops.accept(self.tokens, self.report, self.row_token, row)
-        accepted = self.report[:1]
-        for buffers, kept in zip(self.row_layers, self.kept):
-            keep = ops.keep_attention if len(buffers) == 2 else ops.keep_recurrent
-            keep(*buffers[:2], *kept, accepted, row)
+        ops.accept(self.tokens, self.report, self.row.token, row)
+        ops.keep_recurrent(*self.row.memories, *self.new_memories, self.report[:1], row)
+        ops.keep_attention(*self.row.rings, *self.new_rings, self.report[:1], row)
+        self.on_host.copy_(self.report, non_blocking=True)
 
 
 @torch.no_grad()

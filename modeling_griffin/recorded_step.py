@@ -3,6 +3,8 @@
 Legend: B rows, or tokens of one row where the operations say so; V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -73,3 +75,9 @@ class RecordedStep:
     def _recur(self, stream: Stream, block: nn.Module, norm: nn.Module, buffers: tuple, clock: Clock) -> Stream:
         x, y = self.ops.project(stream, norm, [block.linear_x, block.linear_y])
         return self.ops.add_project(stream, self.ops.recurrent(x, y, block, *buffers, clock), block.linear_out)
+
+
+def in_order(layer_types: Sequence[str], attending: tuple, recurring: tuple) -> list[tuple[torch.Tensor, ...]]:
+    """For each layer its part of the buffers of all layers that attend, or of all that recur."""
+    attending, recurring = zip(*attending), zip(*recurring)
+    return [next(attending if kind == "sliding_attention" else recurring) for kind in layer_types]

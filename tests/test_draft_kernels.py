@@ -91,7 +91,8 @@ def test_what_is_accepted(likeliest, drafts, more):
     """`more` places without a draft behind them."""
     found = []
     for make in KERNELS:
-        tokens = torch.tensor([7, *drafts, *[-1] * more], device=DEVICE)
+        tokens = torch.tensor([7, *drafts, *[-1] * more], pin_memory=DEVICE == "cuda")
+        tokens = tokens if make is KernelDraftOps else tokens.to(DEVICE)
         report = torch.tensor([-9, *likeliest, *[0] * more], device=DEVICE)
         token, clock = torch.tensor([7], device=DEVICE), clock_of(40)
         make().accept(tokens, report, token, clock)
@@ -100,17 +101,20 @@ def test_what_is_accepted(likeliest, drafts, more):
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
-@pytest.mark.parametrize("tokens, taps, window, key_heads", [(2, 4, 2, 1), (9, 4, 11, 3), (40, 6, 64, 1)])
-def test_what_is_kept(tokens, taps, window, key_heads, dtype):
+@pytest.mark.parametrize(
+    "tokens, taps, window, key_heads, layers", [(2, 4, 2, 1, 1), (9, 4, 11, 3, 2), (40, 6, 64, 1, 3), (3, 4, 8, 1, 0)]
+)
+def test_what_is_kept(tokens, taps, window, key_heads, layers, dtype):
+    """In all layers at once, or in none."""
     new_x, new_h, new_keys, new_values = (
-        normal(*shape, dtype=kind)
+        normal(layers, *shape, dtype=kind)
         for shape, kind in (
             *(((tokens, 300), dtype), ((tokens, 300), torch.float32)),
             *[((key_heads, tokens, 24), dtype)] * 2,
         )
     )
-    past, state = normal(1, taps, 300, dtype=dtype), normal(1, 300)
-    keys, values = (normal(1, key_heads, window, 24, dtype=dtype) for _ in range(2))
+    past, state = normal(layers, 1, taps, 300, dtype=dtype), normal(layers, 1, 300)
+    keys, values = (normal(layers, 1, key_heads, window, 24, dtype=dtype) for _ in range(2))
     for accepted in sorted({1, 2, tokens // 2, tokens}):
         for time in (0, 1, 5, 1000, 1001):
             report, clock = torch.tensor([accepted], device=DEVICE), clock_of(time + accepted)
@@ -121,7 +125,17 @@ def test_what_is_kept(tokens, taps, window, key_heads, dtype):
                 make().keep_attention(*kept[2:], new_keys, new_values, report, clock)
                 cases.append(kept)
             assert all(map(torch.equal, *cases))
-            assert torch.equal(cases[0][1][0], new_h[accepted - 1])
+            assert torch.equal(cases[0][1][:, 0], new_h[:, accepted - 1])
+
+
+class PlainDraftOpsOfDevice(PlainDraftOps):
+    """Plain PyTorch on a GPU does not read tokens where the host has them."""
+
+    def begin(self, token, *others):
+        return super().begin(token.to(DEVICE), *others)
+
+    def accept(self, tokens, *others):
+        super().accept(tokens.to(DEVICE), *others)
 
 
 @pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
@@ -137,7 +151,7 @@ def test_whole_passes(dtype, tokens, kind, small_model, monkeypatch):
         step.start(1)
         step.clock.padding.fill_(1)
         passes.append(DraftStep(step, tokens))
-    passes[0].ops = PlainDraftOps()
+    passes[0].ops = PlainDraftOpsOfDevice()
     assert type(passes[1].ops) is KernelDraftOps
     for number in range(tokens if INTERPRETED else 40):
         drafts = [1] * (tokens - 1)
