@@ -19,14 +19,24 @@ from .decode_kernels import gelu_tanh
 
 
 @triton.jit
-def _load_tile(p_w, i_n, i_d, wanted, N, D: tl.constexpr, EVEN: tl.constexpr):
-    """(BLOCK_N, BLOCK_D) of a matrix (N, D), or zeros. EVEN: all of i_n are outputs and all of i_d inputs."""
+def _load_tile(p_w, i_n, i_d, N, D: tl.constexpr, EVEN: tl.constexpr):
+    """(BLOCK_N, BLOCK_D) of a matrix (N, D), with zeros beyond it. EVEN: there is nothing beyond it."""
     p_tile = p_w + i_n[:, None].to(tl.int64) * D + i_d[None, :]
     if EVEN:
-        return tl.load(p_tile, mask=wanted, other=0.0, eviction_policy="evict_first")
-    return tl.load(
-        p_tile, mask=wanted & (i_n < N)[:, None] & (i_d < D)[None, :], other=0.0, eviction_policy="evict_first"
-    )
+        return tl.load(p_tile, eviction_policy="evict_first")
+    return tl.load(p_tile, mask=(i_n < N)[:, None] & (i_d < D)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _prefetch_tile(p_w, i_n, i, end, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Asks for a tile, 128 bytes at a time, into the cache of all programs; nothing waits for it."""
+    STEP: tl.constexpr = 1024 // p_w.dtype.element_ty.primitive_bitwidth
+    i_d = i * BLOCK_D + tl.arange(0, (BLOCK_D + STEP - 1) // STEP) * STEP
+    p_tile = p_w + i_n[:, None].to(tl.int64) * D + i_d[None, :]
+    is_there = (i < end) & (i_n < N)[:, None] & (i_d < D)[None, :]
+    p_tile = tl.where(is_there, p_tile, p_w + i_n[:, None] * 0).to(tl.uint64)
+    prefetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"  # Triton wants a result
+    tl.inline_asm_elementwise(prefetch, "=r,l", [p_tile], dtype=tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -39,38 +49,32 @@ def _sums(
 
     p_w: of the matrix, or (BLOCK_N, 1) of each output's. i_n: the row of each output in it.
 
-    Weights are asked for STAGES tiles ahead, the first of them before the kernel that computes x has ended: the wait
-    stands in the loop, behind what the compiler takes out of it. So x comes one turn later than it is loaded.
+    The loop loads weights and x STAGES - 1 tiles ahead, and begins when the kernel that computes x has ended. Weights
+    of the first STAGES tiles are asked for before that, into the cache.
     """
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    TURNS: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
     i_split = tl.program_id(1)
     first, end = i_split * TILES // SPLITS, (i_split + 1) * TILES // SPLITS
     i_m = tl.arange(0, BLOCK_M)
-    x = tl.zeros((BLOCK_M, BLOCK_D), p_x.dtype.element_ty)
-    norm = tl.zeros((BLOCK_D,), p_x.dtype.element_ty)
+    if PDL:
+        for i_tile in tl.static_range(STAGES):
+            _prefetch_tile(p_w, i_n, first + i_tile, end, N, D, BLOCK_D)
+        tl.extra.cuda.gdc_wait()
     squares = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for turn in tl.range(-1, TURNS, num_stages=STAGES):
-        i = first + turn
-        wanted = (turn >= 0) & (i < end)
+    for i in tl.range(first, end, num_stages=STAGES):
         i_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-        w = _load_tile(p_w, i_n, i_d, wanted, N, D, EVEN)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        i_next = i_d + BLOCK_D
-        m_next = (i_m < M)[:, None] & (i + 1 < end)
+        w = _load_tile(p_w, i_n, i_d, N, D, EVEN)
+        m_x = (i_m < M)[:, None]
         if not EVEN:
-            m_next = m_next & (i_next < D)[None, :]
-        next_x = tl.load(p_x + i_m[:, None] * D + i_next[None, :], mask=m_next, other=0.0)
+            m_x = m_x & (i_d < D)[None, :]
+        x = tl.load(p_x + i_m[:, None] * D + i_d[None, :], mask=m_x, other=0.0)
         if NORM:
-            next_norm = tl.load(p_norm + i_next, mask=i_next < D, other=0.0)
+            norm = tl.load(p_norm + i_d, mask=i_d < D, other=0.0)
             x32 = x.to(tl.float32)
             squares += tl.sum(x32 * x32, 1)
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
-            norm = next_norm
         sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
-        x = next_x
     return sums, squares
 
 

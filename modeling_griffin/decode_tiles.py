@@ -1,7 +1,7 @@
 """How the kernels of a decoding step divide their work: what was fastest on one H100 in bfloat16.
 
 What decides is how many bytes of weights are on their way at a time. One row: a thread loads 16 bytes of each of
-BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 2 tiles
+BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 1 tiles
 (BLOCK_N, BLOCK_D) at once; each program reads all rows too, from the cache, so that BLOCK_N is not less than the rows.
 
 Legend: N outputs of a product, D inputs.
@@ -27,27 +27,23 @@ RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 MATMUL_ROWS = 64
 MATMUL_DTYPES = (torch.bfloat16,)  # in float16, x (1 + norm) could leave its range before it is divided by rms(x)
 # rows: {(least outputs, least inputs): (BLOCK_N, BLOCK_D, STAGES, warps, programs to aim at)}, the first that fit
-_MANY = {
-    (16384, 0): (128, 128, 3, 8, 264),  # lm_head
-    (0, 5120): (128, 128, 4, 8, 132),  # down_proj
-    (4096, 0): (128, 128, 4, 8, 132),  # linear_x and linear_y
-    (2561, 0): (64, 128, 5, 4, 132),  # q_proj, k_proj and v_proj
-    (0, 0): (64, 128, 5, 4, 132),  # linear_out, o_proj
-}
 _SOME = {
-    (16384, 0): (64, 128, 3, 4, 132),
-    (0, 5120): (64, 256, 3, 4, 264),
-    (4096, 0): (128, 128, 4, 8, 132),
-    (2561, 0): (64, 128, 4, 4, 264),
-    (0, 0): (64, 128, 5, 4, 264),
+    (16384, 0): (128, 128, 3, 8, 264),  # lm_head
+    (0, 5120): (64, 128, 6, 4, 132),  # down_proj
+    (4096, 0): (128, 128, 4, 8, 132),  # linear_x and linear_y
+    (2561, 0): (64, 64, 5, 4, 264),  # q_proj, k_proj and v_proj
+    (0, 0): (64, 128, 6, 4, 132),  # linear_out, o_proj
+}
+_MANY = {
+    (16384, 0): (128, 64, 4, 4, 264),
+    (0, 5120): (64, 128, 6, 4, 132),
+    (4096, 0): (64, 64, 5, 4, 264),
+    (2561, 0): (64, 64, 5, 4, 132),
+    (0, 0): (64, 128, 4, 4, 132),
 }
 MATMUL = {16: _SOME, 32: _MANY, 64: _MANY}
 # BLOCK_N of each of both matrices
-MATMUL_GATED = {
-    16: {(0, 0): (32, 256, 3, 4, 264)},
-    32: {(0, 0): (64, 128, 4, 8, 132)},
-    64: {(0, 0): (64, 128, 4, 8, 132)},
-}
+MATMUL_GATED = {rows: {(0, 0): (64, 128, 4, 8, 132)} for rows in MATMUL}
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 
 
