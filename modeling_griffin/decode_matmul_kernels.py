@@ -19,12 +19,14 @@ from .decode_kernels import gelu_tanh
 
 
 @triton.jit
-def _load_tile(p_w, i_n, i_d, N, D: tl.constexpr, EVEN: tl.constexpr):
-    """(BLOCK_N, BLOCK_D) of a matrix (N, D), with zeros beyond it. EVEN: there is nothing beyond it."""
+def _load_tile(p_w, i_n, i_d, wanted, N, D: tl.constexpr, EVEN: tl.constexpr):
+    """(BLOCK_N, BLOCK_D) of a matrix (N, D), or zeros. EVEN: all of i_n are outputs and all of i_d inputs."""
     p_tile = p_w + i_n[:, None].to(tl.int64) * D + i_d[None, :]
     if EVEN:
-        return tl.load(p_tile, eviction_policy="evict_first")
-    return tl.load(p_tile, mask=(i_n < N)[:, None] & (i_d < D)[None, :], other=0.0, eviction_policy="evict_first")
+        return tl.load(p_tile, mask=wanted, other=0.0, eviction_policy="evict_first")
+    return tl.load(
+        p_tile, mask=wanted & (i_n < N)[:, None] & (i_d < D)[None, :], other=0.0, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
@@ -53,6 +55,7 @@ def _sums(
     of the first STAGES tiles are asked for before that, into the cache.
     """
     TILES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    TURNS: tl.constexpr = (TILES + SPLITS - 1) // SPLITS
     i_split = tl.program_id(1)
     first, end = i_split * TILES // SPLITS, (i_split + 1) * TILES // SPLITS
     i_m = tl.arange(0, BLOCK_M)
@@ -62,10 +65,11 @@ def _sums(
         tl.extra.cuda.gdc_wait()
     squares = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for i in tl.range(first, end, num_stages=STAGES):
-        i_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-        w = _load_tile(p_w, i_n, i_d, N, D, EVEN)
-        m_x = (i_m < M)[:, None]
+    for turn in tl.range(0, TURNS, num_stages=STAGES):
+        wanted = first + turn < end
+        i_d = (first + turn) * BLOCK_D + tl.arange(0, BLOCK_D)
+        w = _load_tile(p_w, i_n, i_d, wanted, N, D, EVEN)
+        m_x = (i_m < M)[:, None] & wanted
         if not EVEN:
             m_x = m_x & (i_d < D)[None, :]
         x = tl.load(p_x + i_m[:, None] * D + i_d[None, :], mask=m_x, other=0.0)

@@ -43,7 +43,9 @@ class DraftStep(RecordedStep):
         ops = KernelDraftOps(step.ops.launch["PDL"], step.ops.products.matmul) if kernels else PlainDraftOps()
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(step.base, step.head, ops)
-            self.row = step
+            # Its tensors and not the step, which knows its passes: in a circle, memory would wait to be collected.
+            self.row_token, self.row_clock, self.row_layers = step.token, step.clock, step.layers
+            self.row_rings, self.row_memories = step.rings, step.memories
             self._make_buffers(tokens)
 
     def _make_buffers(self, number: int) -> None:
@@ -54,12 +56,12 @@ class DraftStep(RecordedStep):
         self.offsets = torch.arange(number, device=self.device)
         self.passes = Clock(torch.zeros(1, **whole, device=self.device), self.offsets)
         self.logits = torch.zeros(number, self.head.weight.shape[0], **new)
-        ring = (len(self.row.rings[0]), config.num_key_value_heads, number, config.head_dim)
+        ring = (len(self.row_rings[0]), config.num_key_value_heads, number, config.head_dim)
         self.new_rings = torch.zeros(ring, **new), torch.zeros(ring, **new)
-        memory = (len(self.row.memories[0]), number, config.lru_width)
+        memory = (len(self.row_memories[0]), number, config.lru_width)
         self.new_memories = torch.zeros(memory, **new), torch.zeros(memory, device=self.device)
         kept = in_order(config.layer_types, self.new_rings, self.new_memories)
-        self.layers = [(*before, *new) for before, new in zip(self.row.layers, kept)]
+        self.layers = [(*before, *new) for before, new in zip(self.row_layers, kept)]
 
     def read(self, token: int, drafts: Sequence[int]) -> list[int]:
         """Reads the token chosen last and up to N - 1 drafts; the new tokens: right drafts, and the one behind them.
@@ -76,15 +78,15 @@ class DraftStep(RecordedStep):
 
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
-        ops, row = self.ops, self.row.clock
+        ops, row = self.ops, self.row_clock
         # A token's position is that of a row's next token that has as many fewer tokens of padding.
         each = Clock(row.time, row.padding - self.offsets)
         stream, each = ops.begin(self.tokens, self.base.embed_tokens, self.scale, each, self.frequencies)
         self._read(stream, Clock(row.time, row.padding, each.cos, each.sin))
         ops.end(self.logits, self.report[1:], self.passes)  # whose time is how many passes there were
-        ops.accept(self.tokens, self.report, self.row.token, row)
-        ops.keep_recurrent(*self.row.memories, *self.new_memories, self.report[:1], row)
-        ops.keep_attention(*self.row.rings, *self.new_rings, self.report[:1], row)
+        ops.accept(self.tokens, self.report, self.row_token, row)
+        ops.keep_recurrent(*self.row_memories, *self.new_memories, self.report[:1], row)
+        ops.keep_attention(*self.row_rings, *self.new_rings, self.report[:1], row)
         self.on_host.copy_(self.report, non_blocking=True)
 
 

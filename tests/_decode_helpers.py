@@ -61,6 +61,6 @@ def poison_what_is_new(monkeypatch):
     )
 
 
-def both(call):
+def both(call, **options):
     """The results of the plain operations and of the kernels, and what each left of the tensors that `call` changes."""
-    return call(PlainOps()), call(KernelOps())
+    return call(PlainOps()), call(KernelOps(**options))

@@ -141,9 +141,13 @@ def test_weights_in_more_tiles_than_are_asked_for_at_a_time(inputs, tile, monkey
     for rows, width in ((1, 4), (2, 7)):
         x = normal(rows, inputs)
         gate, up = (make_linear(inputs, width, torch.float32) for _ in range(2))
-        for expected, actual in zip(*both(lambda ops, x=x, p=(gate, up): ops.project(Stream(x), norm, p)), strict=True):
+        for expected, actual in zip(
+            *both(lambda ops, x=x, p=(gate, up): ops.project(Stream(x), norm, p), matmul=False), strict=True
+        ):
             assert_close("logits", actual, expected)
-        expected, actual = both(lambda ops, x=x, gate=gate, up=up: ops.gated_project(Stream(x), norm, gate, up))
+        expected, actual = both(
+            lambda ops, x=x, gate=gate, up=up: ops.gated_project(Stream(x), norm, gate, up), matmul=False
+        )
         assert_close("logits", actual, expected)
 
 

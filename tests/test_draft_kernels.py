@@ -85,19 +85,22 @@ def test_recurrence(lambda_bias, width, blocks, tokens, taps, small_model):
     assert torch.equal(past, before[0]) and torch.equal(state, before[1])
 
 
-@pytest.mark.parametrize("likeliest, drafts", [([3, 4, 5], [3, 4]), ([3, 4, 5], [3, 9]), ([3, 4, 5], [9, 4])])
+@pytest.mark.parametrize(
+    "likeliest, drafts, accepted",
+    [([3, 4, 5], [3, 4], 3), ([3, 4, 5], [3, 9], 2), ([3, 4, 5], [9, 4], 1), ([3, 4, 7], [3, 4], None)],
+)
 @pytest.mark.parametrize("more", [0, 1, 20])
-def test_what_is_accepted(likeliest, drafts, more):
-    """`more` places without a draft behind them."""
-    found = []
+def test_what_is_accepted(likeliest, drafts, accepted, more):
+    """`more` places without a draft, where the token chosen last stands: all right (None), or behind a wrong one."""
+    expected, behind = accepted or 3 + more, [*likeliest, *[7] * more]
     for make in KERNELS:
-        tokens = torch.tensor([7, *drafts, *[-1] * more], pin_memory=DEVICE == "cuda")
+        tokens = torch.tensor([7, *drafts, *[7] * more], pin_memory=DEVICE == "cuda")
         tokens = tokens if make is KernelDraftOps else tokens.to(DEVICE)
-        report = torch.tensor([-9, *likeliest, *[0] * more], device=DEVICE)
-        token, clock = torch.tensor([7], device=DEVICE), clock_of(40)
+        report = torch.tensor([-9, *behind], device=DEVICE)
+        token, clock = torch.tensor([-9], device=DEVICE), clock_of(40)
         make().accept(tokens, report, token, clock)
-        found.append([report.tolist(), token.tolist(), clock.time.tolist()])
-    assert found[0] == found[1]
+        assert report.tolist() == [expected, *behind]
+        assert token.tolist() == [behind[expected - 1]] and clock.time.tolist() == [40 + expected]
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
@@ -115,7 +118,14 @@ def test_what_is_kept(tokens, taps, window, key_heads, layers, dtype):
     )
     past, state = normal(layers, 1, taps, 300, dtype=dtype), normal(layers, 1, 300)
     keys, values = (normal(layers, 1, key_heads, window, 24, dtype=dtype) for _ in range(2))
-    for accepted in sorted({1, 2, tokens // 2, tokens}):
+    for accepted in sorted({1, 2, tokens // 2, tokens}, reverse=True):
+        for rejected in (
+            new_x[:, accepted:],
+            new_h[:, accepted:],
+            new_keys[:, :, accepted:],
+            new_values[:, :, accepted:],
+        ):
+            rejected.fill_(float("nan"))
         for time in (0, 1, 5, 1000, 1001):
             report, clock = torch.tensor([accepted], device=DEVICE), clock_of(time + accepted)
             cases = []

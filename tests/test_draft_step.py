@@ -4,6 +4,8 @@ On a GPU it runs in kernels, without one in plain PyTorch.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -139,6 +141,38 @@ def test_one_pass_after_another(small_model):
         assert new == found[read : read + len(new)]
         read, token = read + len(new), new[-1]
         assert_same_state(step, states[read - 1], "logits")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_token_that_stands_in_for_drafts_is_kept_where_it_is_right(kind, small_model):
+    """Of a model that repeats its last token."""
+    model = small_model(kind).to(DEVICE)
+    table = model.model.embed_tokens.weight.data
+    model.lm_head.weight.data.copy_(torch.nn.functional.normalize(table))
+    table.copy_(1000 * model.lm_head.weight.data)  # next to which layers add little
+    step = filled_step(model, 10)
+    before = state_of(step)
+    found, states, _ = single_steps(step, 6)
+    drafts = DraftStep(step, 6)
+    for guesses in ([], [7], [7, 7, 7]):
+        set_state(step, before)
+        poison(drafts)
+        assert drafts.read(7, guesses) == found == [7] * 6
+        assert_same_state(step, states[-1])
+
+
+def test_a_step_that_is_let_go_takes_its_passes_along(small_model):
+    """At once, with all their memory, and not when Python next looks for circles."""
+    model = small_model().to(DEVICE)
+    step = DecodeStep(model.model, model.lm_head, 1)
+    step.drafts[3] = DraftStep(step, 3)
+    known = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_a_draft_that_is_wrong_in_the_middle_hides_what_follows(small_model):
