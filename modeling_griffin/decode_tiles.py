@@ -2,7 +2,8 @@
 
 What decides is how many bytes of weights are on their way at a time. One row: a thread loads 16 bytes of each of
 BLOCK_N outputs and asks for AHEAD such tiles before it uses the first. Many rows: a program asks for STAGES - 1 tiles
-(BLOCK_N, BLOCK_D) at once; each program reads all rows too, from the cache, so that BLOCK_N is not less than the rows.
+(BLOCK_N, BLOCK_D) at once, and for as many of all rows, from the cache. Which tiles are fastest depends on the kernels
+before and behind, so that whole steps were timed.
 
 Legend: N outputs of a product, D inputs.
 """
@@ -29,21 +30,25 @@ MATMUL_DTYPES = (torch.bfloat16,)  # in float16, x (1 + norm) could leave its ra
 # rows: {(least outputs, least inputs): (BLOCK_N, BLOCK_D, STAGES, warps, programs to aim at)}, the first that fit
 _SOME = {
     (16384, 0): (128, 128, 3, 8, 264),  # lm_head
-    (0, 5120): (64, 128, 6, 4, 132),  # down_proj
+    (0, 5120): (64, 128, 8, 4, 132),  # down_proj
     (4096, 0): (128, 128, 4, 8, 132),  # linear_x and linear_y
-    (2561, 0): (64, 64, 5, 4, 264),  # q_proj, k_proj and v_proj
-    (0, 0): (64, 128, 6, 4, 132),  # linear_out, o_proj
+    (2561, 0): (64, 256, 3, 4, 132),  # q_proj, k_proj and v_proj
+    (0, 0): (16, 256, 6, 1, 132),  # linear_out, o_proj
 }
 _MANY = {
     (16384, 0): (128, 64, 4, 4, 264),
     (0, 5120): (64, 128, 6, 4, 132),
-    (4096, 0): (64, 64, 5, 4, 264),
-    (2561, 0): (64, 64, 5, 4, 132),
+    (4096, 0): (128, 128, 3, 8, 132),
+    (2561, 0): (64, 64, 8, 4, 132),
     (0, 0): (64, 128, 4, 4, 132),
 }
 MATMUL = {16: _SOME, 32: _MANY, 64: _MANY}
 # BLOCK_N of each of both matrices
-MATMUL_GATED = {rows: {(0, 0): (64, 128, 4, 8, 132)} for rows in MATMUL}
+MATMUL_GATED = {
+    16: {(0, 0): (64, 128, 5, 8, 132)},
+    32: {(0, 0): (64, 128, 4, 8, 132)},
+    64: {(0, 0): (64, 128, 4, 8, 132)},
+}
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 
 
