@@ -240,9 +240,7 @@ def decode(models, settings, report) -> Iterator[None]:
         may_compile = settings["compile"] and not (name == OURS and settings["device"] == "cuda")  # it records a step
         for compiled in [False, True] if may_compile else [False]:
             label = f"{name}, compiled" if compiled else name
-            if (
-                compiled
-            ):  # RecurrentGemma keeps its state in its layers, where a failed run leaves what no other can use
+            if compiled:  # apart: RecurrentGemma keeps its state in its layers, where a failed run leaves its own
                 model = copy.deepcopy(model)
             try:
                 begin = time.perf_counter()
