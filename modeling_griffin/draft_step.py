@@ -72,7 +72,7 @@ class DraftStep(RecordedStep):
         tokens[: 1 + len(drafts)], tokens[1 + len(drafts) :] = (token, *drafts), token
         self.step()
         if self.on_gpu:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self.device).synchronize()
         accepted, *likeliest = self.on_host.tolist()
         return likeliest[:accepted]
 
