@@ -24,7 +24,8 @@ PROJECT = {
 GATED = {(0, 0): (2, 2, 3)}
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
-# Rows up to which products of more than one are those of matrices in one kernel; beyond it they are cuBLAS's.
+# From 2 rows up to these a product is one of matrices in one kernel. Beyond, and in other dtypes, it is cuBLAS's,
+# except for MATVEC_ROWS.
 MATMUL_ROWS = 64
 MATMUL_DTYPES = (torch.bfloat16,)  # in float16, x (1 + norm) could leave its range before it is divided by rms(x)
 # rows: {(least outputs, least inputs): (BLOCK_N, BLOCK_D, STAGES, warps, programs to aim at)}, the first that fit

@@ -44,11 +44,11 @@ class DraftStep(RecordedStep):
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(step.base, step.head, ops)
             # Its tensors and not the step, which knows its passes: in a circle, memory would wait to be collected.
-            self.row_token, self.row_clock, self.row_layers = step.token, step.clock, step.layers
+            self.row_token, self.row_clock = step.token, step.clock
             self.row_rings, self.row_memories = step.rings, step.memories
-            self._make_buffers(tokens)
+            self._make_buffers(step, tokens)
 
-    def _make_buffers(self, number: int) -> None:
+    def _make_buffers(self, step: DecodeStep, number: int) -> None:
         config, new, whole = self.config, {"dtype": self.dtype, "device": self.device}, {"dtype": torch.long}
         self.tokens = torch.zeros(number, **whole, pin_memory=self.on_gpu)
         self.report = torch.zeros(1 + number, **whole, device=self.device)
@@ -61,7 +61,7 @@ class DraftStep(RecordedStep):
         memory = (len(self.row_memories[0]), number, config.lru_width)
         self.new_memories = torch.zeros(memory, **new), torch.zeros(memory, device=self.device)
         kept = in_order(config.layer_types, self.new_rings, self.new_memories)
-        self.layers = [(*before, *new) for before, new in zip(self.row_layers, kept)]
+        self.layers = [(*before, *new) for before, new in zip(step.layers, kept)]
 
     def read(self, token: int, drafts: Sequence[int]) -> list[int]:
         """Reads the token chosen last and up to N - 1 drafts; the new tokens: right drafts, and the one behind them.

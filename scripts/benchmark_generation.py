@@ -165,7 +165,7 @@ class Stamps(BaseStreamer):
 
 def generate(model, ids, new: int, compiled: bool = False, **kwargs):
     if compiled:
-        # Ours: one graph while the window fills and one when it is full. Peers are faster by their own defaults.
+        # Ours: one graph while the window fills and one when it is full. Peers by their own defaults.
         compile_config = CompileConfig(dynamic=True) if isinstance(model, GriffinForCausalLM) else CompileConfig()
         compile_config._compile_all_devices = True
         kwargs |= {"cache_implementation": "static", "compile_config": compile_config}
@@ -255,7 +255,7 @@ def decode(models, settings, report) -> Iterator[None]:
             except Exception as error:  # a peer may fail in many ways; ours must not
                 if name == OURS:
                     raise
-                report["checks"][label] = f"fails: {str(error).strip().splitlines()[0][:120]}"
+                report["checks"][label] = f"fails: {str(error).strip().splitlines()[0].split('. ')[0][:120]}"
             yield
     for rows, prompt in settings["decode"]:
         steps, first = {label: [] for label in contestants}, {label: [] for label in contestants}
@@ -533,9 +533,8 @@ def _context_text(report) -> list[str]:
 
 
 def _long_text(report) -> list[str]:
-    run = report["long"]
+    run, memory = report["long"], ""
     medians = ", ".join(f"{tenth['median_ms']:.2f}" for tenth in run["tenths"])
-    memory = ""
     if run["memory"]:
         least, most = (bound(run["memory"]) / 2**30 for bound in (min, max))
         memory = f" Allocated on the GPU, weights included, at every thousandth token: {least:.3f} to {most:.3f} GiB."
