@@ -32,7 +32,8 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, fused
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin.kernels import dispatch
 
 
 # width, depth, MLP of each branch, heads of attention, vocabulary, window
@@ -256,7 +257,7 @@ def check(device: str, dtype: torch.dtype) -> dict[str, float]:
     torch.manual_seed(0)
     model = griffin("tiny").to(device=device, dtype=dtype)
     tokens = torch.randint(0, model.config.vocab_size, (2, 100), device=device)
-    with mock.patch.object(fused, "LEAST_ELEMENTS", 1):  # on a GPU by its kernels, small as the tensors are
+    with mock.patch.object(dispatch, "LEAST_ELEMENTS", 1):  # on a GPU by its kernels, small as the tensors are
         found = _loss_and_gradient(model, tokens)
     with definitions():
         expected = _loss_and_gradient(model, tokens)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_griffin import decode_ops, decode_products
-from modeling_griffin.decode_ops import KernelOps, PlainOps
+import modeling_griffin.decode.linear as decode_products
+import modeling_griffin.decode.ops as decode_ops
+from modeling_griffin.decode.ops import KernelOps, PlainOps
 from modeling_griffin.modeling_griffin import GriffinRMSNorm
 
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.causal_conv1d import CausalConv1d
+from modeling_griffin.conversion.recurrent_gemma import griffin_config_from_deepmind, griffin_tensors_from_deepmind
 from modeling_griffin.documents import read_documents
 from modeling_griffin.modeling_griffin import (
     GriffinAttention,
@@ -25,7 +26,6 @@ from modeling_griffin.modeling_griffin import (
     GriffinRMSNorm,
     GriffinRotaryEmbedding,
 )
-from modeling_griffin.recurrent_gemma import griffin_config_from_deepmind, griffin_tensors_from_deepmind
 from modeling_griffin.rg_lru import RGLRU, BlockDiagonalLinear
 
 

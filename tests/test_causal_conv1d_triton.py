@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import modeling_griffin.causal_conv1d as conv
-import modeling_griffin.causal_conv1d_triton as triton_conv
+import modeling_griffin.kernels.convolution as triton_conv
 from modeling_griffin.causal_conv1d import CausalConv1d
-from modeling_griffin.causal_conv1d_triton import Tile, causal_conv1d_triton
+from modeling_griffin.kernels import dispatch
+from modeling_griffin.kernels.convolution import Tile, causal_conv1d_triton
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -59,8 +60,8 @@ def make_inputs(length, channels, taps, dtype, batch=2, starts=(), has_state=Tru
 
 
 def eager(x, state, weight, bias, start):
-    age = None if start is None else conv._tokens_since_start(start)
-    return conv.convolve(conv._behind_state(x, state, weight.shape[-1])[:, 1:], weight, bias, age)
+    age = None if start is None else conv.tokens_since_start(start)
+    return conv.convolve(conv.behind_state(x, state, weight.shape[-1])[:, 1:], weight, bias, age)
 
 
 def poison():
@@ -196,7 +197,7 @@ def test_the_module_chooses_it_and_keeps_its_states(length, starts, padded, stat
     module.load_state_dict({"weight": inputs["weight"], "bias": inputs["bias"]})
     results = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(conv, "pays", lambda *arguments, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(dispatch, "pays", lambda *arguments, on_gpu=on_gpu: on_gpu)
         x, state = inputs["x"].clone().requires_grad_(), inputs["state"].clone().requires_grad_()
         y, states = module(x, state, start, real, states_to_keep)
         y = y if real is None else y[real]
@@ -214,7 +215,7 @@ def test_the_module_chooses_it_and_keeps_its_states(length, starts, padded, stat
 def test_the_module_on_a_gpu(monkeypatch):
     """A large call runs the kernels, under autocast too; a small one does not."""
     calls = []
-    monkeypatch.setattr(conv, "causal_conv1d_triton", lambda *a: calls.append(1) or causal_conv1d_triton(*a))
+    monkeypatch.setattr(triton_conv, "causal_conv1d_triton", lambda *a: calls.append(1) or causal_conv1d_triton(*a))
     module = CausalConv1d(512, 4).cuda()
     for length, expected in ((1024, 1), (8, 0)):
         with torch.autocast("cuda", torch.bfloat16):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from modeling_griffin import causal_lm_loss_triton
-from modeling_griffin.causal_lm_loss import KernelRowLosses
+import modeling_griffin.kernels.loss as causal_lm_loss_triton
+from modeling_griffin.kernels.loss import KernelRowLosses
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -17,9 +17,9 @@ from _decode_helpers import (
 from tolerances import assert_close
 from torch import nn
 
-from modeling_griffin import decode_ops
-from modeling_griffin.decode_ops import Clock, KernelOps, PlainOps
-from modeling_griffin.decode_step import DecodeStep
+import modeling_griffin.decode.ops as decode_ops
+from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
+from modeling_griffin.decode.state import DecodeStep
 
 
 pytestmark = needs_kernels

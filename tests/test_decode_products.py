@@ -16,9 +16,10 @@ from _decode_helpers import (
 )
 from tolerances import assert_close
 
-from modeling_griffin import decode_products, decode_tiles
-from modeling_griffin.decode_ops import KernelOps, PlainOps, Stream
-from modeling_griffin.decode_tiles import matmul_tile, product_tile
+import modeling_griffin.decode.linear as decode_products
+import modeling_griffin.kernels.device as decode_tiles
+from modeling_griffin.decode.ops import KernelOps, PlainOps, Stream
+from modeling_griffin.kernels.device import matmul_tile, product_tile
 
 
 ROWS = [1, 2, 3, 4, 17, 65]  # one, two and four row by row, 65 by cuBLAS, the others as products of matrices

@@ -14,11 +14,11 @@ from _decode_helpers import (
 )
 from tolerances import assert_close
 
-from modeling_griffin import draft_ops
-from modeling_griffin.decode_ops import Clock, KernelOps
-from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.draft_ops import KernelDraftOps, PlainDraftOps
-from modeling_griffin.draft_step import DraftStep
+import modeling_griffin.decode.speculative.ops as draft_ops
+from modeling_griffin.decode.ops import Clock, KernelOps
+from modeling_griffin.decode.speculative.ops import KernelDraftOps, PlainDraftOps
+from modeling_griffin.decode.speculative.verify import DraftStep
+from modeling_griffin.decode.state import DecodeStep
 
 
 pytestmark = needs_kernels

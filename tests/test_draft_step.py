@@ -11,9 +11,9 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.draft_ops import PlainDraftOps
-from modeling_griffin.draft_step import MOST_TOKENS, TOLERANCE, DraftStep, disagreement
+from modeling_griffin.decode.speculative.ops import PlainDraftOps
+from modeling_griffin.decode.speculative.verify import MOST_TOKENS, TOLERANCE, DraftStep, disagreement
+from modeling_griffin.decode.state import DecodeStep
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,10 +8,10 @@ import torch
 from test_fast_generate import Never, Noop, Recorder, add_hook
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from modeling_griffin import fast_drafts
-from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.draft_step import DraftStep
-from modeling_griffin.fast_generate import STEPS
+import modeling_griffin.decode.speculative.generate as fast_drafts
+from modeling_griffin.decode.generate import STEPS
+from modeling_griffin.decode.speculative.verify import DraftStep
+from modeling_griffin.decode.state import DecodeStep
 
 
 pytestmark = pytest.mark.usefixtures("transformers_loop")  # by which tokens are judged; `use_passes` turns passes on

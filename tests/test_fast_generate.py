@@ -11,8 +11,8 @@ from tolerances import assert_close
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_griffin import fast_generate
-from modeling_griffin.decode_step import DecodeStep
+import modeling_griffin.decode.generate as fast_generate
+from modeling_griffin.decode.state import DecodeStep
 
 
 KINDS = ["griffin", "hawk", "attention_first"]

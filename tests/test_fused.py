@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_griffin import fused
-from modeling_griffin.fused import add_rms_norm, gated, rms_norm
+from modeling_griffin.elementwise import add_rms_norm, gated, rms_norm
+from modeling_griffin.kernels import dispatch
 
 
-PAYS = fused.pays
+PAYS = dispatch.pays
 
 
 def test_what_stays_eager(monkeypatch):
@@ -22,7 +22,7 @@ def test_what_stays_eager(monkeypatch):
     class OnGpu(torch.Tensor):
         pass
 
-    monkeypatch.setattr(fused, "triton_unavailable_reason", lambda x: None)
+    monkeypatch.setattr(dispatch, "triton_unavailable_reason", lambda x: None)
     assert not PAYS(torch.zeros(2**20))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     large = torch.empty(2**20, device="meta")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from modeling_griffin.fused import rotate
-from modeling_griffin.fused_triton import (
+from modeling_griffin.elementwise import rotate
+from modeling_griffin.kernels.elementwise import (
     gelu_gated_backward,
     triton,
     triton_add_rms_norm,

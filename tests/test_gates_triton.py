@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from modeling_griffin import gates_triton, rg_lru
-from modeling_griffin.gates_triton import gates_unavailable_reason, rg_lru_gates
+import modeling_griffin.kernels.gates as gates_triton
+from modeling_griffin import rg_lru
+from modeling_griffin.kernels import dispatch
+from modeling_griffin.kernels.gates import gates_unavailable_reason, rg_lru_gates
 from modeling_griffin.rg_lru import RGLRU, BlockDiagonalLinear
 from tests.tolerances import TOLERANCES
 
@@ -155,7 +157,7 @@ def test_some_gradients_on_a_gpu(used, needs_x):
 
 def check_layer(variant, device, monkeypatch):
     """The layer's values and gradients beside those of the layer that calls its modules, in float64."""
-    monkeypatch.setattr(rg_lru, "pays", lambda *tensors: tensors[0].dtype != torch.float64)
+    monkeypatch.setattr(dispatch, "pays", lambda *tensors: tensors[0].dtype != torch.float64)
     layer = RGLRU(48, 2, 8.0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -200,7 +202,7 @@ def test_layer_on_a_gpu(variant, monkeypatch):
 def test_the_scan_reads_x_passed_on_interpreted(dtype, monkeypatch):
     """Unless autocast has rounded it: then the scan keeps the dtype that it has without the kernels."""
     read, scan = [], rg_lru.rg_lru_scan
-    monkeypatch.setattr(rg_lru, "pays", lambda *tensors: True)
+    monkeypatch.setattr(dispatch, "pays", lambda *tensors: True)
     monkeypatch.setattr(rg_lru, "rg_lru_scan", lambda x, *rest, **more: read.append(x) or scan(x, *rest, **more))
     layer, x = RGLRU(48, 2, 8.0), torch.randn(1, 3, 48, dtype=dtype, requires_grad=True)
     for parameter in layer.parameters():
@@ -249,7 +251,7 @@ def test_the_layer_takes_the_kernels_on_a_gpu(autocast, monkeypatch):
     layer.to(torch.float32 if autocast else torch.bfloat16)
     x = torch.randn(2, 1024, 640, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     calls = []
-    monkeypatch.setattr(rg_lru, "rg_lru_gates", lambda *inputs: calls.append(1) or rg_lru_gates(*inputs))
+    monkeypatch.setattr(dispatch, "rg_lru_gates", lambda *inputs: calls.append(1) or rg_lru_gates(*inputs))
 
     def outcome():
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
@@ -275,8 +277,8 @@ def layer(monkeypatch):
     def called(*inputs):
         raise Called
 
-    monkeypatch.setattr(rg_lru, "pays", lambda *tensors: True)
-    monkeypatch.setattr(rg_lru, "rg_lru_gates", called)
+    monkeypatch.setattr(dispatch, "pays", lambda *tensors: True)
+    monkeypatch.setattr(dispatch, "rg_lru_gates", called)
     layer = RGLRU(12, 3, 8.0).bfloat16()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -301,7 +303,7 @@ def test_the_layer_chooses_the_pair_in_the_dtype_of_autocast(layer):
 
 
 def small(layer, monkeypatch):
-    monkeypatch.setattr(rg_lru, "pays", lambda *tensors: False)
+    monkeypatch.setattr(dispatch, "pays", lambda *tensors: False)
 
 
 def forward_hook(layer, monkeypatch):

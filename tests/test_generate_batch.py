@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState, GriffinForCausalLM
-from modeling_griffin.decode_step import DecodeStep
-from modeling_griffin.recorded_batch import _together
+from modeling_griffin.decode.state import DecodeStep
+from modeling_griffin.serving.recorded_rows import _together
 from tests.tolerances import assert_close
 
 

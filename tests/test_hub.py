@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from modeling_griffin.hub import AUTO_MAP, code_files
+from modeling_griffin.saving.save import AUTO_MAP, code_files
 from tests.hub_client import LOGITS, HubClient
 from tests.hub_server import LoopbackHub, Repo
 
@@ -278,7 +278,7 @@ def test_trainer_that_pushes(facts, hub, author, reader):
     """
     repo = "me/trained" if facts else "me/trained-bare"
     code = f"""
-    from modeling_griffin.model_card import keep_model_card
+    from modeling_griffin.saving.card import keep_model_card
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     arguments = TrainingArguments(

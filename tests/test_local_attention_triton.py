@@ -15,8 +15,8 @@ import sys
 import pytest
 import torch
 
-from modeling_griffin import local_attention_triton as module
-from modeling_griffin.local_attention_triton import (
+import modeling_griffin.kernels.attention as module
+from modeling_griffin.kernels.attention import (
     BLOCK,
     Tile,
     local_attention_triton,

@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 import modeling_griffin
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
-from modeling_griffin.model_card import is_generated, keep_model_card, write_model_card
-from modeling_griffin.model_card_template import TEMPLATE
+from modeling_griffin.saving.card import is_generated, keep_model_card, write_model_card
+from modeling_griffin.saving.card_template import TEMPLATE
 
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_trainer_keeps_it(folder):
 
 
 def test_a_card_does_not_tell_where_files_lay():
-    from modeling_griffin.model_card_facts import without_folders
+    from modeling_griffin.saving.card_facts import without_folders
 
     command = "python scripts/train.py run.yaml --train_data /home/someone/secret/text.jsonl --seed 1"
     assert without_folders(command) == "python scripts/train.py run.yaml --train_data text.jsonl --seed 1"

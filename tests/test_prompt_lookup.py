@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from modeling_griffin.prompt_lookup import PromptLookup
+from modeling_griffin.decode.speculative.prompt_lookup import PromptLookup
 
 
 def theirs(tokens, most, ngram, ends):

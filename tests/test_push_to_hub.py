@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from modeling_griffin.hub import code_files
+from modeling_griffin.saving.save import code_files
 from tests.hub_client import HubClient
 from tests.hub_server import LoopbackHub, Repo
 

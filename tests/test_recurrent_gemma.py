@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
-from modeling_griffin.recurrent_gemma import (
+from modeling_griffin.conversion.recurrent_gemma import (
     RG_LRU_NAMES,
     griffin_config_from_recurrent_gemma,
     griffin_name,

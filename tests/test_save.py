@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file
 
 import modeling_griffin
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, hub
-from modeling_griffin.hub import AUTO_MAP, STAGE_PREFIX, all_or_nothing, code_files
+import modeling_griffin.saving.save as hub
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin.saving.save import AUTO_MAP, STAGE_PREFIX, all_or_nothing, code_files
 
 
 CODE = sorted(path.name for path in code_files())
@@ -35,12 +36,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_complete(folder: Path, model) -> None:
+def assert_complete(folder: Path, model, code: bool = True) -> None:
     """Configuration, code and card are there, and the weights are the model's."""
     names = {path.name for path in folder.iterdir()}
-    assert {"README.md", "config.json", *CODE} <= names
+    assert {"README.md", "config.json"} <= names and names & set(CODE) == (set(CODE) if code else set())
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
-    for path in code_files():
+    for path in code_files() if code else ():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     loaded = type(model).from_pretrained(folder)
     for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
@@ -204,8 +205,8 @@ def test_trainer_checkpoints(tmp_path, model):
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(tmp_path / "saved")
-    for folder in ("checkpoint-2", "saved"):
-        assert_complete(tmp_path / folder, model)
+    assert_complete(tmp_path / "checkpoint-2", model, code=False)
+    assert_complete(tmp_path / "saved", model)
     assert {"optimizer.pt", "trainer_state.json"} <= set(os.listdir(tmp_path / "checkpoint-1"))
     # What Trainer uploads while it trains is this folder, with weights and configuration copied into it.
     assert {"README.md", *CODE} <= set(os.listdir(tmp_path))
@@ -224,9 +225,14 @@ def test_peft_adapters(tmp_path, model):
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(loaded.eval()(ids).logits, expected)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert_complete(tmp_path / "merged", merged)
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}", "the tokenizer comes along"
+    (tmp_path / "merged" / "tokenizer.json").write_text("mine")
+    merged.save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "mine"
 
 
 def test_adapter_of_transformers(tmp_path, model, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_imports
 
-from modeling_griffin.hub import AUTO_MAP, code_files
+from modeling_griffin.saving.save import AUTO_MAP, code_files
 
 
 CODE = sorted(path.name for path in code_files())
