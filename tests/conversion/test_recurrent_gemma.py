@@ -26,7 +26,7 @@ from modeling_griffin.conversion.recurrent_gemma import (
 )
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_recurrent_gemma.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_recurrent_gemma.py"
 spec = importlib.util.spec_from_file_location("convert_recurrent_gemma", SCRIPT)
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)

@@ -1,6 +1,6 @@
 """The Triton convolution against the eager one in float64, with the eager one in its dtype as the measure of error.
 
-On a GPU everything runs. Without one, `TRITON_INTERPRET=1 pytest tests/test_causal_conv1d_triton.py` runs small cases
+On a GPU everything runs. Without one, `TRITON_INTERPRET=1 pytest tests/kernels/test_convolution.py` runs small cases
 in Triton's interpreter; tests/test_causal_conv1d.py does so in a process of its own.
 """
 

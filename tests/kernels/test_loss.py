@@ -1,6 +1,6 @@
 """The Triton kernels of the loss against PyTorch's cross_entropy in float64.
 
-On a GPU, or without one by `TRITON_INTERPRET=1 pytest tests/test_causal_lm_loss_triton.py` in Triton's interpreter.
+On a GPU, or without one by `TRITON_INTERPRET=1 pytest tests/kernels/test_loss.py` in Triton's interpreter.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The Triton kernels of norm and gated activation against float64, with PyTorch's operations as the measure of error.
 
-On a GPU, or without one by `TRITON_INTERPRET=1 pytest tests/test_fused_triton.py` in Triton's interpreter.
+On a GPU, or without one by `TRITON_INTERPRET=1 pytest tests/kernels/test_elementwise.py` in Triton's interpreter.
 """
 
 import os

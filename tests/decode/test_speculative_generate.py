@@ -5,7 +5,7 @@ On a CPU the passes are the same, without a CUDA graph and by plain PyTorch.
 
 import pytest
 import torch
-from test_fast_generate import Never, Noop, Recorder, add_hook
+from test_generate import Never, Noop, Recorder, add_hook
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 import modeling_griffin.decode.speculative.generate as fast_drafts

@@ -20,7 +20,7 @@ from modeling_griffin import GriffinForCausalLM
 from tests.tolerances import assert_close
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("griffin", "hawk")
 IDS = torch.tensor([[1, 5, 2, 28, 7, 7, 0, 3, 9, 11, 4]])
 

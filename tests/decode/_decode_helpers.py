@@ -1,6 +1,6 @@
 """For the tests of the decoding kernels: layers with random weights, and both kinds of operations side by side.
 
-On a GPU these tests all run. Without one, `TRITON_INTERPRET=1 pytest tests/test_decode_*.py` runs them in Triton's
+On a GPU these tests all run. Without one, `TRITON_INTERPRET=1 pytest tests/decode` runs them in Triton's
 interpreter.
 """
 

@@ -1,4 +1,4 @@
-"""When chains of operations leave PyTorch's own; the kernels themselves: test_fused_triton.py."""
+"""When chains of operations leave PyTorch's own; the kernels themselves: test_elementwise.py."""
 
 import importlib.util
 import os
@@ -48,7 +48,7 @@ def test_norm_of_a_sum():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("name", ["test_fused_triton.py", "test_causal_lm_loss_triton.py"])
+@pytest.mark.parametrize("name", ["test_elementwise.py", "test_loss.py"])
 def test_kernels_in_the_interpreter(name):
     """Triton decides when it is imported, hence another process."""
     file = Path(__file__).with_name(name)

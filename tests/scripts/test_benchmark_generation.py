@@ -11,7 +11,7 @@ from modeling_griffin import GriffinForCausalLM
 from modeling_griffin.cache_name import CACHE_NAME
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "decode": [(1, 8), (2, 5)],
     "new": 6,

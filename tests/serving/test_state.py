@@ -15,7 +15,7 @@ from modeling_griffin import GenerationRequest, GenerationState
 from tests.tolerances import assert_close
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("griffin", "hawk", "attention_first")
 VOCABULARY, WINDOW = 29, 8
 

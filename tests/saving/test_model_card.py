@@ -16,7 +16,7 @@ from modeling_griffin.saving.card import is_generated, keep_model_card, write_mo
 from modeling_griffin.saving.card_template import TEMPLATE
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METRICS = {
     "command": "scripts/train.py configuration/training/demo.yaml",
     "versions": {"torch": "2.13.0"},

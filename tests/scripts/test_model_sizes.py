@@ -10,7 +10,7 @@ from modeling_griffin import GriffinConfig
 from scripts.list_model_sizes import count_parameters, size_table
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "configuration" / "model"
+FOLDER = Path(__file__).resolve().parents[2] / "configuration" / "model"
 # D, D_RNN, depth, heads of the paper's table 1
 PAPER = {
     "100m": (768, 1024, 12, 6),

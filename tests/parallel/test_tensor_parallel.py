@@ -118,7 +118,7 @@ def test_the_plan_follows_the_configuration():
 
 
 def test_styles_survive_being_registered_again():
-    path = Path(__file__).parents[1] / "modeling_griffin" / "tensor_parallel.py"
+    path = Path(__file__).parents[2] / "modeling_griffin" / "tensor_parallel.py"
     before = dict(ALL_PARALLEL_STYLES)
     spec = importlib.util.spec_from_file_location("loaded_again", path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
