@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     device, name = arguments.device, short_device_name(arguments.device)
     size = arguments.size or {"cpu": "10m", "cuda": "2b"}[device]
     dtype = getattr(torch, arguments.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device])
-    output = arguments.output or Path("results") / f"training_{name}"
+    output = arguments.output or Path("results") / "training" / f"training_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     birth = birth_certificate(device, arguments.commit, ["flash-linear-attention"])
     errors = check(device, dtype)

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
-    output = arguments.output or Path("results") / f"convergence_{short_device_name(arguments.device)}"
+    output = arguments.output or Path("results") / "training" / f"convergence_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     report = {"birth": birth_certificate(arguments.device, arguments.commit)}
     report |= {"settings": {key: getattr(arguments, key) for key in ("steps", "rows", "length", "width")}, "runs": {}}

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     device, name = arguments.device, short_device_name(arguments.device)
-    output = arguments.output or Path("results") / f"training_profile_{name}"
+    output = arguments.output or Path("results") / "training" / f"training_profile_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     peak, copy = PEAK_FLOPS.get(name, math.inf), copy_rate(device)
     model = _make(OWN, arguments.size, device, torch.bfloat16)

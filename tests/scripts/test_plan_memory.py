@@ -172,7 +172,7 @@ def test_the_peaks_measured_on_gpus(page):
     The benchmark passes once a step: FSDP2 then holds no gradients at the peak. It wraps one process in DDP too, which
     has its buckets then.
     """
-    report = json.loads((ROOT / "results" / f"{page}.json").read_text())
+    report = json.loads((ROOT / "results" / "distributed" / f"{page}.json").read_text())
     config = GriffinConfig.from_json_file(ROOT / "configuration" / "model" / f"{report['run']['config']}.json")
     sizes, batch = sizes_of(config), (report["run"]["rows"], report["run"]["length"])
     for row in report["rows"]:
