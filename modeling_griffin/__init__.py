@@ -37,6 +37,7 @@ from .serving.batch import GeneratedToken, GenerationRequest, GenerationResult, 
 from .serving.cached_rows import prefill
 from .serving.state import GenerationState, load_state, save_state
 from .slots import fill_slots
+from .training.record import record_training, stop_recording
 
 
 fill_slots(**dispatch.SLOTS)
@@ -84,5 +85,7 @@ __all__ = [
     "keep_lambda_float32",
     "keep_model_card",
     "register_lambda_init",
+    "record_training",
     "rg_lru_scan",
+    "stop_recording",
 ]
