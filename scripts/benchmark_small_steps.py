@@ -147,7 +147,7 @@ def text(report: dict) -> str:
     """The results page."""
     head = [f"# Small training steps, {report['size']}", "", *birth_lines(report["birth"]), ""]
     head += [
-        "Forward and backward, no optimizer; medians. GPU busy: the sum of its kernels' times in one step, by PyTorch's",
+        "Forward and backward, no optimizer; medians. GPU busy: the sum of its kernels' times in a step, by PyTorch's",
         "profiler. First: seconds until the step was recorded, with what Triton had to compile. MFU: 6 * parameters *",
         "tokens over the time and the GPU's dense bfloat16 peak; with LoRA it counts the frozen weights too.",
         "",
