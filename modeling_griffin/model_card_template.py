@@ -33,9 +33,7 @@ The architecture: [Griffin](https://arxiv.org/abs/2402.19427) (De et al. 2024).
 {% if command -%}
 The command:
 
-```
-{{ command }}
-```
+    {{ command }}
 
 {% endif -%}
 {% if loss_curve -%}
@@ -78,5 +76,10 @@ LoRA by PEFT: `LoraConfig(target_modules="all-linear", task_type="{{ peft_task }
 {% for limit in limits -%}
 - {{ limit }}
 {% endfor %}
+## Licence
+
+The Python files beside the weights are under the Apache License 2.0 (Apache-2.0). The weights are not covered by it.
+{%- if licence %} Theirs: {{ licence }}.{% endif %}
+
 <!-- {{ marker }} -->
 """
