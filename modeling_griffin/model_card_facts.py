@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 from safetensors import safe_open
 
 from .lambda_init import LAMBDA_INITS
-from .model_card_text import inline, short_number
+from .model_card_text import inline, one_line, short_number
 from .saved_files import read_json_object, weights_to_describe
 
 
@@ -130,7 +130,7 @@ def command(metrics: dict) -> str | None:
     text = metrics.get("command")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"command = {text!r} in metrics.json: allowed is a text")
-    return without_folders(text and " ".join(text.split()))
+    return without_folders(text and one_line(text))
 
 
 def training(metrics: dict) -> list[tuple[str, str]]:

@@ -29,8 +29,8 @@ def one_line(text: str) -> str:
 
 
 def short_number(number: int) -> str:
-    """1234567 -> 1.2M."""
+    """1234567 -> 1.2M: two digits, three from 100 on."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number >= 100 * size else f"{number / size:.2g}{unit}"
+        if number >= 0.9995 * size:
+            return f"{number / size:.{2 if number < 99.5 * size else 3}g}{unit}"
     return str(number)
