@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -126,10 +127,7 @@ def test_wheel(tmp_path):
         copy.mkdir(exist_ok=True)
         (copy / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
     for folder in ("modeling_griffin", "scripts", "configuration", "tests"):  # all that could slip in
-        for path in (ROOT / folder).rglob("*.py" if folder != "configuration" else "*.json"):
-            target = copy / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(path.read_text())
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     run([*build, str(tmp_path), str(copy)])
     (wheel,) = tmp_path.glob("*.whl")
