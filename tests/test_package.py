@@ -120,8 +120,21 @@ print(modeling_griffin.__file__)
 """
 
 
+def what_a_wheel_holds() -> set[str]:
+    """The package with its folders, the scripts and the ready-made configurations under names of their own."""
+    names = {"scripts": "griffin_scripts", "configuration": "griffin_configuration"}
+    kinds = {"modeling_griffin": (".py", ".md", ".typed"), "scripts": (".py", ".txt")}
+    kinds["configuration"] = (".json", ".yaml", ".md")
+    return {
+        str(Path(names.get(folder, folder)) / path.relative_to(ROOT / folder))
+        for folder, suffixes in kinds.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    }
+
+
 def test_wheel(tmp_path):
-    """Holds modeling_griffin with its folders only, and imports from a fresh folder without the repository."""
+    """Complete and no more, and it imports from a fresh folder without the repository."""
     copy = tmp_path / "source"
     for name in ("pyproject.toml", "README.md"):
         copy.mkdir(exist_ok=True)
@@ -132,9 +145,7 @@ def test_wheel(tmp_path):
     run([*build, str(tmp_path), str(copy)])
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if ".dist-info/" not in name} == {
-        str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")
-    }
+    assert {name for name in names if ".dist-info/" not in name} == what_a_wheel_holds()
 
     target = tmp_path / "installed"
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)])

@@ -13,8 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 import modeling_griffin
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
-from modeling_griffin.saving.card import is_generated, keep_model_card, write_model_card
-from modeling_griffin.saving.card import TEMPLATE
+from modeling_griffin.saving.card import TEMPLATE, is_generated, keep_model_card, write_model_card
 
 
 ROOT = Path(__file__).parents[2]
