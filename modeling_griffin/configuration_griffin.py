@@ -131,7 +131,7 @@ class GriffinConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "GriffinConfig":
-        """A ready-made configuration of the installed package, for example "griffin-100m"; `griffin presets` lists them.
+        """A ready-made configuration by name, for example "griffin-100m"; `griffin presets` lists them.
 
         overrides: fields that differ from it. Raises ValueError for a name that there is none of.
         """
