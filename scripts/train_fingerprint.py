@@ -9,11 +9,12 @@ from masking import mask_values
 FREE = {
     *("output_dir", "disable_tqdm", "run_name", "project", "prediction_loss_only", "per_device_eval_batch_size"),
     *("include_num_input_tokens_seen", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
-    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ignore_data_skip", "do_train", "do_eval"),
-    *("do_predict", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "use_cpu", "local_rank"),
-    *("enable_jit_checkpoint", "skip_memory_metrics", "debug", "use_cache", "label_names", "length_column_name"),
-    *("remove_unused_columns", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "deepspeed"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ignore_data_skip", "do_train"),
+    *("do_eval", "do_predict", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "use_cpu"),
+    *("local_rank", "enable_jit_checkpoint", "skip_memory_metrics", "debug", "use_cache", "label_names"),
+    *("length_column_name", "remove_unused_columns", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    *("torch_empty_cache_steps", "deepspeed"),
 }
 FREE_BEGINNINGS = (
     *("logging_", "log_", "eval_", "save_", "hub_", "push_", "report_to", "trackio_", "ddp_", "fsdp", "torch_compile"),

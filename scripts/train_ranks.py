@@ -67,9 +67,11 @@ def explain_silence(error: RuntimeError) -> str | None:
     if not _is_one_of_many() or not any(words in str(error) for words in SILENCE):
         return None
     silent = _silent_ranks()
-    ranks = "another rank" if silent is None else f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+    who = "another rank" if silent is None else " and ".join(f"rank {rank}" for rank in silent)
     reason = " ".join(str(error).split())[:160]
-    return f"{ranks} no longer answer{'s' * (silent is None or len(silent) == 1)} ({reason}); ddp_timeout bounds the wait"
+    return (
+        f"no answer from {who} ({reason}); ddp_timeout bounds the wait, --resume continues from the newest checkpoint"
+    )
 
 
 def _silent_ranks() -> list[int] | None:

@@ -90,4 +90,6 @@ def test_nested_values():
 
 def test_names():
     assert all(map(is_secret, ["HF_TOKEN", "hubToken", "AWSAccessKeyId", "apikey", "AWS_SECRET_ACCESS_KEY", "key"]))
-    assert not any(map(is_secret, ["tokens", "tokenizer", "num_key_value_heads", "bos_token", "token_id", "keys", "seed"]))
+    assert not any(
+        map(is_secret, ["tokens", "tokenizer", "num_key_value_heads", "bos_token", "token_id", "keys", "seed"])
+    )

@@ -14,8 +14,9 @@ from _script_helpers import ROOT, document_nats, make_text, save_model, write_ru
 from safetensors.torch import load_file
 from text_tokenizer import byte_tokenizer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from train import find_checkpoint, make_trainer, run
-from train_arguments import read_arguments
+from train import make_trainer, run
+from train_arguments import Resume, read_arguments
+from train_checkpoint import find_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_griffin import GriffinForCausalLM, decay_parameter_names
@@ -23,7 +24,7 @@ from modeling_griffin import GriffinForCausalLM, decay_parameter_names
 
 def trainer_of(path: str, *overrides: str):
     model, data, training, _ = read_arguments([path, *overrides])
-    return make_trainer(model, data, training, None)[0]
+    return make_trainer(model, data, training, Resume())[0]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configuration" / "training").glob("*.yaml")), ids=lambda p: p.stem)

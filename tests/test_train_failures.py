@@ -13,8 +13,9 @@ import torch
 from _script_helpers import ROOT, made_once, save_model, write_run
 from safetensors.torch import load_file
 from text_data import load_documents
-from train import find_checkpoint, run
+from train import run
 from train_arguments import read_arguments
+from train_checkpoint import find_checkpoint
 
 
 SECONDS = 90  # of a busy machine, the start of two processes included; without an end they would wait for half an hour
