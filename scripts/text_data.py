@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 from hub_ids import require_on_hub
-from text_files import check_link, files_of, read_bytes, read_records
+from text_files import check_link, files_of, first_bad_line, read_bytes, read_records
 from text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
 
@@ -189,7 +189,7 @@ def _has_text(record) -> bool:
 def _read_files(source: str, files: list[Path], text_column: str, strict: bool) -> datasets.Dataset:
     formats = {RECORD_FORMATS.get(file.suffix.lower()) for file in files}
     if len(formats) == 1 and None not in formats:
-        return _select_text(source, read_records(formats.pop(), files, text_column), text_column)
+        return _select_text(source, read_records(formats.pop(), files, text_column), text_column, files)
     texts = [text for file in files if (text := _read_text(file, strict)) is not None]
     return datasets.Dataset.from_dict(
         {"text": texts}, features=datasets.Features({"text": datasets.Value("large_string")})
@@ -218,12 +218,19 @@ def _load_from_hub(source: str, split: str, subset: str | None) -> datasets.Data
         raise ValueError(f"the Hub's data set {source!r} cannot be read, split {split!r}: {reason}") from error
 
 
-def _select_text(source: str, records: datasets.Dataset, text_column: str) -> datasets.Dataset:
+def _select_text(
+    source: str, records: datasets.Dataset, text_column: str, files: list[Path] | None = None
+) -> datasets.Dataset:
     if text_column not in records.column_names:
         raise ValueError(f"text_column = {text_column!r}: {source!r} has the columns {sorted(records.column_names)}")
     records = records.select_columns([text_column])
-    if getattr(records.features[text_column], "dtype", None) not in ("string", "large_string"):
+    dtype = getattr(records.features[text_column], "dtype", None)
+    if dtype == "null":  # of records that are all empty, or of none
+        return datasets.Dataset.from_dict({"text": []})
+    if dtype not in ("string", "large_string"):
+        place = first_bad_line(files or [], text_column)
         raise ValueError(
-            f"text_column = {text_column!r}: {source!r} holds {records.features[text_column]} there, allowed is text"
+            f"text_column = {text_column!r}: {source!r} holds {records.features[text_column]} there"
+            f"{f' ({place})' if place else ''}, allowed is text"
         )
     return records if text_column == "text" else records.rename_column(text_column, "text")

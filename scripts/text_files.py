@@ -56,17 +56,23 @@ def read_records(format: str, files: list[Path], text_column: str) -> datasets.D
     check_readable(files)
     files = [file for file in files if file.stat().st_size]  # an empty file has no records, and the reader fails on it
     if not files:
-        return datasets.Dataset.from_dict({text_column: []}, datasets.Features({text_column: datasets.Value("string")}))
+        return _no_records(text_column)
     try:
         return _load(format, files)
     except Exception as error:  # the readers' errors have no common class
         if _is_of_disk(error):
             raise
+        if "corresponds to no data" in str(error):
+            return _no_records(text_column)
         place, cause = first_bad_line(files, text_column) or _first_bad_file(format, files), _innermost(error)
         if place is None:
             names = f"{files[0]} to {files[-1]}" if len(files) > 1 else files[0]
             raise ValueError(f"{names} cannot be read together as {format}: {cause}") from error
         raise ValueError(f"{place} cannot be read as {format}: {cause}") from error
+
+
+def _no_records(text_column: str) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({text_column: []}, datasets.Features({text_column: datasets.Value("string")}))
 
 
 def first_bad_line(files: list[Path], text_column: str) -> str | None:

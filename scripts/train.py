@@ -43,8 +43,18 @@ from modeling_griffin.rg_lru_scan import describe_backend
 
 
 SECONDS_FOR_RANK_0 = 2
+ALLOWED_MODEL = "a folder or Hub id with weights in safetensors"
+ALLOWED_CONFIG = "a JSON file, a folder with config.json, or a Hub id"
 # Of an OSError anywhere: the disk's fault or the user's, and no one's who would read a traceback.
 PLAIN_ERRORS = {*DISK_ERRORS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def check_names(arguments: ModelArguments) -> None:
+    """Raises ValueError, before any text is read, where there is no such model or configuration."""
+    for field, allowed in (("config_name", ALLOWED_CONFIG), ("model_name_or_path", ALLOWED_MODEL)):
+        name = getattr(arguments, field)
+        if name is not None and not Path(name).exists():
+            require_on_hub(field, name, "model", allowed)
 
 
 def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -55,30 +65,24 @@ def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         config._attn_implementation = attention
         # Not from_config: under DeepSpeed's ZeRO-3 it shards weights before they are drawn, and Λ stays unset memory.
         return GriffinForCausalLM(config)
-    allowed = "a folder or Hub id with weights in safetensors"
-    if not Path(name).exists():
-        require_on_hub("model_name_or_path", name, "model", allowed)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
         )
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"model_name_or_path = {name!r}: allowed are {allowed} ({reason})") from error
+        raise ValueError(f"model_name_or_path = {name!r}: allowed are {ALLOWED_MODEL} ({reason})") from error
     check_fits(tokenizer, model.get_input_embeddings().num_embeddings)
     return model
 
 
 def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GriffinConfig:
     """The configuration file, with the tokenizer's special tokens, with `config_overrides`."""
-    name, allowed = arguments.config_name, "a JSON file, a folder with config.json, or a Hub id"
-    if not Path(name).exists():
-        require_on_hub("config_name", name, "model", allowed)
     try:
-        settings, _ = GriffinConfig.get_config_dict(name)
+        settings, _ = GriffinConfig.get_config_dict(arguments.config_name)
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config_name = {name!r}: allowed are {allowed} ({reason})") from error
+        raise ValueError(f"config_name = {arguments.config_name!r}: allowed are {ALLOWED_CONFIG} ({reason})") from error
     overrides = json.loads(arguments.config_overrides or "{}")
     if unknown := sorted(set(overrides) - {field.name for field in dataclasses.fields(GriffinConfig)}):
         raise ValueError(f"config_overrides has the unknown fields {unknown}: allowed are those of GriffinConfig")
@@ -247,6 +251,7 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
         resume.checkpoint, is_over = start
         if is_over:
             end_of_complete_run(resume.checkpoint, training_arguments)
+        check_names(model_arguments)
         if training_arguments.process_index == 0:
             print(f"reading {mask_secrets(data_arguments.train_data)}", flush=True)
         trainer, facts = make_trainer(model_arguments, data_arguments, training_arguments, resume)

@@ -37,8 +37,9 @@ def check_output_dir(output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
-        is_file = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = f"{error.filename or output_dir} is a file" if is_file else f"it cannot be written ({error.strerror})"
+        path = Path(output_dir)
+        file = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+        reason = f"{file} is a file" if file else f"it cannot be written ({error.strerror})"
         raise ValueError(f"output_dir = {output_dir!r}: {reason}; allowed is a folder, new or not") from error
 
 
