@@ -151,8 +151,8 @@ def make_trainer(model_arguments, data_arguments, training_arguments, resume: Re
     if checkpoint is not None:
         check_same_rows(checkpoint, read_manifest(checkpoint).get("data", {}), data)
         check_same_model(checkpoint, model.config, resume.allow_changed)
-    checksums = {key: each["sha256"] for key, each in data.items()}
-    check_same_on_all_ranks({"data": checksums, "model": model.config.to_dict()})
+    contents = {key: f"{each['tokens']:,} tokens, sha256 {each['sha256'][:12]}" for key, each in data.items()}
+    check_same_on_all_ranks({"data": contents, "model": model.config.to_dict()})
     check_enough_rows(rows["train_data"], training_arguments)
     facts = {
         **sources,

@@ -89,7 +89,7 @@ def check_same_rows(checkpoint: str, before: dict, now: dict) -> None:
     for name, there in before.items():
         if there["sha256"] != now[name]["sha256"]:
             raise ValueError(
-                f"--resume: {checkpoint} is of a run with other data: {name} = {now[name]['source']!r} makes "
-                f"{now[name]['rows']:,} rows of {now[name]['tokens']:,} tokens, there {there['source']!r} made "
-                f"{there['rows']:,} of {there['tokens']:,}, or others; allowed is the same text in the same order"
+                f"--resume: {checkpoint} is of a run with other data: {name} = {now[name]['source']!r} makes other rows"
+                f" ({now[name]['rows']:,} of {now[name]['tokens']:,} tokens in all) than {there['source']!r} made"
+                f" ({there['rows']:,} of {there['tokens']:,}); allowed is the same text in the same order"
             )

@@ -46,13 +46,11 @@ def check_same_on_all_ranks(facts: dict[str, dict]) -> None:
     dist.all_gather_object(all_facts, facts)
     for rank, others in enumerate(all_facts):
         for kind, here in all_facts[0].items():
-            names = sorted({*here, *others[kind]})
-            for name in names:
-                if here.get(name) != others[kind].get(name):
-                    raise ValueError(
-                        f"rank {rank} has {name} = {others[kind].get(name)!r}, rank 0 has {here.get(name)!r}: allowed "
-                        f"is the same {kind} on every rank"
-                    )
+            there = others[kind]
+            names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+            if names:
+                values = "; ".join(f"{name} = {there.get(name)!r}, rank 0 has {here.get(name)!r}" for name in names)
+                raise ValueError(f"rank {rank} has {values}: allowed is the same {kind} on every rank")
 
 
 def leave_together() -> None:

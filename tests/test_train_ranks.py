@@ -58,7 +58,7 @@ def test_a_rank_that_is_silent_is_named_after_ddp_timeout(jobs):
 
 @pytest.mark.parametrize(
     "name, said",
-    [("other_seed", "rank 1 has split_seed = 5, rank 0 has 0"), ("other_data", "rank 1 has train_data = ")],
+    [("other_seed", "rank 1 has split_seed = 5, rank 0 has 0"), ("other_data", "train_data = '2,")],
 )
 def test_ranks_compare_before_the_first_step(jobs, name, said):
     assert jobs[name]["failed"] is not None and said in jobs[name]["printed"]
