@@ -31,7 +31,10 @@ def saving(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        of_disk = error.errno is not None if isinstance(error, OSError) else not isinstance(error, RuntimeError)
+        if isinstance(error, OSError):  # what the Hub's client raises has no number, or is of a connection
+            of_disk = error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+        else:
+            of_disk = not isinstance(error, RuntimeError)
         if not of_disk and not any(word in str(error) for word in WRITER_WORDS):
             raise
         raise NotSaved(f"{folder} cannot be written: {_disk_error(error)}; {_space_at(folder)}") from error

@@ -18,8 +18,8 @@ CHANGEABLE = {"use_cache", *TOKEN_IDS}
 
 def where_to_start(data_arguments: DataArguments, arguments, resume: Resume) -> tuple[str | None, bool]:
     """(the checkpoint to continue from, or None; whether all of that run is done). Before anything is read."""
-    check_output_dir(arguments.output_dir)
     checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir)
+    check_output_dir(arguments.output_dir)
     if checkpoint is None:
         return None, False
     before = read_manifest(checkpoint).get("settings", {})

@@ -118,6 +118,25 @@ def test_a_run_leaves_model_tokenizer_metrics_and_curve(tmp_path, capsys):
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_secret_is_written_and_the_command_starts_the_run_again(tmp_path, monkeypatch, capsys):
+    """Into any file: metrics, card, trainer's arguments, checkpoints."""
+    monkeypatch.setenv("HF_TOKEN", "the-token-of-before")
+    path = write_run(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    words = [path, "--hub_token", "hf_SECRETSECRET", "--run_name=https://me:pw123456@host/x"]
+    for more in ([], ["--resume", "--max_steps", "3", "--allow_changed", "max_steps", "--logging_steps", "1"]):
+        monkeypatch.setattr("sys.argv", ["scripts/train.py", *words, *more])
+        _, metrics = run([*words, *more])
+    assert os.environ["HF_TOKEN"] == "hf_SECRETSECRET"  # where the Hub's client looks for it
+    assert metrics["command"] == (
+        f"python scripts/train.py {path} --hub_token HIDDEN '--run_name=https://HIDDEN@host/x' --max_steps 3 "
+        "--logging_steps 1"
+    ).replace("'", "")
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".bin" for file in files)
+    assert not [file for file in files if b"SECRETSECRET" in file.read_bytes()]
+    assert not [file for file in files if b"pw123456" in file.read_bytes() and file.suffix != ".bin"]
+
+
 def test_held_out_figures_are_those_of_the_documents_alone(tmp_path):
     texts = [make_text(30 + i, seed=100 + i) for i in range(5)]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

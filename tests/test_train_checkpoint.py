@@ -253,7 +253,7 @@ def test_a_limit_of_the_disk_ends_in_one_line(tmp_path, limit):
 
 
 def test_only_the_disk_is_called_the_disk(tmp_path):
-    for error in (RuntimeError("a shape is wrong"), ConnectionError("refused")):
+    for error in (RuntimeError("a shape is wrong"), ConnectionRefusedError(111, "refused"), OSError("said the Hub")):
         with pytest.raises(type(error)), saving(tmp_path):
             raise error
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
