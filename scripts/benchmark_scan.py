@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from help_formatter import ShowDefaults
 from torch import nn
 
 from modeling_griffin.rg_lru import RGLRU
@@ -36,8 +37,13 @@ MAX_ERROR = 2e-2  # of a peer, as a share of the norm, in bfloat16
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
     parser.add_argument(
         "--output", type=Path, default=None, help="path without suffix; default results/scan/scan_DEVICE"
     )

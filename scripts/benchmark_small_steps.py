@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _with_lora
-from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from help_formatter import ShowDefaults
 
 from modeling_griffin import record_training, stop_recording
 
@@ -29,7 +30,7 @@ TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}  # of loss and gradient, plain a
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="2b", help="of the models' table in benchmark_training.py")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of weights and products")
     parser.add_argument("--cells", type=_cell, nargs="*", default=CELLS, metavar="BxT", help="batch x tokens")

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from help_formatter import ShowDefaults
+
 
 # Waiting threads sleep instead of spinning: beside any other load on two cores, spinning costs up to tenfold. Read by
 # OpenMP when torch is imported.
@@ -22,9 +24,9 @@ import numpy as np
 import torch
 import train
 from generate import generate
-from train_report import next_steps
+from lambda_study.trigram import trigram_bits_per_byte
+from training.report import next_steps
 from transformers import AutoModelForCausalLM, StoppingCriteria, set_seed
-from trigram import trigram_bits_per_byte
 
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
@@ -118,7 +120,9 @@ def demo(overrides: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains, generates, saves and reloads a tiny Griffin.")
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, description="Trains, generates, saves and reloads a tiny Griffin."
+    )
     parser.add_argument("--logits_of", type=Path, help=argparse.SUPPRESS)  # what the new process is asked for
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()

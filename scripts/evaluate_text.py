@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from generate import load
-from text_data import PackedRows, load_documents, tokenize
-from text_tokenizer import document_ends
-from train_report import bits_per_byte, versions
+from help_formatter import ShowDefaults
+from training.report import bits_per_byte, versions
+from training.text_data import PackedRows, load_documents, tokenize
+from training.text_tokenizer import document_ends
 
 from modeling_griffin.cache_name import CACHE_NAME
 
@@ -132,17 +133,19 @@ def plot(path: Path, result: dict, window: int | None) -> None:
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate_text.py", description="Loss and bits per byte by position.")
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, prog="evaluate_text.py", description="Loss and bits per byte by position."
+    )
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, jsonl, parquet, or a Hub data set's id")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row (default: 2048)")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens in one forward pass; bounds the memory")
     parser.add_argument("--max_rows", type=int, default=None, help="read only so many rows")
-    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--text_column", default="text", help="column of a record that holds its text")
     parser.add_argument("--split", default="test", help="split of a Hub data set (default: test)")
     parser.add_argument("--subset", default=None, help="subset of a Hub data set")
     parser.add_argument("--output", type=Path, default=Path("build/evaluate"), help="folder for evaluation.json, .png")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the model's repository")
     arguments = parser.parse_args(argv)
     for name, least in (("length", 2), ("chunk", 1), ("max_rows", 1)):

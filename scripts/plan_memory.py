@@ -13,8 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import memory_formulas
-from memory_formulas import (
+from help_formatter import ShowDefaults
+from planning import memory_formulas
+from planning.memory_formulas import (
     AUTOCAST,
     FUSED_AUTOCAST,
     FUSED_BFLOAT16,
@@ -319,7 +320,7 @@ def page(rows: int, length: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4, help="rows on each GPU")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
     parser.add_argument("--print", action="store_true", help="print the page, leave configuration/PLANNING.md alone")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from birth_certificate import birth_certificate, birth_lines
+from benchmarks.birth_certificate import birth_certificate, birth_lines
 
 from modeling_griffin import LAMBDA_INITS
 from modeling_griffin.rg_lru import Decay

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from help_formatter import ShowDefaults
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -25,7 +26,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
-from push_files import check_no_token, content, find_auto_class, list_files, read_config
+from publishing.push_files import check_no_token, content, find_auto_class, list_files, read_config
 from safetensors.torch import load_file, save_file
 
 import modeling_griffin
@@ -40,7 +41,9 @@ IDENTITY = ("model_type", "architectures", "vocab_size", "hidden_size", "layer_t
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="push_to_hub.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, prog="push_to_hub.py", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", type=Path, help="a folder that save_pretrained wrote")
     parser.add_argument("repo", help="NAME or OWNER/NAME on the Hub")
     parser.add_argument("--private", action="store_true", help="of a new repository: only its owner sees it")

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from griffin_trainer import GriffinTrainer
-from hub_ids import require_on_hub
-from masking import mask_secrets
-from text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
-from text_files import DISK_ERRORS
-from text_tokenizer import check_fits, document_ends, load_tokenizer
-from train_arguments import DataArguments, ModelArguments, Resume, read_arguments
-from train_checkpoint import NotSaved, read_manifest, read_state, saving, write_final
-from train_fingerprint import check_same_rows, rows_of, settings_of
-from train_launch import check_checkpoint, check_launch, check_processes, describe, read_request
-from train_ranks import check_same_on_all_ranks, decided_by_rank_0, explain_silence, leave_together
-from train_report import held_out_metrics, next_steps, plot_losses, token_losses, write_metrics
-from train_start import check_same_model, end_of_complete_run, where_to_start
-from train_table import print_table
+from training.arguments import DataArguments, ModelArguments, Resume, read_arguments
+from training.checkpoint import NotSaved, read_manifest, read_state, saving, write_final
+from training.fingerprint import check_same_rows, rows_of, settings_of
+from training.hub_ids import require_on_hub
+from training.launch import check_checkpoint, check_launch, check_processes, describe, read_request
+from training.masking import mask_secrets
+from training.ranks import check_same_on_all_ranks, decided_by_rank_0, explain_silence, leave_together
+from training.report import held_out_metrics, next_steps, plot_losses, token_losses, write_metrics
+from training.start import check_same_model, end_of_complete_run, where_to_start
+from training.table import print_table
+from training.text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
+from training.text_files import DISK_ERRORS
+from training.text_tokenizer import check_fits, document_ends, load_tokenizer
+from training.trainer import GriffinTrainer
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,

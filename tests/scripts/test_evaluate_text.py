@@ -7,8 +7,8 @@ import pytest
 import torch
 from _script_helpers import document_nats, make_text, save_model
 from evaluate_text import count_token_bytes, main, token_bytes
-from text_data import load_documents, tokenize
-from text_tokenizer import byte_tokenizer, train_bpe_tokenizer
+from training.text_data import load_documents, tokenize
+from training.text_tokenizer import byte_tokenizer, train_bpe_tokenizer
 
 
 TEXTS = [make_text(60, seed=1), "é", make_text(5, seed=2)]

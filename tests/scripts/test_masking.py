@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 from _script_helpers import ROOT  # noqa: F401  (puts scripts/ on the path)
-from masking import MASK, is_secret, mask_secrets, mask_values
+from training.masking import MASK, is_secret, mask_secrets, mask_values
 
 
 SECRET = "xYz-s3cr3t'value"

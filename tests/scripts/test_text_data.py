@@ -5,11 +5,11 @@ import json
 import datasets
 import numpy as np
 import pytest
-import text_data
 import torch
 from _script_helpers import make_text
-from text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
-from text_tokenizer import byte_tokenizer, check_fits, document_ends, load_tokenizer, train_bpe_tokenizer
+from training import text_data
+from training.text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
+from training.text_tokenizer import byte_tokenizer, check_fits, document_ends, load_tokenizer, train_bpe_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 

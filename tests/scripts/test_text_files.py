@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import datasets
-import hub_ids
 import pytest
 from _script_helpers import write_run
 from huggingface_hub import constants
-from text_data import load_documents
 from train import run
-from train_arguments import read_arguments
+from training import hub_ids
+from training.arguments import read_arguments
+from training.text_data import load_documents
 
 
 def one_line(source: Path | str, message: str, **options) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from _script_helpers import ROOT, document_nats, make_text, save_model, write_run
 from safetensors.torch import load_file
-from text_tokenizer import byte_tokenizer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from train import make_trainer, run
-from train_arguments import Resume, read_arguments
-from train_checkpoint import find_checkpoint
+from training.arguments import Resume, read_arguments
+from training.checkpoint import find_checkpoint
+from training.text_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_griffin import GriffinForCausalLM, decay_parameter_names

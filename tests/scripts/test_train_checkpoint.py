@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_checkpoint
 from _script_helpers import ROOT, made_once, write_run
 from safetensors.torch import load_file
 from train import run
-from train_checkpoint import MANIFEST, NotSaved, fault_of, find_checkpoint, read_manifest, saving, write_manifest
+from training import checkpoint as train_checkpoint
+from training.checkpoint import MANIFEST, NotSaved, fault_of, find_checkpoint, read_manifest, saving, write_manifest
 
 
 STEPS = dict(max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
@@ -125,7 +125,7 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
         seen.append(sorted(path.name for path in folder.parent.glob("checkpoint-*")))
         write_manifest(folder, **facts)
 
-    monkeypatch.setattr("griffin_trainer.write_manifest", write)
+    monkeypatch.setattr("training.trainer.write_manifest", write)
     trainer, _ = run([write_run(tmp_path, **STEPS, save_total_limit=1)])
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]

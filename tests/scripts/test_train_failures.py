@@ -12,9 +12,9 @@ import pytest
 import torch
 from _script_helpers import ROOT, made_once, save_model, write_run
 from safetensors.torch import load_file
-from text_data import load_documents
 from train import run
-from train_arguments import read_arguments
+from training.arguments import read_arguments
+from training.text_data import load_documents
 
 
 SECONDS = 90  # of a busy machine, the start of two processes included; without an end they would wait for half an hour

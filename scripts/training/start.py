@@ -4,12 +4,11 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from train_arguments import TOKEN_IDS, DataArguments, Resume
-from train_checkpoint import find_checkpoint, is_final, read_manifest, read_state
-from train_fingerprint import check_same_settings, settings_of
-from train_ranks import leave_together
-
 from modeling_griffin import GriffinConfig
+from training.arguments import TOKEN_IDS, DataArguments, Resume
+from training.checkpoint import find_checkpoint, is_final, read_manifest, read_state
+from training.fingerprint import check_same_settings, settings_of
+from training.ranks import leave_together
 
 
 # What a configuration may change between an interruption and --resume; the tokenizer gives the ids.

@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from non_finite import find_in_gradients, find_in_loss
-from train_checkpoint import saving, write_manifest
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from modeling_griffin import decay_parameter_names
+from training.checkpoint import saving, write_manifest
+from training.non_finite import find_in_gradients, find_in_loss
 
 
 class GriffinTrainer(Trainer):

@@ -15,8 +15,9 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from synthetic_tasks import IGNORED, SYNTHETIC_TASKS, VOCABULARY
 from torch.nn.functional import cross_entropy
+
+from lambda_study.synthetic_tasks import IGNORED, SYNTHETIC_TASKS, VOCABULARY
 
 
 HELD_OUT_SEED = 10**6  # of the rows all runs are evaluated on; no training seed is that large
@@ -87,8 +88,8 @@ class LanguageTask:
     def __init__(self, settings: dict, seed: int, device: torch.device):
         import datasets
         import numpy as np
-        from text_data import PackedRows
-        from text_tokenizer import document_ends, load_tokenizer
+        from training.text_data import PackedRows
+        from training.text_tokenizer import document_ends, load_tokenizer
 
         folder = Path(settings["folder"])
         datasets.disable_progress_bars()
@@ -174,8 +175,8 @@ def _tokenize_into(folder: Path, texts: list[str], vocab_size: int) -> dict:
     import datasets
     import numpy as np
     from evaluate_text import count_token_bytes
-    from text_data import tokenize
-    from text_tokenizer import train_bpe_tokenizer
+    from training.text_data import tokenize
+    from training.text_tokenizer import train_bpe_tokenizer
 
     datasets.disable_progress_bars()
     pieces = sorted((piece for text in texts for piece in cut(text)), key=len, reverse=True)
@@ -207,7 +208,7 @@ def cut(text: str, longest: int = LONGEST_DOCUMENT) -> list[str]:
 
 
 def _read_texts(source: str) -> list[str]:
-    from text_data import load_documents
+    from training.text_data import load_documents
 
     if source == "stdlib":
         files = Path(sysconfig.get_path("stdlib")).rglob("*.py")

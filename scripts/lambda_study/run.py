@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 
 import torch
-from lambda_init_tasks import make_task
 from transformers import get_cosine_schedule_with_warmup
 
+from lambda_study.tasks import make_task
 from modeling_griffin import (
     LAMBDA_INITS,
     GriffinConfig,

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from hub_ids import require_on_hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training.hub_ids import require_on_hub
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"

@@ -10,10 +10,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from hub_ids import require_on_hub
-from text_files import check_link, files_of, first_bad_line, read_bytes, read_records
-from text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
+
+from training.hub_ids import require_on_hub
+from training.text_files import check_link, files_of, first_bad_line, read_bytes, read_records
+from training.text_tokenizer import document_ends
 
 
 RECORD_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

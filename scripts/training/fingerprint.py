@@ -2,7 +2,7 @@
 
 import json
 
-from masking import mask_values
+from training.masking import mask_values
 
 
 # Of TrainingArguments: what changes no number of the training. Whatever else there is, in any version, is compared.

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from lambda_init_statistics import METRICS, by_arm_and_seed, compare
+
+from lambda_study.statistics import METRICS, by_arm_and_seed, compare
 
 
 COLOURS = ("#2f6db5", "#c8472f", "#2d8a57", "#8059a8", "#7a7a7a", "#b0862b", "#3c8f9c", "#a8466f")

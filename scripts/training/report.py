@@ -14,8 +14,9 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from masking import mask_secrets, mask_values
-from train_launch import launch_command
+
+from training.launch import launch_command
+from training.masking import mask_secrets, mask_values
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -82,14 +83,15 @@ def write_metrics(path: Path, log_history: list[dict], **facts) -> dict:
 
 def next_steps(folder: str, data: str | None) -> str:
     """Commands to copy: what to do with the model in `folder`, measured on `data`."""
-    scripts = os.path.relpath(Path(__file__).parent)
+    griffin = f"python {os.path.relpath(Path(__file__).parents[1] / 'command.py')}"
+    if Path(__file__).parents[1].name == "griffin_scripts":  # installed: the command is on the path
+        griffin = "griffin"
     model, data = shlex.quote(folder), shlex.quote(data or "OTHER_TEXT")
-    finetune = os.path.relpath(Path(__file__).parents[1] / "configuration" / "training" / "finetune.yaml")
     commands = {
-        "generate": f"python {scripts}/generate.py {model} --prompt 'Once upon a time'",
-        "evaluate": f"python {scripts}/evaluate.py {model} {data}",
-        "fine-tune": f"python {scripts}/train.py {finetune} --model_name_or_path {model} --train_data YOUR_TEXT",
-        "publish": f"python {scripts}/push_to_hub.py {model} NAME",
+        "generate": f"{griffin} generate {model} --prompt 'Once upon a time'",
+        "evaluate": f"{griffin} evaluate {model} {data}",
+        "fine-tune": f"{griffin} train finetune --model_name_or_path {model} --train_data YOUR_TEXT",
+        "publish": f"{griffin} push {model} NAME",
     }
     return "\n".join(["what next:", *(f"  {name:<10} {command}" for name, command in commands.items())])
 

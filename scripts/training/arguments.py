@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 import yaml
-from train_fingerprint import ALLOWED, check_allowed
-from train_launch import choose_device, read_request, says_precision
-from train_ranks import join_in_time
+from presets import find_preset
 from transformers import HfArgumentParser, TrainingArguments
+
+from training.fingerprint import ALLOWED, check_allowed
+from training.launch import choose_device, read_request, says_precision
+from training.ranks import join_in_time
 
 
 @dataclass
@@ -21,7 +23,7 @@ class ModelArguments:
 
     config_name: str | None = field(
         default=None,
-        metadata={"help": "train from scratch: a configuration, JSON file or folder with config.json"},
+        metadata={"help": "train from scratch: a JSON file, a folder with config.json, or a ready-made one's name"},
     )
     config_overrides: str | None = field(
         default=None,
@@ -84,11 +86,11 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
         usage="train.py CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]",
         description="Trains a Griffin. Every key of the file can be overridden: --learning_rate 1e-3",
         epilog="Own keys: "
-        + "; ".join(f"{f.name}: {f.metadata['help']}" for c in ARGUMENT_CLASSES[:2] for f in dataclasses.fields(c))
+        + "; ".join(_describe(f) for c in ARGUMENT_CLASSES[:2] for f in dataclasses.fields(c))
         + ". All others are those of transformers.TrainingArguments.",
         allow_abbrev=False,
     )
-    command_line.add_argument("config", help="a YAML file of configuration/training/")
+    command_line.add_argument("config", help="a YAML file, or the name of a ready-made one: own_text")
     command_line.add_argument(
         "--resume",
         nargs="?",
@@ -106,8 +108,11 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     known, rest = command_line.parse_known_args(argv)
     resume = Resume(known.resume, known.allow_changed)
     _check_resume(resume)
+    known.config = find_preset(known.config, "training")
     settings = _merge(_read_yaml(known.config), _read_overrides(rest))
     _check_keys(settings, known.config)
+    if settings.get("config_name") is not None:
+        settings["config_name"] = find_preset(str(settings["config_name"]), "model")
     settings = choose_device(settings, read_request())
     on_cpu = str(settings["use_cpu"]).lower() in ("true", "t", "yes", "y", "1")  # as HfArgumentParser reads it
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not on_cpu and not says_precision(settings):
@@ -125,6 +130,11 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     _check_model(model)
     _hide_token(training)
     return model, data, training, resume
+
+
+def _describe(key: dataclasses.Field) -> str:
+    default = "" if key.default in (None, dataclasses.MISSING) else f" (default: {key.default})"
+    return f"{key.name}: {key.metadata['help']}{default}"
 
 
 def _check_resume(resume: Resume) -> None:
