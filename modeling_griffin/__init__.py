@@ -1,5 +1,7 @@
 """Griffin for Transformers: importing this package registers the model with the Auto classes."""
 
+import importlib.metadata
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +26,11 @@ from .modeling_griffin import (
 )
 from .rg_lru_scan import rg_lru_scan
 
+
+try:
+    __version__ = importlib.metadata.version("modeling-griffin")
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
 
 AutoConfig.register(GriffinConfig.model_type, GriffinConfig, exist_ok=True)
 GriffinConfig.register_for_auto_class()

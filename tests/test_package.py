@@ -1,4 +1,4 @@
-"""The package as it is shipped: imports, public names, the wheel, and the tree in the README."""
+"""The package as it is shipped: imports, public names, the wheel, and the tree in docs/architecture.md."""
 
 import ast
 import importlib.metadata
@@ -108,16 +108,16 @@ import modeling_griffin
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("griffin", vocab_size=8, hidden_size=32, num_hidden_layers=3, num_gate_blocks=2)
 assert type(AutoModelForCausalLM.from_config(config)) is modeling_griffin.GriffinForCausalLM
-print(modeling_griffin.__file__)
+print(modeling_griffin.__version__, modeling_griffin.__file__)
 """
 
 
 def test_wheel(tmp_path):
     """Holds modeling_griffin only, and imports from a fresh folder without the repository."""
     copy = tmp_path / "source"
-    for name in ("pyproject.toml", "README.md"):
-        copy.mkdir(exist_ok=True)
-        (copy / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "modeling_griffin/py.typed"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text((ROOT / name).read_text())
     for folder in ("modeling_griffin", "scripts", "configuration", "tests"):  # all that could slip in
         for path in (ROOT / folder).rglob("*.py" if folder != "configuration" else "*.json"):
             target = copy / path.relative_to(ROOT)
@@ -127,13 +127,20 @@ def test_wheel(tmp_path):
     run([*build, str(tmp_path), str(copy)])
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if ".dist-info/" not in name} == {f"modeling_griffin/{name}" for name in FILES}
+    shipped = {name for name in names if ".dist-info/" not in name}
+    assert shipped == {f"modeling_griffin/{name}" for name in [*FILES, "py.typed"]}
+    (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+    said = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert re.search(r"^License-Expression: Apache-2.0$", said, flags=re.M)
+    assert {"LICENSE", "NOTICE"} <= {name.rpartition("/")[2] for name in names}
 
     target = tmp_path / "installed"
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)])
     environment = os.environ | {"PYTHONPATH": str(target) + os.pathsep + _other_paths(), "PYTHONSAFEPATH": "1"}
     printed = run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment)
-    assert Path(printed.split()[-1]).parent == target / "modeling_griffin"
+    version, file = printed.split()[-2:]
+    assert Path(file).parent == target / "modeling_griffin"
+    assert re.search(rf"^Version: {re.escape(version)}$", said, flags=re.M)
 
 
 def _other_paths():
@@ -148,7 +155,7 @@ def test_declared_dependencies():
     assert importlib.metadata.version("transformers")
 
 
-# The tree in the README
+# The tree in docs/architecture.md
 
 TREE_LINE = re.compile(r"^(?P<indent>(?:[│ ]   |[├└]── |    |  )*)(?P<name>[\w.\-]+/?)(?:\s{2,}(?P<note>\S.*))?$")
 SKIPPED = re.compile(
@@ -165,9 +172,12 @@ def files_on_disk():
     return {name for name in listed if not SKIPPED.search(name) and (ROOT / name).exists()}
 
 
-def tree_of_the_readme():
-    """Paths and notes of the fenced block whose first line is the root or `README.md`."""
-    text = (ROOT / "README.md").read_text()
+TREE = ROOT / "docs" / "architecture.md"
+
+
+def tree_of_the_page():
+    """Paths and notes of the fenced block that has a line for the package."""
+    text = TREE.read_text()
     blocks = re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S)
     (block,) = [block for block in blocks if re.search(r"^\W*modeling_griffin/", block, flags=re.M)]
     paths, parents = {}, []
@@ -185,13 +195,12 @@ def tree_of_the_readme():
     return paths
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="a checkout without a README")
-def test_tree_in_the_readme():
+def test_tree_in_the_page():
     """Lines exist and say what they are; all top-level entries are there, and all files of a folder shown in full."""
-    tree, disk = tree_of_the_readme(), files_on_disk()
+    tree, disk = tree_of_the_page(), files_on_disk()
     folders = {str(parent) + "/" for name in disk for parent in Path(name).parents if str(parent) != "."}
     for path, note in tree.items():
-        assert path in disk or path in folders, f"{path} is in the README's tree but not on disk"
+        assert path in disk or path in folders, f"{path} is in the tree of docs/architecture.md but not on disk"
         assert note or path.endswith("/"), f"{path} has no note"
     for name in disk:
         folder = name.rpartition("/")[0] + "/" if "/" in name else ""
@@ -201,6 +210,6 @@ def test_tree_in_the_readme():
             if path.startswith(folder) and path != folder and "/" not in path[len(folder) :].rstrip("/")
         ]
         if folder == "" or any(not path.endswith("/") for path in shown):
-            assert name in tree, f"{name} is on disk but not in the README's tree"
+            assert name in tree, f"{name} is on disk but not in the tree of docs/architecture.md"
     for folder in {name.split("/")[0] + "/" for name in disk if "/" in name}:
-        assert folder in tree or folder.startswith("."), f"{folder} is on disk but not in the README's tree"
+        assert folder in tree or folder.startswith("."), f"{folder} is on disk but not in the tree of docs/architecture.md"
