@@ -212,4 +212,6 @@ def test_tree_in_the_page():
         if folder == "" or any(not path.endswith("/") for path in shown):
             assert name in tree, f"{name} is on disk but not in the tree of docs/architecture.md"
     for folder in {name.split("/")[0] + "/" for name in disk if "/" in name}:
-        assert folder in tree or folder.startswith("."), f"{folder} is on disk but not in the tree of docs/architecture.md"
+        assert folder in tree or folder.startswith("."), (
+            f"{folder} is on disk but not in the tree of docs/architecture.md"
+        )
