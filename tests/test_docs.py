@@ -36,7 +36,8 @@ MARKED = {
     "docs/pretraining.md": 1,
     "docs/recurrent_gemma.md": 1,
 }
-OTHER_PAGES = [ROOT / "configuration" / "README.md", ROOT / "results" / "README.md"]  # only their links are read
+CONFIGURATION = ROOT / "configuration" / "README.md"
+RESULTS = sorted((ROOT / "results").rglob("*.md"))
 RUN = {"generate.py", "evaluate_text.py", "convert_recurrent_gemma.py"}  # cheap; of the others arguments are read
 NOT_OURS = {"git", "cd", "curl", "lm_eval", "transformers", "trl"}  # commands whose options are not for us to check
 STANDS_FOR_ANY = re.compile(r"NAME|FILE|_$")  # a name with a gap in it
@@ -184,14 +185,26 @@ def test_what_does_not_run():
     assert dict(Counter(name_of(block.page) for block in marked)) == MARKED
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=name_of)
-def test_links_and_paths(page):
-    """Links lead to files and headings that are there, and so do the paths that are named without a link."""
+@pytest.mark.parametrize("page", [*PAGES, CONFIGURATION, *RESULTS], ids=name_of)
+def test_links(page):
+    """Links lead to files and headings that are there."""
     for file, anchor in links_of(page):
         assert file.exists(), f"{name_of(page)}: a link to {file}, which is not there"
         assert not anchor or anchor in anchors_of(file), f"{name_of(page)}: {file.name} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, CONFIGURATION], ids=name_of)
+def test_paths(page):
+    """So are the paths that a page names without a link. (Pages of results/ name those of their day.)"""
     for path in paths_of(page):
         assert STANDS_FOR_ANY.search(path) or (ROOT / path).exists(), f"{name_of(page)}: {path} is not there"
+
+
+def test_every_result_is_in_the_index():
+    """results/README.md links every page."""
+    linked = {file for file, _ in links_of(ROOT / "results" / "README.md")}
+    missing = [name_of(page) for page in RESULTS if page.name != "README.md" and page.resolve() not in linked]
+    assert not missing, f"results/README.md has no link to {missing}"
 
 
 def test_every_page_is_on_the_map():
