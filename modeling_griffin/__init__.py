@@ -1,4 +1,8 @@
-"""Griffin for Transformers: importing this package registers the model with the Auto classes."""
+"""Griffin for Transformers: importing this package registers the model with the Auto classes.
+
+The flat files of this folder are the model, which goes to the Hub with its weights. This file, which does not, fills
+their slots with what lies in the folders: kernels, decoding, serving, saving, parallelism, conversion.
+"""
 
 import importlib.metadata
 
@@ -11,9 +15,12 @@ from transformers import (
 )
 
 from .configuration_griffin import GriffinConfig
-from .distributed import keep_lambda_float32
-from .generate_batch import GeneratedToken, GenerationRequest, GenerationResult
-from .generation_state import GenerationState
+from .conversion.recurrent_gemma import griffin_config_from_recurrent_gemma, load_recurrent_gemma
+from .decode.generate import sample
+from .decode.speculative.generate import decode_with_drafts
+from .flash_local_attention import OWN_ATTENTION
+from .kernels import dispatch
+from .kernels.attention import Visible
 from .lambda_init import LAMBDA_INITS, register_lambda_init
 from .modeling_griffin import (
     LORA_TARGETS,
@@ -24,7 +31,30 @@ from .modeling_griffin import (
     GriffinPreTrainedModel,
     decay_parameter_names,
 )
+from .parallel.fsdp import distribute_model, keep_lambda_float32, plans_without_lambda
 from .rg_lru_scan import rg_lru_scan
+from .saving.card import keep_model_card
+from .saving.save import push_model, save_config, save_model
+from .serving.batch import GeneratedToken, GenerationRequest, GenerationResult, generate_batch, stream_batch
+from .serving.cached_rows import prefill
+from .serving.state import GenerationState, load_state, save_state
+from .slots import fill_slots
+from .training.record import record_training, stop_recording
+
+
+fill_slots(**dispatch.SLOTS)
+fill_slots(sample=sample, decode_with_drafts=decode_with_drafts)
+fill_slots(
+    prefill=prefill,
+    generate_batch=generate_batch,
+    stream_batch=stream_batch,
+    save_state=save_state,
+    load_state=load_state,
+)
+fill_slots(save_config=save_config, save_model=save_model, push_model=push_model)
+fill_slots(distribute_model=distribute_model, plans_without_lambda=plans_without_lambda)
+fill_slots(config_from_recurrent_gemma=griffin_config_from_recurrent_gemma, load_recurrent_gemma=load_recurrent_gemma)
+OWN_ATTENTION[Visible] = dispatch.visible_attention
 
 
 try:
@@ -60,6 +90,9 @@ __all__ = [
     "GriffinPreTrainedModel",
     "decay_parameter_names",
     "keep_lambda_float32",
+    "keep_model_card",
     "register_lambda_init",
+    "record_training",
     "rg_lru_scan",
+    "stop_recording",
 ]

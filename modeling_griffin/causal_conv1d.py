@@ -6,8 +6,7 @@ Legend: B batch, T time, C channels, W taps.
 import torch
 from torch import nn
 
-from .causal_conv1d_triton import causal_conv1d_triton
-from .fused import pays
+from .slots import slot
 
 
 class CausalConv1d(nn.Conv1d):
@@ -48,40 +47,22 @@ class CausalConv1d(nn.Conv1d):
             document_start = document_start.gather(1, order) if document_start is not None else None
 
         number = 1 if states_to_keep is None else states_to_keep
-        on_gpu = pays(x, state, self.weight, self.bias, document_start)
-        run = _convolve_on_gpu if on_gpu else _convolve_eagerly
-        y, new_states = run(x, state, self.weight, self.bias, document_start, real, number)
+        y, new_states = convolve_with_states(x, state, self.weight, self.bias, document_start, real, number)
         if order is not None:
             y = _take(y, torch.argsort(order, dim=1))
         return y, new_states[:, -1] if states_to_keep is None else new_states
 
 
-def _convolve_eagerly(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the last states, for real tokens first."""
-    padded = _behind_state(x, state, weight.shape[-1])
-    age = None if document_start is None else _tokens_since_start(document_start)
+@slot
+def convolve_with_states(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and the last `number` states, of rows whose real tokens come first."""
+    padded = behind_state(x, state, weight.shape[-1])
+    age = None if document_start is None else tokens_since_start(document_start)
     y = convolve(padded[:, 1:], weight, bias, age)
-    return y, _states_behind(padded, weight.shape[-1], real, age, number)
+    return y, states_behind(padded, weight.shape[-1], real, age, number)
 
 
-def _convolve_on_gpu(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in one kernel, and x is copied only where the states cannot do without."""
-    taps, age = weight.shape[-1], None
-    y = causal_conv1d_triton(x, state, weight, bias, document_start)
-    if number == 0:
-        return y, _no_states(x, taps)
-    slots = number + taps
-    if real is None and x.shape[1] >= slots:  # then no state has anything from before the last slots
-        padded = x[:, -slots:]
-        document_start = None if document_start is None else document_start[:, -slots:]
-    else:
-        padded = _behind_state(x, state, taps)
-    if document_start is not None:
-        age = _tokens_since_start(document_start)[:, taps - padded.shape[1] :]
-    return y, _states_behind(padded, taps, real, age, number)
-
-
-def _behind_state(x: torch.Tensor, state: torch.Tensor | None, taps: int) -> torch.Tensor:
+def behind_state(x: torch.Tensor, state: torch.Tensor | None, taps: int) -> torch.Tensor:
     """(B, W + T, C): token t stands at W + t, and the state before, or zeros."""
     batch, _, channels = x.shape
     before = x.new_zeros(batch, taps, channels) if state is None else state.to(x.dtype).transpose(1, 2)
@@ -102,14 +83,14 @@ def convolve(padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, age
     return y
 
 
-def _tokens_since_start(document_start: torch.Tensor) -> torch.Tensor:
+def tokens_since_start(document_start: torch.Tensor) -> torch.Tensor:
     """(B, T): tokens since the document's start; where none started in this chunk, more than any tap looks back."""
     index = torch.arange(document_start.shape[1], device=document_start.device)
     last_start = torch.where(document_start, index, -(2**31)).cummax(dim=1).values
     return index - last_start
 
 
-def _states_behind(
+def states_behind(
     padded: torch.Tensor, taps: int, real: torch.Tensor | None, age: torch.Tensor | None, number: int
 ) -> torch.Tensor:
     """The last W real inputs of the document up to each of the last `number` tokens, zeros before its start.
@@ -119,7 +100,7 @@ def _states_behind(
     batch, slots, _ = padded.shape
     length = slots - taps
     if number == 0:
-        return _no_states(padded, taps)
+        return no_states(padded, taps)
     if real is None and age is None or length == 0:
         return padded.unfold(1, taps, 1)[:, -min(number, max(length, 1)) :]
     if real is None:
@@ -138,7 +119,7 @@ def _states_behind(
     return states.transpose(2, 3)
 
 
-def _no_states(x: torch.Tensor, taps: int) -> torch.Tensor:
+def no_states(x: torch.Tensor, taps: int) -> torch.Tensor:
     return x.new_empty(x.shape[0], 0, x.shape[2], taps)
 
 

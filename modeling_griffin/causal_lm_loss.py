@@ -11,8 +11,7 @@ Legend: B batch, T time, V vocabulary, N = B T rows.
 import torch
 from torch.nn import functional as F
 
-from .causal_lm_loss_triton import row_gradients, row_losses
-from .fused import pays
+from .slots import slot
 
 
 # Elements of a chunk. A CPU is fastest where chunks stay in its caches, 4 MiB of float32. A GPU needs enough rows to be
@@ -70,9 +69,14 @@ def _cross_entropy(logits, targets, ignore_index: int, reduction: str) -> torch.
     small = logits.dtype == dtype and logits.numel() <= SMALL_ELEMENTS
     if small or torch.compiler.is_compiling():
         return F.cross_entropy(logits.to(dtype), targets, ignore_index=ignore_index, reduction=reduction)
-    rows = KernelRowLosses if pays(logits) else RowLosses
-    total = rows.apply(logits, targets, ignore_index).sum()
+    total = row_losses(logits, targets, ignore_index).sum()
     return total if reduction == "sum" else total / (targets != ignore_index).sum(dtype=dtype)
+
+
+@slot
+def row_losses(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """-log softmax(logits)[target] of each row, 0 where the target is `ignore_index`: (N, V), (N,) -> (N,)."""
+    return RowLosses.apply(logits, targets, ignore_index)
 
 
 class RowLosses(torch.autograd.Function):
@@ -95,9 +99,9 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_losses):
         logits, targets = ctx.saved_tensors
-        columns, scale = _columns_and_scale(targets, d_losses, ctx.ignore_index)
+        columns, scale = columns_and_scale(targets, d_losses, ctx.ignore_index)
         with_graph = torch.is_grad_enabled()  # create_graph=True: to be differentiated again
-        return (_gradient if with_graph else _gradient_in_chunks)(logits, columns, scale), None, None
+        return (softmax_gradient if with_graph else _gradient_in_chunks)(logits, columns, scale), None, None
 
     @staticmethod
     def vmap(info, in_dims, logits, targets, ignore_index):
@@ -110,32 +114,13 @@ class RowLosses(torch.autograd.Function):
         return losses.view(targets.shape), 0
 
 
-class KernelRowLosses(torch.autograd.Function):
-    """The same by Triton kernels. Where a target is no token, its loss is NaN; PyTorch's operator ends the process."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, ignore_index):
-        losses, log_sums = row_losses(logits, targets, ignore_index)
-        ctx.save_for_backward(logits, targets, log_sums)
-        ctx.ignore_index = ignore_index
-        return losses
-
-    @staticmethod
-    def backward(ctx, d_losses):
-        logits, targets, log_sums = ctx.saved_tensors
-        columns, scale = _columns_and_scale(targets, d_losses, ctx.ignore_index)
-        if torch.is_grad_enabled():
-            return _gradient(logits, columns, scale), None, None
-        return row_gradients(logits, targets, log_sums, scale[:, 0]), None, None
-
-
-def _columns_and_scale(targets, d_losses, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def columns_and_scale(targets, d_losses, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, 1) each: the target or 0, and the gradient that comes in, 0 for rows that are left out."""
     counted = targets != ignore_index
     return torch.where(counted, targets, 0)[:, None], torch.where(counted, d_losses, 0.0)[:, None]
 
 
-def _gradient(logits, columns, scale) -> torch.Tensor:
+def softmax_gradient(logits, columns, scale) -> torch.Tensor:
     """(softmax - one-hot) * scale in the dtype of the logits; columns (N, 1) of the targets, scale (N, 1)."""
     softmax = torch.softmax(logits, -1, dtype=_computed_in(logits))
     return (softmax.scatter(1, columns, softmax.gather(1, columns) - 1) * scale).to(logits.dtype)

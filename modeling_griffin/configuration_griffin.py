@@ -5,19 +5,27 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .hub import CompleteConfigMixin
 from .lambda_init import find_lambda_init
-from .recurrent_gemma import griffin_config_from_recurrent_gemma
+from .slots import find_slot, require_slot
 from .tensor_parallel import tensor_parallel_plan
 
 
 # Two recurrent blocks, one attention block: the paper, section 3.
 LAYER_PATTERN = ("linear_attention", "linear_attention", "sliding_attention")
 LAYER_TYPES = ("linear_attention", "sliding_attention")
+# For the Hub: which class each Auto class finds, in which file.
+AUTO_MAP = {
+    "AutoConfig": "configuration_griffin.GriffinConfig",
+    "AutoModel": "modeling_griffin.GriffinModel",
+    "AutoModelForCausalLM": "modeling_griffin.GriffinForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_griffin.GriffinForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_griffin.GriffinForTokenClassification",
+}
+OUR_CLASSES = {reference.split(".")[1] for reference in AUTO_MAP.values()}
 
 
 @strict
-class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
+class GriffinConfig(PreTrainedConfig):
     r"""Shapes and choices of a Griffin model (De et al. 2024, arXiv 2402.19427). Bad values raise at construction.
 
     Args:
@@ -124,7 +132,19 @@ class GriffinConfig(CompleteConfigMixin, PreTrainedConfig):
     @classmethod
     def from_recurrent_gemma(cls, config) -> "GriffinConfig":
         """The same shapes and choices as a RecurrentGemmaConfig; its window of W is W + 1 keys in DeepMind's code."""
-        return griffin_config_from_recurrent_gemma(config, cls)
+        return require_slot("config_from_recurrent_gemma")(config, cls)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Arguments as in Transformers; with an `auto_map` of all Auto classes, and the code beside it."""
+        # What is not ours in it stays: a tokenizer's class, or a user's own model built on these.
+        entries = (getattr(self, "auto_map", None) or {}).items()
+        others = {auto: name for auto, name in entries if str(name).rsplit(".", 1)[-1] not in OUR_CLASSES}
+        self.auto_map = {**AUTO_MAP, **others}
+        save, stock = find_slot("save_config"), super().save_pretrained
+        if save is None:
+            stock(save_directory, push_to_hub=push_to_hub, **kwargs)
+        else:
+            save(self, stock, save_directory, push_to_hub, **kwargs)
 
     def validate_architecture(self):
         """Raises ValueError with the field, its value and what is allowed. Run at construction and at saving."""

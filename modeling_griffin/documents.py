@@ -16,15 +16,13 @@ from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
 from .cache_name import takes_cache_by_either_name
 from .flash_local_attention import (
-    Runs,
     edges_of_runs,
     flash_unavailable_reason,
+    kernel_layout,
     runs_of_edges,
     runs_of_rows,
-    takes_triton,
 )
 from .local_attention import LocalMask
-from .local_attention_triton import Visible, visible_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -210,8 +208,9 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; `Runs`
-    or `Visible` where flash attention can take them; a `LocalMask` where SDPA runs over more than two windows.
+    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; `Runs`, or what
+    `kernel_layout` makes of them, where flash attention can take them; a `LocalMask` where SDPA runs over more than two
+    windows.
     """
     if "sliding_attention" not in config.layer_types:
         return None
@@ -245,7 +244,7 @@ def attention_mask_for_documents(
     )
 
 
-def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Documents) -> Runs | Visible | None:
+def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Documents):
     """What flash attention takes in place of a mask; None where it cannot run, or for one token, which needs no mask.
 
     Behind a cache only rows of one document without padding are runs: how many of the cached keys belong to another
@@ -264,18 +263,18 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     simple = not documents.packed and documents.real is None
     if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
         return None
-    triton = not past and takes_triton(config, inputs_embeds)
-    if simple and not triton:
+    layout = None if past else kernel_layout(config, inputs_embeds)
+    if simple and layout is None:
         num_keys = shape[1]
         if past_key_values is not None:
             num_keys, _ = past_key_values.get_mask_sizes(shape[1], past_key_values.is_sliding.index(True))
         return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
-    if is_tracing(documents.start) and (documents.real is not None or not triton):
+    if is_tracing(documents.start) and (documents.real is not None or layout is None):
         return None  # values would have to be read
     edge = edges_of_runs(documents.start, documents.real)
     if edge is None:
         return None
-    return visible_tokens(edge.flatten(), window) if triton else runs_of_edges(edge, window)
+    return runs_of_edges(edge, window) if layout is None else layout(edge.flatten(), window)
 
 
 def _is_static(past_key_values: Cache | None) -> bool:

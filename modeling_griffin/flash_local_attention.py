@@ -9,12 +9,14 @@ Legend: B batch, H heads, H_kv key-value heads, T queries, S keys, K head dimens
 """
 
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from .gpu import capability
 from .local_attention import LocalMask, local_attention
-from .local_attention_triton import Visible, local_attention_triton, triton_attention_unavailable_reason
+from .slots import slot
 
 
 try:
@@ -27,7 +29,6 @@ except ImportError:
 DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD, ON_SMALL_GPUS = 256, 192  # PyTorch's backward pass needs the shared memory of an A100, H100 or B200
 LARGE_GPUS = ((8, 0), (9, 0), (10, 0))
-LEAST_TOKENS = 2048  # below, launches cost as much as the attention, and PyTorch's kernel has fewer
 ENABLE_GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}  # before, the kernel was simply asked
 
 
@@ -56,7 +57,7 @@ def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: boo
         return "torch.compile traces the model, which cannot read the GPU's abilities"
     if not inputs_embeds.is_cuda or torch.version.hip is not None:
         return f"tokens are on {inputs_embeds.device.type}, not on an NVIDIA GPU"
-    if (dtype := _computed_in(inputs_embeds)) not in DTYPES:
+    if (dtype := computed_in(inputs_embeds)) not in DTYPES:
         return f"attention is computed in {dtype}, flash attention in float16 and bfloat16"
     if config.attention_dropout:
         return f"attention_dropout is {config.attention_dropout}"
@@ -64,7 +65,7 @@ def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: boo
         return f"tokens are {type(inputs_embeds).__name__}s"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms the model"
-    if takes_triton(config, inputs_embeds) and not more_keys:
+    if not more_keys and kernel_layout(config, inputs_embeds) is not None:
         return None
     return _varlen_unavailable_reason(config.head_dim, inputs_embeds.device)
 
@@ -72,24 +73,21 @@ def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: boo
 def _varlen_unavailable_reason(head_dim: int, device: torch.device) -> str | None:
     if "window_size" not in PARAMETERS:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
-    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+    if capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    largest = LARGEST_HEAD if capability in LARGE_GPUS else ON_SMALL_GPUS
+    largest = LARGEST_HEAD if capability(device) in LARGE_GPUS else ON_SMALL_GPUS
     if head_dim % 8 or head_dim > largest:
         return f"head_dim is {head_dim}, flash attention takes multiples of 8 up to {largest}, on this GPU"
     return None
 
 
-def takes_triton(config, inputs_embeds: torch.Tensor) -> bool:
-    """Whether runs without further keys are the Triton kernels', of a model that flash attention can run."""
-    dtype, device = _computed_in(inputs_embeds), inputs_embeds.device
-    return (
-        inputs_embeds.shape[:2].numel() >= LEAST_TOKENS
-        and triton_attention_unavailable_reason(config.head_dim, dtype, device) is None
-    )
+@slot
+def kernel_layout(config, inputs_embeds: torch.Tensor) -> Callable | None:
+    """What makes the kernels' layout of where runs start, (N,) bool, and the window; None where no kernel is there."""
+    return None
 
 
-def _computed_in(x: torch.Tensor) -> torch.dtype:
+def computed_in(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
@@ -146,28 +144,13 @@ def flash_local_attention(
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def flash_local_attention_triton(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visible: Visible,
-    scaling: float,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """The same of as many keys as queries."""
-    output = local_attention_triton(*_flat(query, key, value), visible, scaling)
-    return output.unflatten(0, (query.shape[0], query.shape[2])), None
-
-
 def _flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """(B, H, T, K) -> (B * T, H, K)."""
     return [x.transpose(1, 2).flatten(0, 1) for x in tensors]
 
 
-# What `read_layout` hands over in place of a mask says which attention can read it.
+# What `read_layout` hands over in place of a mask says which attention can read it. The package adds its own.
 OWN_ATTENTION = {
     LocalMask: local_attention,
     Runs: flash_local_attention,
-    Visible: flash_local_attention_triton,
 }

@@ -6,6 +6,8 @@ follows DeepMind's released RecurrentGemma; each such place is marked `Differs:`
 Legend: B batch, T time, D hidden size, C RG-LRU channels, H heads, K head dimension, W attention window, V vocabulary.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -28,19 +30,15 @@ from .cache_name import CACHE_NAME, takes_cache_by_either_name
 from .causal_conv1d import CausalConv1d
 from .causal_lm_loss import causal_lm_loss
 from .configuration_griffin import GriffinConfig
-from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
-from .fast_drafts import FastDraftsMixin
+from .elementwise import add_rms_norm, gated, rms_norm, rotate
 from .flash_local_attention import OWN_ATTENTION
-from .fused import add_rms_norm, gated, rms_norm, rotate
-from .fused_linear import gated_linears, linears
-from .generate_batch import BatchGenerationMixin
-from .hub import CompleteModelMixin
 from .lambda_init import find_lambda_init
-from .recurrent_gemma import load_recurrent_gemma
+from .linears import gated_linears, linears
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from .rollback import check_drafts, states_to_keep
-from .sharded_weights import split_like
+from .slots import find_slot, require_slot, say_what_is_missing
+from .tensor_parallel import check_tensor_parallel, split_like
 
 
 class GriffinRMSNorm(nn.Module):
@@ -239,7 +237,7 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp_block(normed)
 
 
-class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTrainedModel):
+class GriffinPreTrainedModel(PreTrainedModel):
     """What all Griffin classes share: loading, saving, initial weights."""
 
     config: GriffinConfig
@@ -281,6 +279,51 @@ class GriffinPreTrainedModel(CompleteModelMixin, DistributedGriffinMixin, PreTra
         elif isinstance(module, GriffinRMSNorm):
             init.zeros_(module.weight)
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Arguments as in Transformers. The installed package saves completely or not at all: `saving/save.py`."""
+        save = find_slot("save_model")
+        if save is not None:
+            return save(self, super().save_pretrained, save_directory, *args, **kwargs)
+        with source_file_of_our_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Arguments and result as in Transformers. The installed package writes a model card: `saving/save.py`."""
+        push = find_slot("push_model")
+        return super().push_to_hub(repo_id, **kwargs) if push is None else push(self, repo_id, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config, mesh) -> nn.Module:
+        """Arguments and result as in Transformers. The installed package keeps Λ float32: `parallel/fsdp.py`.
+
+        Raises:
+            ValueError: for a `tp_size` that the heads, gate blocks or MLP features cannot be shared out by.
+        """
+        if mesh is not None:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+        distribute, stock = find_slot("distribute_model"), super().maybe_distribute_model
+        arguments = (model, distributed_config, mesh)
+        return stock(*arguments) if distribute is None else distribute(stock, *arguments)
+
+    def _resolve_parallel_plans(self, distributed_config) -> tuple[dict[str, str], ...]:
+        plans, without = super()._resolve_parallel_plans(distributed_config), find_slot("plans_without_lambda")
+        return plans if without is None else without(self, plans)
+
+
+@contextmanager
+def source_file_of_our_class(model: nn.Module):
+    """Lets stock saving copy the source of the class that has some: FSDP2 puts a generated FSDP<name> before it."""
+    own = next(cls for cls in type(model).__mro__ if not cls.__name__.startswith("FSDP"))
+    generated = type(model)
+    before = generated.__module__, generated.__name__
+    try:
+        if generated is not own:
+            generated.__module__, generated.__name__ = own.__module__, own.__name__
+        yield
+    finally:
+        if generated is not own:
+            generated.__module__, generated.__name__ = before
+
 
 class GriffinModel(GriffinPreTrainedModel):
     """Embeddings, residual blocks and final norm: token ids in, hidden states out."""
@@ -295,6 +338,7 @@ class GriffinModel(GriffinPreTrainedModel):
         self.rotary_emb = GriffinRotaryEmbedding(config)
         self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
         self.gradient_checkpointing = False
+        say_what_is_missing()
         self.post_init()
 
     @takes_cache_by_either_name
@@ -360,9 +404,14 @@ class GriffinModel(GriffinPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
 
-class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastDraftsMixin, GenerationMixin):
-    """Griffin with a language-model head."""
+class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
+    """Griffin with a language-model head.
 
+    `generate` is Transformers'. Its two inner loops, `_sample` and `_assisted_decoding`, go to the installed package,
+    which runs a request on a recorded step where that is exact, and else to Transformers'.
+    """
+
+    training_recorder = None  # of the installed package: `record_training` in `training/record.py`
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -401,6 +450,19 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastDraft
         logits_to_keep: logits of the last so many tokens only (0: of all), or of the tokens with these indices.
         kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
         """
+        if self.training_recorder is not None and not logits_to_keep and past_key_values is None:
+            recorded = self.training_recorder.run(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if recorded is not None:
+                return recorded
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -425,12 +487,50 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastDraft
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def _assisted_decoding(self, *args, **kwargs):
-        """For Hawk, whose cache `generate` leaves to the model: assisted decoding asks for one beforehand."""
+    _fast_generation_devices = ("cpu", "cuda")
+
+    def _sample(self, input_ids: torch.LongTensor, **kwargs):
+        """Greedy decoding and sampling: `decode/generate.py`, or Transformers' loop."""
+        decode = find_slot("sample")
+        return (
+            super()._sample(input_ids, **kwargs)
+            if decode is None
+            else decode(self, super()._sample, input_ids, **kwargs)
+        )
+
+    def _assisted_decoding(self, input_ids: torch.LongTensor, **kwargs):
+        """Speculative decoding: `decode/speculative/generate.py`, or Transformers' loop."""
+        decode = find_slot("decode_with_drafts")
+        if decode is None:
+            return self._assisted_decoding_by_transformers(input_ids, **kwargs)
+        return decode(self, self._assisted_decoding_by_transformers, input_ids, **kwargs)
+
+    def _assisted_decoding_by_transformers(self, *args, **kwargs):
+        """With a cache for Hawk, which `generate` leaves to the model: assisted decoding asks for one beforehand."""
         check_drafts(kwargs.get("generation_config"))
         if kwargs.get(CACHE_NAME) is None and kwargs.get("use_cache"):
             kwargs[CACHE_NAME] = DynamicCache(config=self.config)
         return super()._assisted_decoding(*args, **kwargs)
+
+    def prefill(self, input_ids: torch.Tensor, state=None, chunk_size: int = 2048):
+        """Reads tokens into a `GenerationState`: `serving/batch.py`."""
+        return require_slot("prefill")(self, input_ids, state, chunk_size)
+
+    def generate_batch(self, queue, **options) -> list:
+        """Many requests side by side, all results: `serving/batch.py`."""
+        return require_slot("generate_batch")(self, queue, **options)
+
+    def stream_batch(self, queue, **options):
+        """Many requests side by side, token by token: `serving/batch.py`."""
+        return require_slot("stream_batch")(self, queue, **options)
+
+    def save_state(self, state, path) -> None:
+        """Writes a `GenerationState` to one safetensors file, all or nothing: `serving/state.py`."""
+        require_slot("save_state")(state, self, path)
+
+    def load_state(self, path):
+        """The `GenerationState` in a file of `save_state`, on this model's device: `serving/state.py`."""
+        return require_slot("load_state")(self, path)
 
     def _supports_default_dynamic_cache(self) -> bool:
         """False for Hawk: `generate` asks a cache it makes itself for a length that only attention layers know."""
@@ -443,7 +543,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastDraft
         source: a folder or Hub id of a Transformers checkpoint, or a loaded `RecurrentGemmaForCausalLM`.
         kwargs: as for `from_pretrained`.
         """
-        return load_recurrent_gemma(source, cls, **kwargs)
+        return require_slot("load_recurrent_gemma")(source, cls, **kwargs)
 
     create_masks_for_generate = staticmethod(masks_for_generate)
 

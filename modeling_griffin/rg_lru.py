@@ -3,16 +3,11 @@
 Legend: B batch, T time, C channels, N gate blocks.
 """
 
-import math
-
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from .fused import pays
-from .fused_linear import as_autocast, is_plain
-from .gates_triton import gates_unavailable_reason, rg_lru_gates
 from .rg_lru_scan import rg_lru_scan
+from .slots import slot
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -25,77 +20,24 @@ class BlockDiagonalLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C)."""
-        if pays(x, self.weight, self.bias):
-            return _BlockDiagonalProduct.apply(*as_autocast(x, self.weight, self.bias))
-        blocks = x.unflatten(-1, self.weight.shape[:2])  # sizes come from tensors: they may be shards
-        y = torch.einsum("btni,nij->btnj", blocks, self.weight)
-        return (y + self.bias.to(y.dtype)).flatten(-2)  # under autocast y is bfloat16 and the bias float32
+        return block_diagonal(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}"  # whole: a launcher may have left an empty shard
 
 
-class _BlockDiagonalProduct(torch.autograd.Function):
-    """The same, with each product written where it belongs.
-
-    The batched product that einsum calls puts the blocks first, and then the bias, the scan and the way back each pay
-    for a copy of (B, T, C) into another order: more time than the products themselves.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        y, wide = x.new_empty(x.shape), _join_narrow_blocks(weight)
-        torch.bmm(_by_block(x, wide), wide, out=_by_block(y, wide))
-        return y.add_(bias.flatten())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        x, weight = ctx.saved_tensors
-        d_y, d_x, wide = d_y.contiguous(), x.new_empty(x.shape), _join_narrow_blocks(weight)
-        torch.bmm(_by_block(d_y, wide), wide.mT, out=_by_block(d_x, wide))
-        d_weight = _diagonal_blocks(_products_of_rows(x, d_y, wide), weight)
-        return d_x, d_weight, d_y.flatten(0, -2).sum(0).view(weight.shape[:2])
+@slot
+def block_diagonal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x (B, T, C) through weight (N, C/N, C/N) and bias (N, C/N)."""
+    blocks = x.unflatten(-1, weight.shape[:2])  # sizes come from tensors: they may be shards
+    y = torch.einsum("btni,nij->btnj", blocks, weight)
+    return (y + bias.to(y.dtype)).flatten(-2)  # under autocast y is bfloat16 and the bias float32
 
 
-def _by_block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(B, T, C) -> a view (N, B * T, C/N)."""
-    return x.reshape(-1, *weight.shape[:2]).transpose(0, 1)
-
-
-JOINED_WIDTH = 64  # GPUs multiply a block of this width as fast as one of 4
-
-
-def _join_narrow_blocks(weight: torch.Tensor) -> torch.Tensor:
-    """(N, W, W) -> (N / k, k W, k W): k neighbours on the diagonal of one block, as many as fit JOINED_WIDTH."""
-    blocks, width, _ = weight.shape
-    k = max(k for k in range(1, max(1, JOINED_WIDTH // width) + 1) if blocks % k == 0)
-    if k == 1:
-        return weight
-    wide = weight.new_zeros(blocks // k, k, width, k, width)
-    wide.diagonal(dim1=1, dim2=3).copy_(weight.unflatten(0, (-1, k)).permute(0, 2, 3, 1))
-    return wide.view(blocks // k, k * width, k * width)
-
-
-def _diagonal_blocks(wide: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The way back from `_join_narrow_blocks`: (N / k, k W, k W) -> (N, W, W)."""
-    width, k = weight.shape[1], weight.shape[0] // wide.shape[0]
-    return wide.view(-1, k, width, k, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(weight.shape)
-
-
-SMALL_RESULT, PARTS = 2**14, 64
-
-
-def _products_of_rows(x: torch.Tensor, d_y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The sum over rows of x^T d_y by block, (N, W, W).
-
-    A small result is few programs' work, each of which would walk over all rows: so they are summed in parts.
-    """
-    rows = x.numel() // x.shape[-1]
-    parts = math.gcd(rows, PARTS) if weight.numel() <= SMALL_RESULT else 1
-    x, d_y = (each.reshape(parts, -1, *weight.shape[:2]).transpose(1, 2) for each in (x, d_y))
-    return torch.matmul(x.mT, d_y).sum(0)
+@slot
+def gates(x: torch.Tensor, recurrence_gate: nn.Module, input_gate: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Both pre-activations (B, T, C), and the x that the recurrence reads."""
+    return recurrence_gate(x), input_gate(x), x
 
 
 class Decay(nn.Module):
@@ -147,7 +89,7 @@ class RGLRU(nn.Module):
         Returns:
             hidden (B, T, C) in the dtype of x and the last state (B, C) float32; or the last states (B, min(N, T), C).
         """
-        recurrence_gate, input_gate, x = self._gates(x)
+        recurrence_gate, input_gate, x = gates(x, self.recurrence_gate, self.input_gate)
         if real is not None:
             padding = real.logical_not()[..., None]
             x, recurrence_gate = x.masked_fill(padding, 0.0), recurrence_gate.masked_fill(padding, -torch.inf)
@@ -160,15 +102,3 @@ class RGLRU(nn.Module):
             x, recurrence_gate, input_gate, log_decay, initial_state=state, reset=document_start
         )
         return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]
-
-    def _gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Both pre-activations (B, T, C), and x: on a GPU by kernels, of modules that are only numbers."""
-        gates = (self.recurrence_gate, self.input_gate)
-        if all(is_plain(gate, BlockDiagonalLinear) for gate in gates):
-            inputs = (x, *(parameter for gate in gates for parameter in (gate.weight, gate.bias)))
-            if pays(*inputs):
-                inputs = as_autocast(*inputs)
-                if gates_unavailable_reason(*inputs) is None:
-                    recurrence_gate, input_gate, same = rg_lru_gates(*inputs)
-                    return recurrence_gate, input_gate, same if same.dtype == x.dtype else x
-        return self.recurrence_gate(x), self.input_gate(x), x

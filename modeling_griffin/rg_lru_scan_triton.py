@@ -6,11 +6,12 @@ recurrence happen in registers. Kept for the backward pass: x, both gates and hi
 tiles, launches, and registers forward and backward as PyTorch operators.
 """
 
-import contextlib
 import hashlib
 from typing import NamedTuple
 
 import torch
+
+from .gpu import can_overlap, on_its_device
 
 
 try:
@@ -43,7 +44,7 @@ class Tile(NamedTuple):
         return self.segments * self.channels // 64
 
 
-# Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels) make long waits: there
+# Chosen by shape class on an H100, see docs/designs/scan.md. Few chains (batch * channels) make long waits: there
 # forward tiles have half the channels and twice the steps, and the backward pass takes taller ones, whose carries are
 # fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
@@ -150,7 +151,7 @@ def _is_exact(*tensors) -> bool:
 def _launch_step(exact: bool, inputs, outputs, channels_each: int = 256) -> None:
     x = inputs[0]
     batch, _, channels = x.shape
-    with _on_device_of(x):
+    with on_its_device(x):
         step_kernel[(batch, triton.cdiv(channels, channels_each))](
             *inputs,
             *outputs,
@@ -164,19 +165,15 @@ def _launch_step(exact: bool, inputs, outputs, channels_each: int = 256) -> None
         )
 
 
-def _on_device_of(x):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _overlap(x: torch.Tensor) -> dict[str, bool]:
     """Launch options of a kernel that may start while the one in front of it ends."""
-    overlap = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    overlap = can_overlap(x.device)
     return {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
 
 
 def _sum_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
     channels = rows.shape[1]
-    with _on_device_of(rows):
+    with on_its_device(rows):
         grid = (triton.cdiv(channels, 16),)
         sum_rows_kernel[grid](rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **_overlap(rows))
 
@@ -196,7 +193,7 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
     # Tiles pass the state on through words that start as 0, with the ticket counter behind them. They are this call's
     # own: other streams have theirs, and a CUDA graph clears them at each replay.
     chained = steps > 1
-    with _on_device_of(x):
+    with on_its_device(x):
         words = _cleared_words(x, tiles * tile.channels + 1) if chained else None
         kernel[(tiles,)](
             *inputs,

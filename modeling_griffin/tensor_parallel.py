@@ -56,6 +56,15 @@ def check_tensor_parallel(config, tp_size: int) -> None:
             raise ValueError(f"{field} = {value}: allowed with tp_size = {tp_size} are {also}multiples of {tp_size}")
 
 
+def split_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values of the parameter's whole shape, those of rank 0, split over ranks as the parameter is."""
+    if not torch.distributed.is_available() or not isinstance(parameter, DTensor):
+        return values
+    mesh = parameter.device_mesh
+    everywhere = distribute_tensor(values.to(parameter.device), mesh, [Replicate()] * mesh.ndim)
+    return everywhere.redistribute(placements=parameter.placements)
+
+
 class FirstAxisParallel(TensorParallelLayer):
     """Each rank holds its share of the first axis of every parameter, and the module computes with that share alone.
 

@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--largest", action="store_true", help="also find the deepest model that trains (GPUs)")
     parser.add_argument(
-        "--output", type=Path, default=None, help="path without suffix; default results/distributed_..."
+        "--output", type=Path, default=None, help="path without suffix; default results/distributed/distributed_..."
     )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = sorted(set(arguments.processes))
     birth = birth_certificate(arguments.device, arguments.commit)
     name = f"distributed_{short_device_name(arguments.device)}_{Path(arguments.config).stem}"
-    output = arguments.output or Path("results") / name
+    output = arguments.output or Path("results") / "distributed" / name
     output.parent.mkdir(parents=True, exist_ok=True)
     run = base | {"config": config, "layers": None}
     for found in benchmark(run, processes, arguments.engines, arguments.largest):

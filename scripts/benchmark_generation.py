@@ -88,12 +88,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on a CPU")
     parser.add_argument(
-        "--output", type=Path, default=None, help="path without suffix; default results/generation_DEVICE"
+        "--output", type=Path, default=None, help="path without suffix; default results/generation/generation_DEVICE"
     )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    output = arguments.output or Path("results") / f"generation_{short_device_name(arguments.device)}"
+    output = arguments.output or Path("results") / "generation" / f"generation_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {**SETTINGS[arguments.device], "device": arguments.device, "compile": arguments.compile}
     settings |= {"decode": arguments.cells or settings["decode"], "turns": arguments.turns or settings["turns"]}

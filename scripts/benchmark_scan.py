@@ -38,11 +38,13 @@ MAX_ERROR = 2e-2  # of a peer, as a share of the norm, in bfloat16
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=None, help="path without suffix; default results/scan_DEVICE")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="path without suffix; default results/scan/scan_DEVICE"
+    )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     name = short_device_name(arguments.device)
-    output = arguments.output or Path("results") / f"scan_{name}"
+    output = arguments.output or Path("results") / "scan" / f"scan_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     birth = birth_certificate(arguments.device, arguments.commit, ["flash-linear-attention", "accelerated-scan"])
     for report in benchmark_cuda() if arguments.device == "cuda" else benchmark_cpu():

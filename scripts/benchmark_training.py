@@ -32,7 +32,8 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, fused
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin.kernels import dispatch
 
 
 # width, depth, MLP of each branch, heads of attention, vocabulary, window
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     device, name = arguments.device, short_device_name(arguments.device)
     size = arguments.size or {"cpu": "10m", "cuda": "2b"}[device]
     dtype = getattr(torch, arguments.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device])
-    output = arguments.output or Path("results") / f"training_{name}"
+    output = arguments.output or Path("results") / "training" / f"training_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     birth = birth_certificate(device, arguments.commit, ["flash-linear-attention"])
     errors = check(device, dtype)
@@ -256,7 +257,7 @@ def check(device: str, dtype: torch.dtype) -> dict[str, float]:
     torch.manual_seed(0)
     model = griffin("tiny").to(device=device, dtype=dtype)
     tokens = torch.randint(0, model.config.vocab_size, (2, 100), device=device)
-    with mock.patch.object(fused, "LEAST_ELEMENTS", 1):  # on a GPU by its kernels, small as the tensors are
+    with mock.patch.object(dispatch, "LEAST_ELEMENTS", 1):  # on a GPU by its kernels, small as the tensors are
         found = _loss_and_gradient(model, tokens)
     with definitions():
         expected = _loss_and_gradient(model, tokens)

@@ -21,21 +21,11 @@ from birth_certificate import birth_certificate, short_device_name
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from modeling_griffin import (
-    GriffinConfig,
-    GriffinForCausalLM,
-    causal_conv1d,
-    causal_lm_loss,
-    decay_parameter_names,
-    documents,
-    fused,
-    fused_linear,
-    rg_lru,
-)
+from modeling_griffin import GriffinConfig, GriffinForCausalLM, decay_parameter_names, documents, rg_lru
+from modeling_griffin.kernels import dispatch
 
 
 BYTES = 256
-SWITCHES = [causal_conv1d, causal_lm_loss, fused, fused_linear, rg_lru]  # modules that ask whether kernels pay
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
-    output = arguments.output or Path("results") / f"convergence_{short_device_name(arguments.device)}"
+    output = arguments.output or Path("results") / "training" / f"convergence_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     report = {"birth": birth_certificate(arguments.device, arguments.commit)}
     report |= {"settings": {key: getattr(arguments, key) for key in ("steps", "rows", "length", "width")}, "runs": {}}
@@ -77,9 +67,7 @@ def definitions():
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(rg_lru, "rg_lru_scan", loop))
         stack.enter_context(mock.patch.object(documents, "flash_unavailable_reason", lambda *inputs: "by definition"))
-        for module in SWITCHES:
-            if hasattr(module, "pays"):
-                stack.enter_context(mock.patch.object(module, "pays", lambda *tensors: False))
+        stack.enter_context(mock.patch.object(dispatch, "pays", lambda *tensors: False))
         yield "eager"
 
 

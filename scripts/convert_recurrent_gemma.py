@@ -20,8 +20,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, RecurrentGemmaForCausalLM
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
-from modeling_griffin.model_card import write_model_card
-from modeling_griffin.recurrent_gemma import (
+from modeling_griffin.conversion.recurrent_gemma import (
     griffin_config_from_deepmind,
     griffin_config_from_recurrent_gemma,
     griffin_tensors_from_deepmind,
@@ -29,6 +28,7 @@ from modeling_griffin.recurrent_gemma import (
     recurrent_gemma_config_from_griffin,
     recurrent_gemma_tensors_from_griffin,
 )
+from modeling_griffin.saving.card import write_model_card
 
 
 INDEX = "model.safetensors.index.json"

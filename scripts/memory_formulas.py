@@ -8,8 +8,8 @@ from math import prod
 from typing import NamedTuple
 
 from modeling_griffin.causal_lm_loss import CHUNK_ELEMENTS
-from modeling_griffin.fused_linear import NARROW
-from modeling_griffin.local_attention_triton import BLOCK
+from modeling_griffin.kernels.attention import BLOCK
+from modeling_griffin.kernels.linears import NARROW
 
 
 class Sizes(NamedTuple):

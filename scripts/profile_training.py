@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from modeling_griffin import rg_lru_scan
 from modeling_griffin.documents import read_layout
+from modeling_griffin.elementwise import gated, rotate
 from modeling_griffin.flash_local_attention import OWN_ATTENTION
-from modeling_griffin.fused import gated, rotate
-from modeling_griffin.fused_linear import gated_linears, linears
+from modeling_griffin.linears import gated_linears, linears
 from modeling_griffin.modeling_griffin import GriffinForCausalLM
+from modeling_griffin.rg_lru import gates
 
 
 class Part(NamedTuple):
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     device, name = arguments.device, short_device_name(arguments.device)
-    output = arguments.output or Path("results") / f"training_profile_{name}"
+    output = arguments.output or Path("results") / "training" / f"training_profile_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     peak, copy = PEAK_FLOPS.get(name, math.inf), copy_rate(device)
     model = _make(OWN, arguments.size, device, torch.bfloat16)
@@ -158,7 +159,11 @@ def parts(model: GriffinForCausalLM, batch: int, length: int) -> list[Part]:
         return rg_lru_scan(x, recurrence_gate, input_gate, block.rg_lru.decay(), reset=start)[0]
 
     pair = 12 * rows * block.linear_x.weight.numel()
-    gates = 12 * rows * block.rg_lru.input_gate.weight.numel()
+    gates_flops = 12 * rows * block.rg_lru.input_gate.weight.numel()
+
+    def both_gates(x):
+        return gates(x, block.rg_lru.recurrence_gate, block.rg_lru.input_gate)
+
     found = [
         Part(
             "recurrent block, in: two",
@@ -169,7 +174,7 @@ def parts(model: GriffinForCausalLM, batch: int, length: int) -> list[Part]:
             0,
         ),
         *product("recurrent block, out", recurrent, block.linear_out),
-        Part("both gates", recurrent, block.rg_lru._gates, (x(channels),), gates, 2 * 9 * rows * channels),
+        Part("both gates", recurrent, both_gates, (x(channels),), gates_flops, 2 * 9 * rows * channels),
         *elementwise("convolution", recurrent, lambda x: block.conv_1d(x)[0], (x(channels),), 5),
         *elementwise("scan", recurrent, scan, (x(channels), x(channels), x(channels)), 12),
         *elementwise("gelu(y) * x", recurrent, lambda y, x: gated(block.act_fn, y, x), (x(channels), x(channels)), 8),

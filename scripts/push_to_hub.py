@@ -32,8 +32,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from yaml import YAMLError
 
 import modeling_griffin
-from modeling_griffin.hub import AUTO_MAP, STALE_ON_HUB, code_files
-from modeling_griffin.model_card import is_generated, make_card, read_metadata
+from modeling_griffin.saving.card import is_generated, make_card, read_metadata
+from modeling_griffin.saving.save import AUTO_MAP, STALE_ON_HUB, code_files
 
 
 # What a model consists of. Everything else in the folder stays at home: checkpoints, optimizer states, pickles.

@@ -29,8 +29,8 @@ from transformers import (
 from transformers.trainer_pt_utils import get_model_param_count
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, keep_lambda_float32
-from modeling_griffin.model_card import keep_model_card
 from modeling_griffin.rg_lru_scan import describe_backend
+from modeling_griffin.saving.card import keep_model_card
 
 
 SECONDS_FOR_RANK_0 = 2

@@ -10,7 +10,7 @@ from recurrent_gemma_models import PORT_WINDOW, small_recurrent_gemma, small_rec
 from transformers import DynamicCache, RecurrentGemmaForCausalLM
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
-from modeling_griffin.recurrent_gemma import griffin_name
+from modeling_griffin.conversion.recurrent_gemma import griffin_name
 
 
 TOLERANCE = 2e-5  # of the largest number compared

@@ -38,6 +38,7 @@ MARKED = {
 }
 CONFIGURATION = ROOT / "configuration" / "README.md"
 RESULTS = sorted((ROOT / "results").rglob("*.md"))
+DESIGNS = sorted((ROOT / "docs" / "designs").glob("*.md"))
 RUN = {"generate.py", "evaluate_text.py", "convert_recurrent_gemma.py"}  # cheap; of the others arguments are read
 NOT_OURS = {"git", "cd", "curl", "lm_eval", "transformers", "trl"}  # commands whose options are not for us to check
 STANDS_FOR_ANY = re.compile(r"NAME|FILE|_$")  # a name with a gap in it
@@ -185,7 +186,7 @@ def test_what_does_not_run():
     assert dict(Counter(name_of(block.page) for block in marked)) == MARKED
 
 
-@pytest.mark.parametrize("page", [*PAGES, CONFIGURATION, *RESULTS], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, CONFIGURATION, *RESULTS, *DESIGNS], ids=name_of)
 def test_links(page):
     """Links lead to files and headings that are there."""
     for file, anchor in links_of(page):

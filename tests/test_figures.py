@@ -4,9 +4,10 @@ The comment at the end of a quoted line says where its numbers are to be found:
 
     <!-- from PAGE: KEY; KEY & 98.7 = 100 * 35332 / 35795 & besides 50 -->
 
-PAGE is a file of results/, wherever it lies there. A KEY picks the lines of the page that hold it (all of its parts,
-where it is `part + part`). Every number of the quoted line then has to be the rounding of a number of those lines, or
-the value of a formula whose own numbers stand there, or be listed behind `besides` as no figure of ours.
+PAGE is a file of results/, wherever it lies there, or designs/NAME.md of docs/. A KEY picks the lines of the page that
+hold it (all of its parts, where it is `part + part`). Every number of the quoted line then has to be the rounding of a
+number of those lines, or the value of a formula whose own numbers stand there, or be listed behind `besides` as no
+figure of ours.
 A comment `<!-- held by tests/FILE.py -->` names the test that holds a figure instead.
 """
 
@@ -70,7 +71,7 @@ def numbers_of(text: str) -> list[Figure]:
 @cache
 def lines_of(name: str) -> tuple[str, ...]:
     """The lines of a page of results/; of a JSON file one for each dictionary: its path, then its numbers."""
-    (path,) = [path for path in (ROOT / "results").rglob(name) if path.is_file()]
+    (path,) = [path for path in [*(ROOT / "results").rglob(name), ROOT / "docs" / name] if path.is_file()]
     text = path.read_text(encoding="utf-8")
     return tuple(_flat(json.loads(text), "")) if path.suffix == ".json" else tuple(text.splitlines())
 
@@ -116,10 +117,10 @@ def faults(text: str, source: str) -> list[str]:
     """The numbers of `text` that its comment's `source` does not have, with the whole check behind each."""
     pool, formulas, besides = [], {}, set()
     for clause in (part.strip() for part in source.split(" & ")):
-        for part in re.split(r";\s*(?=[\w.]+\.(?:md|json):)", clause):
+        for part in re.split(r";\s*(?=[\w./]+\.(?:md|json):)", clause):
             if part.startswith("besides "):
                 besides |= {Figure(number.strip().replace(",", "")) for number in part[8:].split(", ")}
-            elif match := re.fullmatch(r"([\w.]+\.(?:md|json)): (.*)", part):
+            elif match := re.fullmatch(r"([\w./]+\.(?:md|json)): (.*)", part):
                 pool += [n.value for line in selected(*match.groups()) for n in numbers_of(line)]
             else:
                 figure, _, formula = part.partition(" = ")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from modeling_griffin import LORA_TARGETS
-from modeling_griffin.hub import code_files
+from modeling_griffin.saving.save import code_files
 
 
 LINEAR = LORA_TARGETS["recurrent"] + LORA_TARGETS["attention"] + LORA_TARGETS["mlp"]

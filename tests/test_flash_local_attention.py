@@ -11,10 +11,11 @@ from modeling_griffin import (
     GriffinForCausalLM,
     documents,
     flash_local_attention,
-    local_attention_triton,
 )
 from modeling_griffin.documents import read_layout
-from modeling_griffin.flash_local_attention import Runs, Visible, edges_of_runs, flash_unavailable_reason
+from modeling_griffin.flash_local_attention import Runs, edges_of_runs, flash_unavailable_reason
+from modeling_griffin.kernels import attention, dispatch
+from modeling_griffin.kernels.attention import Visible, visible_tokens
 from tests.conftest import make_audible, make_config
 from tests.tolerances import assert_close
 
@@ -56,7 +57,7 @@ def runs_seen(monkeypatch):
         return torch.einsum("hqs,shk->qhk", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
 
     monkeypatch.setattr(flash_local_attention, "varlen_attn", counted, raising=False)
-    monkeypatch.setattr(flash_local_attention, "local_attention_triton", visible)
+    monkeypatch.setattr(dispatch, "local_attention_triton", visible)
     monkeypatch.setattr(documents, "flash_unavailable_reason", lambda *arguments: None)
     return seen
 
@@ -87,7 +88,8 @@ def logits_and_gradient(model, ids, arguments):
 @pytest.mark.parametrize("layout", layouts())
 @pytest.mark.parametrize("kind", ["griffin", "attention"])
 def test_model_agrees_with_eager_attention(kind, layout, kernel, runs_seen, monkeypatch):
-    monkeypatch.setattr(documents, "takes_triton", lambda *arguments: kernel == "triton")
+    layout_of_kernels = visible_tokens if kernel == "triton" else None
+    monkeypatch.setattr(documents, "kernel_layout", lambda *arguments: layout_of_kernels)
     arguments, runs = layouts()[layout]
     model = make_audible(GriffinForCausalLM(make_config(kind)))
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH))
@@ -106,7 +108,7 @@ def test_model_agrees_with_eager_attention(kind, layout, kernel, runs_seen, monk
 @torch.no_grad()
 def test_chunks_behind_a_cache(sizes, triton, runs_seen, monkeypatch):
     """Also with a mask of ones; a single token needs no runs. The Triton kernels take no cached keys."""
-    monkeypatch.setattr(documents, "takes_triton", lambda *arguments: triton)
+    monkeypatch.setattr(documents, "kernel_layout", lambda *arguments: visible_tokens if triton else None)
     model = make_audible(GriffinForCausalLM(make_config("griffin")))
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH))
     whole = model(ids, use_cache=False).logits
@@ -169,6 +171,7 @@ def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
     config._attn_implementation = "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
     monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"})
     found = flash_unavailable_reason(config, torch.zeros(1, 2, 16, dtype=torch.bfloat16))
     assert found is None if reason is None else reason in found
@@ -195,13 +198,13 @@ def test_choice_of_the_kernel(change, triton, varlen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: change.get("capability", (9, 0)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
-    monkeypatch.setattr(local_attention_triton, "triton", change.get("installed", "there"))
+    monkeypatch.setattr(attention, "triton", change.get("installed", "there"))
     monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"} if change.get("window", True) else {})
     tokens = torch.zeros(1, change.get("tokens", 2048), 16, dtype=torch.bfloat16)
     past = change.get("past", False)
-    assert (flash_local_attention.takes_triton(config, tokens) and not past) == (triton and not past)
+    assert (flash_local_attention.kernel_layout(config, tokens) is not None and not past) == (triton and not past)
     assert (flash_unavailable_reason(config, tokens, past) is None) == (varlen or (triton and not past))
-    assert not flash_local_attention.takes_triton(config, tokens.float())
+    assert flash_local_attention.kernel_layout(config, tokens.float()) is None
 
 
 @pytest.mark.gpu
@@ -213,7 +216,7 @@ def test_on_a_gpu(layout, kernel, heads, key_heads, head_dim, monkeypatch):
     if kernel == "triton":
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs a Hopper GPU")
-        monkeypatch.setattr(flash_local_attention, "LEAST_TOKENS", 0)
+        monkeypatch.setattr(dispatch, "LEAST_TOKENS", 0)
         monkeypatch.setattr(flash_local_attention, "varlen_attn", None)
     torch.manual_seed(0)
     fields = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": head_dim}

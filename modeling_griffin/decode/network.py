@@ -1,0 +1,83 @@
+"""What every step over fixed buffers does: it goes through the layers, and can be recorded as a CUDA graph.
+
+Legend: B rows, or tokens of one row where the operations say so; V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .ops import Clock, PlainOps, Stream
+
+
+class RecordedStep:
+    """The parts that do not depend on whose tokens are read. A kind of step has `_compute`, which calls `_read`.
+
+    layers: for each layer, the buffers that its operation takes. logits (B, V): what a step leaves.
+    """
+
+    layers: list[tuple[torch.Tensor, ...]]
+    logits: torch.Tensor
+
+    def __init__(self, base: nn.Module, head: nn.Linear, ops: PlainOps):
+        self.base, self.head, self.config, self.ops = base, head, base.config, ops
+        self.device, self.dtype = head.weight.device, head.weight.dtype
+        self.on_gpu = self.device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.scale = base.embedding_scale if self.config.scale_embeddings else 1.0
+        self.frequencies = None
+        if "sliding_attention" in self.config.layer_types:  # as rotary_emb computes them
+            rotary = base.rotary_emb
+            exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
+            self.frequencies = torch.cat([rotary.theta**-exponents] * 2)
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """Reads `token`, puts the likeliest next one there and returns `logits`; the next step overwrites both."""
+        if self.graph is None:
+            self._compute()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    def record(self) -> None:
+        """Compiles what has to be and records the step. Overwrites the state: `load` comes afterwards."""
+        with torch.inference_mode(False), torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._compute()
+            self.graph = graph
+
+    def _read(self, stream: Stream, clock: Clock) -> None:
+        """The embeddings through all layers and the head, into `logits`."""
+        ops, base = self.ops, self.base
+        for layer, buffers, kind in zip(base.layers, self.layers, self.config.layer_types):
+            mix = self._attend if kind == "sliding_attention" else self._recur
+            stream = mix(stream, layer.temporal_block, layer.temporal_pre_norm, buffers, clock)
+            mlp = layer.mlp_block
+            x = ops.gated_project(stream, layer.channel_pre_norm, mlp.gate_proj, mlp.up_proj)
+            stream = ops.add_project(stream, x, mlp.down_proj)
+        ops.head(stream, base.final_norm, self.head, self.logits)
+        if (cap := self.config.final_logit_softcapping) is not None:
+            torch.mul((self.logits / cap).tanh_(), cap, out=self.logits)
+
+    def _attend(self, stream: Stream, block: nn.Module, norm: nn.Module, buffers: tuple, clock: Clock) -> Stream:
+        q, k, v = self.ops.project(stream, norm, [block.q_proj, block.k_proj, block.v_proj])
+        return self.ops.add_project(stream, self.ops.attend(q, k, v, *buffers, clock, block.scaling), block.o_proj)
+
+    def _recur(self, stream: Stream, block: nn.Module, norm: nn.Module, buffers: tuple, clock: Clock) -> Stream:
+        x, y = self.ops.project(stream, norm, [block.linear_x, block.linear_y])
+        return self.ops.add_project(stream, self.ops.recurrent(x, y, block, *buffers, clock), block.linear_out)
+
+
+def in_order(layer_types: Sequence[str], attending: tuple, recurring: tuple) -> list[tuple[torch.Tensor, ...]]:
+    """For each layer its part of the buffers of all layers that attend, or of all that recur."""
+    attending, recurring = zip(*attending), zip(*recurring)
+    return [next(attending if kind == "sliding_attention" else recurring) for kind in layer_types]

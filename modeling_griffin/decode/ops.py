@@ -1,0 +1,259 @@
+"""The operations of one decoding step, twice: in plain PyTorch, which is their definition, and in Triton kernels.
+
+Both read the layers' own parameters where they lie and write the states in place. Past inputs and keys lie in rings, at
+the token's time modulo their size, so that no step moves what it keeps.
+
+Legend: B rows, D width of the residual stream, C RG-LRU channels, P channels of a gate block, H heads, K head
+dimension, W attention window, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+
+from ..causal_conv1d import convolve
+from ..elementwise import rms_norm
+from ..kernels.device import MATVEC_ROWS, RECURRENT, RECURRENT_ROW
+from ..rg_lru_scan import rg_lru_scan
+from .linear import Products
+
+
+try:
+    import triton
+
+    from .kernels.attention import attention_kernel
+    from .kernels.gemv import add_norm_kernel, begin_kernel, end_kernel, gate_kernel
+    from .kernels.recurrence import recurrent_kernel, recurrent_row_kernel
+except ImportError:
+    triton = None
+
+
+@dataclass
+class Stream:
+    """The residual stream (B, D) and what a layer has put out but not yet added to it, or None."""
+
+    residual: torch.Tensor
+    delta: torch.Tensor | None = None
+
+
+@dataclass
+class Clock:
+    """time (1,) int64: tokens that each row has before this one, padding included. padding (B,) int64: of each row.
+
+    cos, sin (B, R): of this token's position, for the rotary embedding; None where no layer has attention.
+    """
+
+    time: torch.Tensor
+    padding: torch.Tensor
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+
+
+class PlainOps:
+    """As the layers compute, for one token a row."""
+
+    def begin(self, token, embedding: nn.Embedding, scale: float, clock: Clock, frequencies) -> tuple[Stream, Clock]:
+        """The embeddings of token (B,) times scale, and the clock with cos and sin of frequencies (R,) or None."""
+        stream = Stream(embedding.weight.index_select(0, token) * scale)
+        if frequencies is None:
+            return stream, clock
+        angles = (clock.time - clock.padding)[:, None].float() * frequencies
+        dtype = embedding.weight.dtype
+        return stream, Clock(clock.time, clock.padding, angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def head(self, stream: Stream, norm, linear: nn.Linear, logits: torch.Tensor) -> None:
+        """norm(stream) through linear, into logits (B, V)."""
+        logits.copy_(self.project(stream, norm, [linear])[0])
+
+    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
+        """The likeliest of logits (B, V), as `argmax` finds it, into token (B,); then the next token's time begins."""
+        token.copy_(logits.argmax(-1))
+        clock.time.add_(1)
+
+    def project(self, stream: Stream, norm, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
+        """norm(stream) through each of the linears."""
+        x = self._normed(stream, norm)
+        return [linear(x, each.weight, each.bias) for each in linears]
+
+    def gated_project(self, stream: Stream, norm, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
+        """gelu(gate(norm(stream))) * up(norm(stream))."""
+        gate_output, up_output = self.project(stream, norm, (gate, up))
+        return gelu(gate_output, approximate="tanh") * up_output
+
+    def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear) -> Stream:
+        """The stream with out(x) added."""
+        return Stream(stream.residual + linear(x, out.weight, out.bias))
+
+    def recurrent(self, x, y, block, past, state, log_decay, clock: Clock) -> torch.Tensor:
+        """Convolution, gates, recurrence and the product with gelu(y): x, y (B, C) -> (B, C).
+
+        past (B, taps, C) and state (B, C) float32 are updated.
+        """
+        taps = past.shape[1]
+        past.index_copy_(1, clock.time % taps, x[:, None])
+        slots = (clock.time + 1 + torch.arange(taps, device=x.device)) % taps  # oldest first
+        x = convolve(past.index_select(1, slots), block.conv_1d.weight, block.conv_1d.bias, None)
+        gates = block.rg_lru.recurrence_gate(x), block.rg_lru.input_gate(x)
+        hidden, new_state = rg_lru_scan(x, *gates, log_decay, initial_state=state)
+        state.copy_(new_state)
+        return gelu(y, approximate="tanh") * hidden[:, 0]
+
+    def attend(self, q, k, v, keys, values, clock: Clock, scaling: float) -> torch.Tensor:
+        """q (B, H * K), k and v (B, H_kv * K), before the rotation -> (B, H * K).
+
+        keys, values (B, H_kv, W, K) are updated.
+        """
+        batch, key_heads, window, head_dim = keys.shape
+        q, k, v = (x.view(batch, -1, 1, head_dim) for x in (q, k, v))
+        slot = clock.time % window
+        keys.index_copy_(2, slot, rotated(k, clock))
+        values.index_copy_(2, slot, v)
+        times = clock.time - (clock.time - torch.arange(window, device=q.device)) % window
+        seen = times >= clock.padding[:, None]
+        # Heads that share keys are queries of one head: keys need not be repeated.
+        queries = rotated(q, clock).view(batch, key_heads, -1, head_dim)
+        output = scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None, None], scale=scaling)
+        return output.reshape(batch, -1)
+
+    def _normed(self, stream: Stream, norm) -> torch.Tensor:
+        return rms_norm(stream.residual, norm.weight, norm.eps)
+
+
+def rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
+    """x (B, H, 1, K), its first R dimensions rotated."""
+    cos, sin = clock.cos[:, None, None], clock.sin[:, None, None]
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, kept), dim=-1)
+
+
+ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
+END_BLOCK = 16384  # logits that are compared at a time: 64 bytes of bfloat16 a thread
+
+
+class KernelOps(PlainOps):
+    """The same as few launches, each of which reads every weight and state once.
+
+    overlap: whether a kernel starts while the one before it runs; the first of a step waits for all before it.
+    matmul: whether products of up to MATMUL_ROWS rows have kernels too, or only those of MATVEC_ROWS.
+    """
+
+    def __init__(self, overlap: bool = False, matmul: bool = True):
+        self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
+        self.products = Products(self.launch, matmul)
+        self.counters: torch.Tensor | None = None  # heads that are shared are fewer than programs to aim at
+
+    def begin(self, token, embedding, scale, clock, frequencies):
+        width, rotary = embedding.weight.shape[1], 0 if frequencies is None else len(frequencies)
+        x = embedding.weight.new_empty(len(token), width)
+        cos, sin = x.new_empty(len(token), rotary), x.new_empty(len(token), rotary)
+        begin_kernel[(len(token),)](
+            *(token, embedding.weight, clock.time, clock.padding, x if frequencies is None else frequencies),
+            *(x, cos if rotary else x, sin if rotary else x, scale, width, rotary),
+            SCALE=scale != 1,
+            ROTARY=rotary > 0,
+            PDL=self.launch["PDL"],
+            BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_R=triton.next_power_of_2(max(1, rotary)),
+            num_warps=8,
+        )
+        return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
+
+    def head(self, stream, norm, linear, logits):
+        if self.products.takes(stream.residual):
+            self.products.project(stream.residual, norm, [linear], outputs=[logits])
+        else:
+            torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
+
+    def end(self, logits, token, clock):
+        block = min(END_BLOCK, triton.next_power_of_2(logits.shape[1]))
+        end_kernel[(logits.shape[0],)](
+            *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=16, **self.launch
+        )
+
+    def project(self, stream, norm, linears):
+        if self.products.takes(stream.residual):
+            return self.products.project(stream.residual, norm, linears)
+        return super().project(stream, norm, linears)
+
+    def gated_project(self, stream, norm, gate, up):
+        if self.products.takes(stream.residual, gate.weight, up.weight):
+            return self.products.gated(stream.residual, norm, gate, up)
+        gate_output, up_output = super().project(stream, norm, (gate, up))
+        y = torch.empty_like(gate_output)
+        grid = (triton.cdiv(y.numel(), 1024),)
+        gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
+        return y
+
+    def add_project(self, stream, x, out):
+        if self.products.takes(x):
+            return Stream(self.products.project(x, None, [out], stream.residual)[0])
+        return Stream(stream.residual, linear(x, out.weight, out.bias))
+
+    def recurrent(self, x, y, block, past, state, log_decay, clock):
+        gates, out = block.rg_lru, torch.empty_like(x)
+        blocks, width = gates.input_gate.weight.shape[:2]
+        tensors = (
+            *(x, y, past, state, out, block.conv_1d.weight, block.conv_1d.bias),
+            *(gates.recurrence_gate.weight, gates.recurrence_gate.bias, gates.input_gate.weight, gates.input_gate.bias),
+            *(log_decay, clock.time, *x.shape),
+        )
+        options = {"P": width, "TAPS": past.shape[1], **self.launch}
+        if x.shape[0] in MATVEC_ROWS:
+            grid = (blocks * triton.cdiv(width, RECURRENT_ROW["BLOCK_C"]), x.shape[0])
+            block_p = min(256, triton.next_power_of_2(width))
+            recurrent_row_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT_ROW)
+            return out
+        block_p = min(128, max(32, triton.next_power_of_2(width) // 8))
+        grid = (blocks * triton.cdiv(width, RECURRENT["BLOCK_C"]), triton.cdiv(x.shape[0], RECURRENT["BLOCK_B"]))
+        recurrent_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT)
+        return out
+
+    def attend(self, q, k, v, keys, values, clock, scaling):
+        batch, key_heads, window, head_dim = keys.shape
+        heads, block_s = q.shape[1] // head_dim, 32 if head_dim > 128 else 64
+        blocks = triton.next_power_of_2(triton.cdiv(window, block_s))
+        splits = min(blocks, triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, batch * key_heads)))
+        block_k = max(16, triton.next_power_of_2(head_dim))
+        out = torch.empty_like(q)
+        attention_kernel[(batch * key_heads, splits)](
+            *(q, k, v, clock.cos, clock.sin, keys, values, clock.time, clock.padding, out),
+            *(*self._shared_attention(q, splits, heads), scaling, window),
+            SPLIT=blocks // splits * block_s,
+            SPLITS=splits,
+            K=head_dim,
+            KEY_HEADS=key_heads,
+            GROUP=heads // key_heads,
+            ROTARY=clock.cos.shape[1],
+            BLOCK_G=max(16, triton.next_power_of_2(heads // key_heads)),
+            BLOCK_K=block_k,
+            BLOCK_S=block_s,
+            num_warps=4,
+            **self.launch,
+        )
+        return out
+
+    def _shared_attention(self, q: torch.Tensor, splits: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """Where splits of a head leave their sums, largest scores and totals, and how many have done so."""
+        if splits == 1:
+            return q, q, q, q
+        if self.counters is None:
+            self.counters = torch.zeros(ATTENTION_PROGRAMS, dtype=torch.int32, device=q.device)
+        new, parts = {"dtype": torch.float32, "device": q.device}, q.shape[0] * heads * splits
+        sums = torch.empty(parts * (q.shape[1] // heads), **new)
+        return sums, torch.empty(parts, **new), torch.empty(parts, **new), self.counters
+
+    def _normed(self, stream, norm):
+        x, y = stream.residual, torch.empty_like(stream.residual)
+        add_norm_kernel[(x.shape[0],)](
+            *(x, x if stream.delta is None else stream.delta, norm.weight, y, norm.eps, x.shape[1]),
+            ADD=stream.delta is not None,
+            BLOCK_D=triton.next_power_of_2(x.shape[1]),
+            num_warps=8,
+            **self.launch,
+        )
+        stream.delta = None  # the kernel has added it
+        return y

@@ -1,0 +1,86 @@
+"""One decoding step over a state in fixed buffers: on a GPU recorded once as a CUDA graph and then replayed.
+
+Every tensor of a step has its place for good, and where in it to write is computed on the device from the time. So the
+host has nothing to decide, and a step is one call. Parameters are read where they lie: nothing is copied or packed.
+
+Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K head dimension, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from ..gpu import can_overlap
+from ..kernels.device import decode_gemm_fits
+from .network import RecordedStep, in_order
+from .ops import Clock, KernelOps, PlainOps
+
+
+class DecodeStep(RecordedStep):
+    """The state of B rows and the step that reads one more token of each.
+
+    rings: keys and values (L, B, H_kv, W, K) of the L layers that attend; memories: past inputs (L, B, taps, C) and
+    states (L, B, C) float32 of those that recur. layers: for each layer its part of these.
+    token (B,) int64: what the next `step` reads; it leaves the likeliest of its own logits there, so that a host that
+    chooses no other has nothing to write. logits (B, V): what a step leaves, in the model's dtype.
+    """
+
+    def __init__(self, base: nn.Module, head: nn.Linear, batch: int):
+        ops, device = PlainOps(), head.weight.device
+        if device.type == "cuda":
+            ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(device))
+        self.busy = False
+        self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
+        with torch.inference_mode(False), torch.no_grad():
+            super().__init__(base, head, ops)
+            self._make_buffers(batch)
+
+    def _make_buffers(self, batch: int) -> None:
+        config, new = self.config, {"dtype": self.dtype, "device": self.device}
+        self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.logits = torch.zeros(batch, self.head.weight.shape[0], **new)
+        self.clock = Clock(torch.zeros(1, dtype=torch.long, device=self.device), torch.zeros_like(self.token))
+        attending = config.layer_types.count("sliding_attention")
+        ring = (attending, batch, config.num_key_value_heads, config.attention_window_size, config.head_dim)
+        self.rings = torch.zeros(ring, **new), torch.zeros(ring, **new)
+        recurring = len(config.layer_types) - attending
+        past = torch.zeros(recurring, batch, config.conv1d_width, config.lru_width, **new)
+        self.memories = past, torch.zeros(recurring, batch, config.lru_width, device=self.device)
+        decays = torch.zeros(recurring, config.lru_width, device=self.device)
+        self.layers = in_order(config.layer_types, self.rings, (*self.memories, decays))
+
+    def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
+        """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
+        self.start(length)
+        self.load_rows(torch.arange(len(self.token), device=self.device), cache, length, padding)
+
+    @torch.no_grad()
+    def start(self, time: int) -> None:
+        """Makes `time` the time of the next token; what the rows hold is to be loaded afterwards."""
+        self.clock.time.fill_(time)
+        for buffers, block in zip(self.layers, self.base.layers):
+            if len(buffers) == 3:
+                buffers[2].copy_(block.temporal_block.rg_lru.decay())
+
+    @torch.no_grad()
+    def load_rows(self, rows: torch.Tensor, cache, length: int, padding: torch.Tensor | None) -> None:
+        """As `load`, into these rows (N,) only, as if their last token had been read just now. Others go on."""
+        time = self.clock.time
+        self.clock.padding[rows] = time - length + (0 if padding is None else padding)
+        for layer, buffers in zip(cache.layers, self.layers):
+            if len(buffers) == 2:
+                window, kept = buffers[0].shape[2], layer.keys.shape[2]
+                slots = (time - kept + torch.arange(kept, device=self.device)) % window
+                buffers[0][rows[:, None], :, slots] = layer.keys.transpose(1, 2)
+                buffers[1][rows[:, None], :, slots] = layer.values.transpose(1, 2)
+            else:
+                past, state, _ = buffers
+                taps = past.shape[1]
+                slots = (time + torch.arange(taps, device=self.device)) % taps
+                past[rows[:, None], slots] = layer.conv_states[0].transpose(1, 2)
+                state[rows] = layer.recurrent_states[0]
+
+    @torch.no_grad()  # here too: inference_mode(False) turns gradients on
+    def _compute(self) -> None:
+        stream, clock = self.ops.begin(self.token, self.base.embed_tokens, self.scale, self.clock, self.frequencies)
+        self._read(stream, clock)
+        self.ops.end(self.logits, self.token, clock)

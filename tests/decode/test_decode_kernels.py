@@ -1,0 +1,203 @@
+"""The Triton kernels of a decoding step against the same operations in plain PyTorch, which is their definition."""
+
+import copy
+
+import pytest
+import torch
+from _decode_helpers import (
+    DEVICE,
+    DTYPES_OF_STEPS,
+    LOGITS,
+    both,
+    multiply_matrices,
+    needs_kernels,
+    normal,
+    poison_what_is_new,
+)
+from tolerances import assert_close
+from torch import nn
+
+import modeling_griffin.decode.ops as decode_ops
+from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
+from modeling_griffin.decode.state import DecodeStep
+
+
+pytestmark = needs_kernels
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.5])
+@pytest.mark.parametrize("time", [0, 100_000])
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_the_beginning_of_a_step(dtype, time, scale):
+    embedding = nn.Embedding(11, 24).to(DEVICE, dtype)
+    token, padding = torch.tensor([10, 0, 3], device=DEVICE), torch.tensor([0, time // 2, time], device=DEVICE)
+    clock = Clock(torch.tensor([time], device=DEVICE), padding)
+    for frequencies in (None, 10000.0 ** -torch.rand(6, device=DEVICE)):
+        (expected, plain), (actual, kernel) = both(
+            lambda ops, f=frequencies: ops.begin(token, embedding, scale, clock, f)
+        )
+        assert_close("exact", actual.residual, expected.residual)
+        if frequencies is None:
+            assert kernel is clock
+            continue
+        for one, other in ((kernel.cos, plain.cos), (kernel.sin, plain.sin)):
+            assert_close(LOGITS[dtype], one, other)
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(1, 1000), (2, 1), (5, 29), (5, 200), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_end_of_a_step(dtype, rows, vocabulary, monkeypatch):
+    """Blocks of 64: the likeliest of several in one block and in others; values of all kinds; time goes on by one."""
+    monkeypatch.setattr(decode_ops, "END_BLOCK", 64)
+    of_many, of_few = normal(rows, vocabulary), torch.randint(-2, 2, (rows, vocabulary), device=DEVICE).float()
+    zeros = torch.zeros(rows, vocabulary, device=DEVICE).copysign(of_many)
+    lowest = torch.full((rows, vocabulary), float("-inf"), device=DEVICE)
+    cases = [of_many, of_few, zeros, lowest, lowest.clone(), of_many.clone(), of_many.clone(), of_many.clone()]
+    cases[4][:, -1] = -1e4
+    cases[5][:, vocabulary // 3 :: 3] = float("inf")
+    cases[6][:, vocabulary // 2 :: 7] = float("nan")
+    cases[7][:, 0], cases[7][:, -1] = float("inf"), -float("nan")
+    for time, logits in enumerate(case.to(dtype) for case in cases):
+        for ops in (PlainOps(), KernelOps()):
+            token = torch.full((rows,), -1, device=DEVICE)
+            clock = Clock(torch.tensor([time], device=DEVICE), torch.zeros_like(token))
+            ops.end(logits, token, clock)
+            assert torch.equal(token, logits.float().argmax(-1))
+            assert clock.time.tolist() == [time + 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [32000, 32003, 256000])
+@torch.no_grad()
+def test_the_end_of_a_step_of_a_large_vocabulary(vocabulary):
+    """The likeliest in the middle of the row and again at its end."""
+    for rows in (1, 64, 65):
+        logits, token = normal(rows, vocabulary, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long).cuda()
+        first = torch.randint(vocabulary // 2, vocabulary, (rows, 1), device=DEVICE)
+        logits.scatter_(1, first, 10.0)[:, -1] = 10.0
+        time = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        KernelOps().end(logits, token, Clock(time, token))
+        assert torch.equal(token, first[:, 0]) and torch.equal(token, logits.argmax(-1)) and time.item() == 1
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9,
+    reason="kernels overlap from compute capability 9 on",
+)
+@pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
+def test_overlapping_kernels_change_nothing(rows, kind, small_model):
+    """Recorded and replayed many times: a kernel that did not wait for the one before it would show."""
+    model = small_model(kind, attention_window_size=150).to(DEVICE, torch.bfloat16)  # in four splits
+    ends = []
+    for overlap in (False, True):
+        step = DecodeStep(model.model, model.lm_head, rows)
+        step.ops = KernelOps(overlap)
+        step.record()
+        for tensor in (step.clock.time, step.token, *(tensor for layer in step.layers for tensor in layer)):
+            tensor.zero_()
+        for _ in range(300):
+            step.step()
+            assert torch.equal(step.token, step.logits.argmax(-1))
+        ends.append([step.logits.clone(), *(tensor.clone() for layer in step.layers for tensor in layer)])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("kind", ["griffin", "hawk", "attention"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+def test_steps_past_the_window(dtype, rows, kind, small_model, monkeypatch):
+    """Logits and states after each of many steps; rows have started at different times."""
+    multiply_matrices(monkeypatch)
+    model = small_model(kind).to(DEVICE, dtype)
+    steps = [DecodeStep(model.model, model.lm_head, rows) for _ in range(2)]
+    steps[0].ops, steps[1].ops = PlainOps(), KernelOps()
+    for step in steps:
+        step.clock.time.fill_(rows)
+        step.clock.padding.copy_(torch.arange(rows))
+        for layer, buffers in zip(model.model.layers, step.layers):
+            if len(buffers) == 3:
+                buffers[2].copy_(layer.temporal_block.rg_lru.decay().detach())
+    for tokens in torch.randint(0, 29, (9, rows), device=DEVICE):
+        for step in steps:
+            step.token.copy_(tokens)
+            step.step()
+        assert_close(LOGITS[dtype], steps[1].logits, steps[0].logits)
+        assert all(torch.equal(step.token, step.logits.argmax(-1)) for step in steps)
+        for one, other in zip(steps[1].layers, steps[0].layers):
+            for actual, expected in zip(one[:2], other[:2]):
+                assert_close(LOGITS[dtype], actual, expected)
+                expected.copy_(actual)  # so that rounding does not pile up over the steps
+
+
+@pytest.mark.parametrize("heads, key_heads, head_dim, window", [(20, 1, 128, 200), (4, 2, 24, 100), (3, 3, 256, 64)])
+@pytest.mark.parametrize("time", [0, 63, 64, 1234])
+@torch.no_grad()
+def test_attention(time, heads, key_heads, head_dim, window):
+    rows, rotary = 3, head_dim // 2
+    q, k, v = (normal(rows, n * head_dim) for n in (heads, key_heads, key_heads))
+    rings = [normal(rows, key_heads, window, head_dim) for _ in range(2)]
+    angles = torch.rand(rows, rotary // 2, device=DEVICE).repeat(1, 2)
+    padding = torch.tensor([0, max(0, time - 3), time], device=DEVICE)
+    clock = Clock(torch.tensor([time], device=DEVICE), padding, angles.cos(), angles.sin())
+
+    def attend(ops):
+        keys, values = copy.deepcopy(rings)
+        return [ops.attend(q, k, v, keys, values, clock, head_dim**-0.5), keys, values]
+
+    for expected, actual in zip(*both(attend), strict=True):
+        assert_close("logits", actual, expected)
+
+
+@pytest.mark.parametrize(
+    "rows, window, programs, splits",
+    [(1, 500, 256, 8), (2, 500, 10, 4), (5, 300, 20, 2), (64, 80, 256, 2), (64, 80, 128, 1)],
+)
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_splits_of_attention(dtype, rows, window, programs, splits, monkeypatch):
+    """Tokens in one split, in some and in all; twice by the same kernels: what the first has counted is forgotten."""
+    monkeypatch.setattr(decode_ops, "ATTENTION_PROGRAMS", programs)
+    poison_what_is_new(monkeypatch)
+    head_dim, heads, key_heads, kernels = 16, 6, 2, KernelOps()
+    q, k, v = (normal(rows, n * head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
+    rings = [normal(rows, key_heads, window, head_dim, dtype=dtype) for _ in range(2)]
+    angles = torch.rand(rows, head_dim // 4, device=DEVICE).repeat(1, 2).to(dtype)
+    grids = []
+    real = decode_ops.attention_kernel
+    seen = type("Seen", (), {"__getitem__": lambda _, grid: grids.append(grid) or real[grid]})
+    monkeypatch.setattr(decode_ops, "attention_kernel", seen())
+
+    def attend(ops, time):
+        padding = (torch.arange(rows, device=DEVICE) * 97 + time - window + 20).clamp(0, time)
+        clock = Clock(torch.tensor([time], device=DEVICE), padding, angles.cos(), angles.sin())
+        return ops.attend(q, k, v, *(ring.clone() for ring in rings), clock, head_dim**-0.5)
+
+    for time in (0, 70, 1777) if rows < 64 else (1777,):
+        expected, first, second = attend(PlainOps(), time), attend(kernels, time), attend(kernels, time)
+        assert_close(LOGITS[dtype], first, expected)
+        assert torch.equal(first, second)
+    assert set(grids) == {(rows * key_heads, splits)}
+    assert kernels.counters is None if splits == 1 else not kernels.counters.any()
+
+
+@pytest.mark.parametrize("width, blocks, rows", [(48, 3, 2), (160, 2, 1), (70, 1, 65), (320, 2, 33)])
+@pytest.mark.parametrize("lambda_bias", [-9.0, -2.0, 3.0])
+@torch.no_grad()
+def test_recurrence(lambda_bias, width, blocks, rows, small_model):
+    model = small_model("hawk", lru_width=width, num_gate_blocks=blocks).to(DEVICE)
+    block = model.model.layers[0].temporal_block
+    block.rg_lru.decay.lambda_bias.data.fill_(lambda_bias)
+    x, y, past = normal(rows, width), normal(rows, width), normal(rows, 4, width)
+    state, log_decay = normal(rows, width), block.rg_lru.decay()
+
+    def recurrent(ops, clock):
+        buffers = past.clone(), state.clone()
+        return [ops.recurrent(x, y, block, *buffers, log_decay, clock), *buffers]
+
+    for time in (0, 102):
+        clock = Clock(torch.tensor([time], device=DEVICE), torch.zeros(rows, dtype=torch.long, device=DEVICE))
+        for expected, actual in zip(*both(lambda ops, clock=clock: recurrent(ops, clock)), strict=True):
+            assert_close("logits", actual, expected)
