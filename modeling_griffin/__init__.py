@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from .configuration_griffin import GriffinConfig
+from .conversion.presets import config_from_preset
 from .conversion.recurrent_gemma import griffin_config_from_recurrent_gemma, load_recurrent_gemma
 from .decode.generate import sample
 from .decode.speculative.generate import decode_with_drafts
@@ -53,6 +54,7 @@ fill_slots(
 )
 fill_slots(save_config=save_config, save_model=save_model, push_model=push_model)
 fill_slots(distribute_model=distribute_model, plans_without_lambda=plans_without_lambda)
+fill_slots(config_from_preset=config_from_preset)
 fill_slots(config_from_recurrent_gemma=griffin_config_from_recurrent_gemma, load_recurrent_gemma=load_recurrent_gemma)
 OWN_ATTENTION[Visible] = dispatch.visible_attention
 

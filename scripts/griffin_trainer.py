@@ -1,16 +1,21 @@
 """Stock Trainer with what Griffin and several processes need: decay, exact last batches, whole saves, loud failures."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from non_finite import find_in_gradients, find_in_loss
+from train_checkpoint import saving, write_manifest
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from modeling_griffin import decay_parameter_names
 
 
 class GriffinTrainer(Trainer):
     """Any number of processes give the numbers of one; what is not finite stops the run."""
+
+    fingerprint: dict = {}  # of settings and data, kept in every checkpoint: `--resume` compares it
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Not the RG-LRU's, norms, biases and embeddings; stock Trainer would decay gate weights and embeddings."""
@@ -33,6 +38,13 @@ class GriffinTrainer(Trainer):
             batch["labels"][max(0, rows_left - self.args.process_index * len(batch["labels"])) :] = -100
         return batch
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Nothing, where the checkpoint is the run's end; stock Trainer looks only after a step, and would take one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):  # read at every step, as stock Trainer's own filter of such losses would
@@ -51,8 +63,8 @@ class GriffinTrainer(Trainer):
     def _describe(self, what: str, find, batches: list[dict]) -> str:
         return (
             f"{what} at step {self.state.global_step + 1}; {find(self, batches)}. The weights are those before this "
-            "step. Lower learning_rate, lengthen warmup_steps, or look at the data; --resume continues from the newest "
-            "checkpoint"
+            "step. Look at the data, or start anew with a lower learning_rate or more warmup_steps; --resume continues "
+            "from the newest checkpoint with the settings it has"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -72,7 +84,30 @@ class GriffinTrainer(Trainer):
             self.model.config.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """Whole or not there: the manifest comes last, and only when it is on the disk do older checkpoints go."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        with saving(folder):
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save has left
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(folder, only_model=self.args.save_only_model, **self.fingerprint)
+        self.args.save_total_limit = limit
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last of what each process writes; rank 0 then writes the state that marks the checkpoint as complete."""
+        """The last of what each process writes; rank 0 then writes the state, and the manifest of them all."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A tied head is stored once, under the embedding's name: that it is missing under its own alarms nobody."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)

@@ -123,7 +123,7 @@ class LanguageTask:
 
     def evaluate(self, model) -> list[dict[str, float]]:
         """By position in the document, in rows of `long_length` tokens; `size` is the first position of a bucket."""
-        from evaluate import bucket_losses, summarize
+        from evaluate_text import bucket_losses, summarize
 
         with self._autocast():
             entries = bucket_losses(
@@ -173,7 +173,7 @@ def _tokenize_into(folder: Path, texts: list[str], vocab_size: int) -> dict:
     """Writes tokenizer, train, held_out and held_out_bytes.npy; returns counts and a checksum of both parts."""
     import datasets
     import numpy as np
-    from evaluate import count_token_bytes
+    from evaluate_text import count_token_bytes
     from text_data import tokenize
     from text_tokenizer import train_bpe_tokenizer
 

@@ -4,18 +4,19 @@ A document is one text file, or one record of a jsonl, parquet or Hub data set.
 """
 
 import glob
-import json
+import hashlib
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from hub_ids import require_on_hub
+from text_files import check_link, files_of, first_bad_line, read_bytes, read_records
 from text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
 
 
 RECORD_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-SNIPPET_BYTES = 60  # of a line that cannot be read
 IGNORED_LABEL = -100  # what Transformers' losses skip
 
 
@@ -31,8 +32,9 @@ def load_documents(
         split, subset: of a Hub data set.
     """
     path = Path(source).expanduser()
+    check_link(path)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file, path)]
+        files = files_of(path)
     elif path.is_file():
         files = [path]
     else:
@@ -151,6 +153,14 @@ class PackedRows(torch.utils.data.Dataset):
         position_ids = index - torch.where(is_start, index, 0).cummax(dim=0).values
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
+    def checksum(self) -> str:
+        """SHA-256 of the rows: of the tokens, of where documents begin, and of how they are cut into rows."""
+        digest = hashlib.sha256(f"{self.length} {self.filler} {self.num_tokens}".encode())
+        for tokens in self.tokens:
+            digest.update(np.ascontiguousarray(tokens, dtype="<i4"))
+        digest.update(self.starts.astype("<i8"))
+        return digest.hexdigest()
+
     def find(self, input_ids: torch.Tensor) -> int | None:
         """The first row with these tokens (`length`,), None if there is none. Reads all rows before it."""
         wanted = input_ids.numpy()
@@ -176,47 +186,20 @@ def _has_text(record) -> bool:
     return bool(record["text"])
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
 def _read_files(source: str, files: list[Path], text_column: str, strict: bool) -> datasets.Dataset:
     formats = {RECORD_FORMATS.get(file.suffix.lower()) for file in files}
     if len(formats) == 1 and None not in formats:
-        return _select_text(source, _read_records(formats.pop(), files), text_column)
+        return _select_text(source, read_records(formats.pop(), files, text_column), text_column, files)
     texts = [text for file in files if (text := _read_text(file, strict)) is not None]
     return datasets.Dataset.from_dict(
         {"text": texts}, features=datasets.Features({"text": datasets.Value("large_string")})
     )
 
 
-def _read_records(format: str, files: list[Path]) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(format, data_files=[str(file) for file in files], split="train")
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{_first_bad_line(files) or files[0]} cannot be read as {format}: {cause}") from error
-
-
-def _first_bad_line(files: list[Path]) -> str | None:
-    """Where the first line lies that is no JSON record; None where all are, and in other formats."""
-    for file in files:
-        if file.suffix.lower() != ".jsonl":
-            continue
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            try:
-                is_record = not line.strip() or isinstance(json.loads(line), dict)
-            except ValueError:
-                is_record = False
-            if not is_record:
-                return f"{file}, line {number}: {line[:SNIPPET_BYTES]!r}"
-    return None
-
-
 def _read_text(file: Path, strict: bool) -> str | None:
     """The file's text; a file that is not UTF-8 text raises, or in a folder (not `strict`) is left out."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
         if strict:
             raise ValueError(
@@ -227,25 +210,27 @@ def _read_text(file: Path, strict: bool) -> str | None:
 
 
 def _load_from_hub(source: str, split: str, subset: str | None) -> datasets.Dataset:
-    is_file_name = Path(source).suffix in (".txt", *RECORD_FORMATS)
-    if is_file_name or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ValueError(
-            f"{source!r} does not exist: allowed are a file, a folder, a glob pattern, or a Hub data set's id"
-        )
+    require_on_hub("data", source, "dataset", "a file, a folder, a glob pattern, or a Hub data set's id")
     try:
         return datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # the Hub client's errors have no common class
-        raise ValueError(
-            f"{source!r} is neither a file or folder nor a Hub data set with split {split!r}: {error}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the Hub's data set {source!r} cannot be read, split {split!r}: {reason}") from error
 
 
-def _select_text(source: str, records: datasets.Dataset, text_column: str) -> datasets.Dataset:
+def _select_text(
+    source: str, records: datasets.Dataset, text_column: str, files: list[Path] | None = None
+) -> datasets.Dataset:
     if text_column not in records.column_names:
         raise ValueError(f"text_column = {text_column!r}: {source!r} has the columns {sorted(records.column_names)}")
     records = records.select_columns([text_column])
-    if getattr(records.features[text_column], "dtype", None) not in ("string", "large_string"):
+    dtype = getattr(records.features[text_column], "dtype", None)
+    if dtype == "null":  # of records that are all empty, or of none
+        return datasets.Dataset.from_dict({"text": []})
+    if dtype not in ("string", "large_string"):
+        place = first_bad_line(files or [], text_column)
         raise ValueError(
-            f"text_column = {text_column!r}: {source!r} holds {records.features[text_column]} there, allowed is text"
+            f"text_column = {text_column!r}: {source!r} holds {records.features[text_column]} there"
+            f"{f' ({place})' if place else ''}, allowed is text"
         )
     return records if text_column == "text" else records.rename_column(text_column, "text")

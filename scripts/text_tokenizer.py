@@ -1,7 +1,9 @@
 """Tokenizers for training from scratch: bytes, or a byte-level BPE; both are plain Transformers tokenizers."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from hub_ids import require_on_hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -46,12 +48,14 @@ def load_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> PreTrain
         return byte_tokenizer()
     if name == "bpe":
         return train_bpe_tokenizer(texts, vocab_size)
+    allowed = "'bytes', 'bpe', and a folder or Hub id with a tokenizer"
+    if not Path(name).exists():
+        require_on_hub("tokenizer", name, "model", allowed)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer = {name!r}: allowed are 'bytes', 'bpe', and a folder or Hub id with a tokenizer ({error})"
-        ) from error
+    except Exception as error:  # damaged files raise whatever their reader does
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"tokenizer = {name!r}: allowed are {allowed} ({reason})") from error
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

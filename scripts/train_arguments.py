@@ -4,11 +4,14 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 from dataclasses import dataclass, field
 
 import torch
 import yaml
+from train_fingerprint import ALLOWED, check_allowed
 from train_launch import choose_device, read_request, says_precision
+from train_ranks import join_in_time
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -63,11 +66,18 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, str | bool | None]:
+@dataclass
+class Resume:
+    """What the command line says of an interrupted run."""
+
+    checkpoint: str | bool | None = None  # None: a new run; True: the newest checkpoint; or a checkpoint's folder
+    allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the checkpoint's
+
+
+def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, Resume]:
     """(model, data, training, resume) from `CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]`.
 
-    The command line wins over the file; `--key=` unsets. `resume` is None, True (the newest checkpoint) or a
-    checkpoint's folder.
+    The command line wins over the file; `--key=` unsets.
     """
     command_line = argparse.ArgumentParser(
         prog="train.py",
@@ -86,7 +96,16 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
         metavar="CHECKPOINT",
         help="continue an interrupted run: from this folder, or from the newest checkpoint in output_dir",
     )
+    command_line.add_argument(
+        "--allow_changed",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help=f"with --resume: settings that may differ from the interrupted run's, of {', '.join(ALLOWED)}",
+    )
     known, rest = command_line.parse_known_args(argv)
+    resume = Resume(known.resume, known.allow_changed)
+    _check_resume(resume)
     settings = _merge(_read_yaml(known.config), _read_overrides(rest))
     _check_keys(settings, known.config)
     settings = choose_device(settings, read_request())
@@ -98,11 +117,26 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     # Counted for the loss curve and the metrics; `logging_nan_inf_filter` would hide the loss that must stop the run.
     settings = {"include_num_input_tokens_seen": True, **settings, "logging_nan_inf_filter": False}
     settings = {"ddp_find_unused_parameters": False, **settings}  # every parameter takes part in every step
+    if on_cpu:
+        join_in_time(settings.get("ddp_backend"), settings.get("ddp_timeout", TrainingArguments.ddp_timeout))
     parser = HfArgumentParser(ARGUMENT_CLASSES, prog="train.py", usage=command_line.usage)
     words = [word for key, value in settings.items() for word in _as_words(key, value)]
     model, data, training = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     _check_model(model)
-    return model, data, training, known.resume
+    _hide_token(training)
+    return model, data, training, resume
+
+
+def _check_resume(resume: Resume) -> None:
+    check_allowed(resume.allow_changed)
+    if resume.allow_changed and resume.checkpoint is None:
+        raise ValueError(f"--allow_changed {' '.join(resume.allow_changed)} is given without --resume")
+
+
+def _hide_token(training: TrainingArguments) -> None:
+    """Where huggingface_hub looks for it; these arguments are saved with the model."""
+    if training.hub_token:
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
 
 
 def _read_yaml(path: str) -> dict:
@@ -110,12 +144,23 @@ def _read_yaml(path: str) -> dict:
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; allowed are the YAML files of configuration/training/") from error
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{path} {reason}: allowed are YAML files as in configuration/training/") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): allowed is YAML") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path}{_place_in_yaml(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}: allowed is one mapping of keys to values")
     return settings
+
+
+def _place_in_yaml(error: yaml.YAMLError) -> str:
+    """ ", line 3, column 5: mapping values are not allowed here"."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f" is not YAML: {' '.join(str(error).split())}"
+    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _read_overrides(words: list[str]) -> dict:

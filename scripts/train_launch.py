@@ -1,6 +1,7 @@
 """What a launcher asks for and what really runs: accelerate falls back without a word, train.py refuses."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from accelerate.utils import DistributedType
 
 
 LAUNCH_COMMANDS = ("accelerate-launch", "accelerate.commands.launch")
+TORCH_COMMANDS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
+LAYOUTS = {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}  # accelerate's names
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 with float32 weights", "fp16": "float16 with float32 weights"}
 HINT = (
     "on CPUs take configuration/accelerate/cpu_ddp.yaml (accelerate launch starts one process for MULTI_CPU, and, "
     "without train.py's use_cpu, processes that do not know of each other)"
@@ -28,16 +32,8 @@ class Request:
 
 def read_request() -> Request:
     """Of the `accelerate launch` that started this process; an empty one for torchrun, plain python and others."""
-    try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        return Request()
-    names = [Path(word).name for word in words]
-    if "accelerate" in names[:2] and "launch" in words[:3]:
-        words = words[words.index("launch") + 1 :]
-    elif command := [name for name in names[:3] if name in LAUNCH_COMMANDS]:
-        words = words[names.index(command[0]) + 1 :]
-    else:
+    launcher, words = _launcher()
+    if launcher != ["accelerate", "launch"]:
         return Request()
     told, _ = launch_command_parser().parse_known_args(words)
     if told.config_file is None:
@@ -45,6 +41,29 @@ def read_request() -> Request:
     file = load_config_from_file(told.config_file)
     processes = told.num_processes or (file.num_processes if file.num_processes > 0 else None)
     return Request(processes, told.cpu or file.use_cpu)
+
+
+def launch_command() -> list[str]:
+    """The words that start this script again in the same way: `python`, or the launcher with its options."""
+    launcher, words = _launcher()
+    names = [Path(word).name for word in words]
+    script = Path(sys.argv[0]).name
+    return [*launcher, *words[: names.index(script)]] if launcher and script in names else ["python"]
+
+
+def _launcher() -> tuple[list[str], list[str]]:
+    """(how to call the launcher that started this process, the words after it); two empty lists without one."""
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return [], []
+    names = [Path(word).name for word in words]
+    if "accelerate" in names[:2] and "launch" in words[:3]:
+        return ["accelerate", "launch"], words[words.index("launch") + 1 :]
+    for commands, call in ((LAUNCH_COMMANDS, ["accelerate", "launch"]), (TORCH_COMMANDS, ["torchrun"])):
+        if command := [name for name in names[:3] if name in commands]:
+            return call, words[names.index(command[0]) + 1 :]
+    return [], []
 
 
 def choose_device(settings: dict, request: Request) -> dict:
@@ -90,8 +109,8 @@ def check_launch(accelerator) -> None:
     for wanted in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         if _flag(f"ACCELERATE_USE_{wanted.value}") and kind != wanted:
             raise ValueError(
-                f"the launcher asks for {wanted.value}, {kind.value} with {accelerator.num_processes} process(es) on "
-                f"{accelerator.device.type} would run: {wanted.value} needs a GPU for each of at least two processes"
+                f"the launcher asks for {wanted.value}, {describe(accelerator)} would run: {wanted.value} needs a GPU "
+                "for each of at least two processes"
             )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("the launcher asks for fsdp_version 1: allowed is 2, which can keep Λ in float32")
@@ -115,18 +134,19 @@ def check_checkpoint(checkpoint: str, accelerator) -> None:
     if of != (kind if kind in ("FSDP", "DEEPSPEED") else "NO"):
         layout = {"NO": "one process or DDP"}.get(of, of)
         raise ValueError(
-            f"--resume: {checkpoint} was written under {layout}, {kind} runs: resume under {layout}, or start anew "
-            "from a saved model by model_name_or_path"
+            f"--resume: {checkpoint} was written under {layout}, now runs {describe(accelerator)}: resume under "
+            f"{layout}, or start anew from a saved model by model_name_or_path"
         )
 
 
 def describe(accelerator) -> str:
-    """One line: what really runs."""
-    processes = accelerator.num_processes
-    return (
-        f"{accelerator.distributed_type.value}, {processes} process{'es' if processes > 1 else ''} on "
-        f"{accelerator.device.type}, mixed precision {precision_of(accelerator)}"
-    )
+    """One line: what really runs, as "one process on CPU, float32" or "2 processes on GPU (DDP), ..."."""
+    count, device = accelerator.num_processes, accelerator.device.type
+    processes = "one process" if count == 1 else f"{count} processes"
+    layout = LAYOUTS.get(accelerator.distributed_type.value)
+    precision = PRECISIONS[precision_of(accelerator)]
+    place = {"cpu": "CPU", "cuda": "GPU"}.get(device, device.upper())
+    return f"{processes} on {place}{f' ({layout})' if layout else ''}, {precision}"
 
 
 def precision_of(accelerator) -> str:

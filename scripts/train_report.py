@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -13,6 +14,8 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from masking import mask_secrets, mask_values
+from train_launch import launch_command
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -60,11 +63,35 @@ def summarize(log_history: list[dict]) -> dict[str, list[dict]]:
     return {"train": pick(train_keys), "eval": pick(eval_keys)}
 
 
+def command_again() -> str:
+    """What reproduces this run from its beginning: launcher, script and arguments, without --resume and secrets."""
+    words, dropped = [], False
+    for word in sys.argv:
+        dropped = word.split("=")[0] in ("--resume", "--allow_changed") or (dropped and not word.startswith("-"))
+        words += [] if dropped else [word]
+    return shlex.join(mask_secrets([*launch_command(), *words]))
+
+
 def write_metrics(path: Path, log_history: list[dict], **facts) -> dict:
-    """Writes `facts`, command, versions and all logged losses as JSON; returns them."""
-    metrics = {"command": "python " + shlex.join(sys.argv), "versions": versions(), **facts, **summarize(log_history)}
+    """Writes `facts`, command, versions and all logged losses as JSON, without any secret; returns them."""
+    metrics = {"command": command_again(), "versions": versions(), **facts, **summarize(log_history)}
+    metrics = mask_values(metrics)
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
+
+
+def next_steps(folder: str, data: str | None) -> str:
+    """Commands to copy: what to do with the model in `folder`, measured on `data`."""
+    scripts = os.path.relpath(Path(__file__).parent)
+    model, data = shlex.quote(folder), shlex.quote(data or "OTHER_TEXT")
+    finetune = os.path.relpath(Path(__file__).parents[1] / "configuration" / "training" / "finetune.yaml")
+    commands = {
+        "generate": f"python {scripts}/generate.py {model} --prompt 'Once upon a time'",
+        "evaluate": f"python {scripts}/evaluate.py {model} {data}",
+        "fine-tune": f"python {scripts}/train.py {finetune} --model_name_or_path {model} --train_data YOUR_TEXT",
+        "publish": f"python {scripts}/push_to_hub.py {model} NAME",
+    }
+    return "\n".join(["what next:", *(f"  {name:<10} {command}" for name, command in commands.items())])
 
 
 def plot_losses(path: Path, metrics: dict) -> None:

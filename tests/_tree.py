@@ -32,6 +32,7 @@ FOLDERS = {  # in this order; True: with all files in it
     "modeling_griffin/training/": ("recorded training steps", True),
     "configuration/": ("data: models, training runs, launchers, LoRA by TRL, and tables of them", False),
     "scripts/": ("thin verbs with a main(), and what they import", True),
+    "scripts/help/": ("what `griffin VERB --help` prints", False),
     "tests/": ("the same folders as what they test", False),
     "results/": ("an index, and one folder a study with a page a measured run", False),
 }

@@ -6,8 +6,8 @@ comes. Recorded, the host makes two calls. What is recorded has fixed shapes and
 - Rows of one length are one shape. Others are padded on the right to the nearest bucket, exactly: padding becomes a
   document of its own, whose labels are ignored.
 - Gradients come out of the graph through autograd, as of any model: accumulation, clipping, hooks, DDP and optimizers
-  see what they always see. They lie in the graph's memory; where a later replay would overwrite a gradient that is
-  still being accumulated, it is copied first.
+  see what they always see. They lie in the graph's memory; a gradient that is still being accumulated when the next
+  step comes is copied out of it first.
 - Whatever a recorded step depends on (addresses of weights, what is trained, modules, hooks, autocast, dtype) is its
   key. A change of it records anew; what cannot be recorded runs as before, and one line says why.
 
@@ -80,6 +80,7 @@ class TrainingRecorder:
         self.lengths, self.kept = lengths, kept
         self.steps: OrderedDict[tuple, RecordedTrainingStep] = OrderedDict()
         self.key: tuple | None = None
+        self.modules: list[nn.Module] = []  # of the key: walking through the tree anew would take as long as a step
         self.pool = None  # of memory, shared by all shapes: their activations are never needed at the same time
         self.refused: set[tuple] = set()
         self.in_plain_forward = False
@@ -97,8 +98,17 @@ class TrainingRecorder:
                 or "rows are longer than the recorded lengths, or their padding is not on the right with labels of -100"
             )
             return None
+        self._keep_what_is_accumulated()
         step = self._step(model, batch)
         return None if step is None else step(batch)
+
+    def _keep_what_is_accumulated(self) -> None:
+        """Copies gradients out of the graphs' memory, which the next replay writes anew, activations and all."""
+        for step in self.steps.values():
+            for parameter, gradient in zip(step.parameters, step.gradients):
+                grad = parameter.grad
+                if grad is not None and gradient is not None and grad.data_ptr() == gradient.data_ptr():
+                    parameter.grad = grad.clone()
 
     def _ineligible_reason(self, model: nn.Module, arguments: dict) -> str | None:
         given = {name: value for name, value in arguments.items() if value is not None and name not in IGNORED}
@@ -117,13 +127,13 @@ class TrainingRecorder:
     can_record_on_a_cpu = False  # the tests set it: "graphs" are then functions that are called again
 
     def _step(self, model: nn.Module, batch: "Batch") -> "RecordedTrainingStep | None":
-        key = _key(model)
-        if key != self.key:
+        if self.key is None or _key(model, self.modules) != self.key:
             if self.steps:
                 logger.warning_once("Recorded training: the model has changed, its steps are recorded anew")
             self.steps.clear()
             self.refused.clear()
-            self.key, self.pool = key, None
+            self.modules = list(model.modules())
+            self.key, self.pool = _key(model, self.modules), None
         shape = batch.shape_key()
         if shape in self.refused:
             return None
@@ -273,6 +283,8 @@ class RecordedTrainingStep:
 
         class Forward:
             def replay(self):
+                for each in recorder.steps.values():  # as on a GPU, where activations take the same memory
+                    torch._foreach_mul_([gradient for gradient in each.gradients if gradient is not None], torch.nan)
                 with recorder.plain_forward(), torch.enable_grad():
                     loss, logits = step._forward(model)
                 step.loss.copy_(loss.detach()), step.logits.copy_(logits.detach())
@@ -326,37 +338,30 @@ class _Replay(torch.autograd.Function):
         step = ctx.step
         if ctx.serial != step.recorder.serial:
             raise RuntimeError("backward of a recorded step after another one's forward: allowed is one at a time")
-        _keep_what_is_accumulated(step)
         step.d_loss.copy_(d_loss)
         step.backward_graph.replay()
         # Detached: autograd may then take them as they are for `.grad`, without a copy of all gradients.
         return None, *(None if gradient is None else gradient.detach() for gradient in step.gradients)
 
 
-def _keep_what_is_accumulated(step: RecordedTrainingStep) -> None:
-    """Copies gradients that lie where the replay will write."""
-    for parameter, gradient in zip(step.parameters, step.gradients):
-        grad = parameter.grad
-        if grad is not None and gradient is not None and grad.data_ptr() == gradient.data_ptr():
-            parameter.grad = grad.clone()
+def _key(model: nn.Module, modules: list[nn.Module]) -> tuple:
+    """All that a recorded step depends on besides its inputs; modules: all of the model when it was recorded."""
+    return [_state_of(module) for module in modules], repr(vars(model.config)), type(model).forward
 
 
-def _key(model: nn.Module) -> tuple:
-    """All that a recorded step depends on besides its inputs."""
-    parameters = tuple((p.data_ptr(), p.dtype, p.shape, p.requires_grad) for p in model.parameters())
-    modules = tuple(
-        (
-            id(module),
-            module.training,
-            getattr(module, "gradient_checkpointing", None),
-            tuple(module._forward_hooks),
-            tuple(module._forward_pre_hooks),
-            tuple(module._backward_hooks),
-            id(vars(module).get("forward")) if "forward" in vars(module) else None,
-        )
-        for module in model.modules()
+def _state_of(module: nn.Module) -> tuple:
+    inside = vars(module)
+    return (
+        inside["training"],
+        inside.get("gradient_checkpointing"),
+        inside.get("forward"),
+        *map(id, inside["_modules"].values()),
+        *(None if p is None else (p.data_ptr(), p.dtype, p.requires_grad) for p in inside["_parameters"].values()),
+        *inside["_forward_hooks"],
+        *inside["_forward_pre_hooks"],
+        *inside["_backward_hooks"],
+        *inside["_backward_pre_hooks"],
     )
-    return parameters, modules, repr(vars(model.config)), type(model).forward
 
 
 @contextmanager

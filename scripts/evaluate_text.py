@@ -1,4 +1,4 @@
-"""Loss and bits per byte by position: `python scripts/evaluate.py MODEL DATA --length 16384`.
+"""Loss and bits per byte by position: `python scripts/evaluate_text.py MODEL DATA --length 16384`.
 
 Rows of any length are read in chunks with the model's state in between, so memory does not grow with the length. How a
 model does beyond the length it was trained on shows in the last lines of the table.
@@ -132,7 +132,7 @@ def plot(path: Path, result: dict, window: int | None) -> None:
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Loss and bits per byte by position.")
+    parser = argparse.ArgumentParser(prog="evaluate_text.py", description="Loss and bits per byte by position.")
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, jsonl, parquet, or a Hub data set's id")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row (default: 2048)")
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset)
     except ValueError as error:
-        raise SystemExit(f"evaluate.py: error: {error}") from error
+        raise SystemExit(f"evaluate_text.py: error: {error}") from error
     rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
     entries = bucket_losses(model, rows, count_token_bytes(documents, tokenizer), arguments.chunk, arguments.max_rows)
     facts = {"model": arguments.model, "data": arguments.data, "length": arguments.length, "device": str(model.device)}

@@ -1,4 +1,4 @@
-"""evaluate.py: every byte counted once, and the same losses as the documents alone, in chunks of any size."""
+"""evaluate_text.py: every byte counted once, and the same losses as the documents alone, in chunks of any size."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from _script_helpers import document_nats, make_text, save_model
-from evaluate import count_token_bytes, main, token_bytes
+from evaluate_text import count_token_bytes, main, token_bytes
 from text_data import load_documents, tokenize
 from text_tokenizer import byte_tokenizer, train_bpe_tokenizer
 
