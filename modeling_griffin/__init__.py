@@ -4,6 +4,8 @@ The flat files of this folder are the model, which goes to the Hub with its weig
 their slots with what lies in the folders: kernels, decoding, serving, saving, parallelism, conversion.
 """
 
+import importlib.metadata
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -56,6 +58,11 @@ fill_slots(config_from_preset=config_from_preset)
 fill_slots(config_from_recurrent_gemma=griffin_config_from_recurrent_gemma, load_recurrent_gemma=load_recurrent_gemma)
 OWN_ATTENTION[Visible] = dispatch.visible_attention
 
+
+try:
+    __version__ = importlib.metadata.version("modeling-griffin")
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
 
 AutoConfig.register(GriffinConfig.model_type, GriffinConfig, exist_ok=True)
 GriffinConfig.register_for_auto_class()
