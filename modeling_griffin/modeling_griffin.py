@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_name import CACHE_NAME, takes_cache_by_either_name
 from .causal_conv1d import CausalConv1d
-from .causal_lm_loss import causal_lm_loss
+from .causal_lm_loss import CausalLMName, causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .distributed import DistributedGriffinMixin
 from .documents import Documents, masks_for_generate, read_layout
@@ -370,9 +370,14 @@ class GriffinForCausalLM(GriffinPreTrainedModel, BatchGenerationMixin, FastDraft
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
         self.model = GriffinModel(config)
+        self.loss_type = "ForCausalLM"  # Transformers reads it from the class's name, which a subclass may have changed
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _get_name(self) -> str:
+        """What `Trainer` asks before it smooths labels: whether to shift them."""
+        return CausalLMName(super()._get_name())
 
     @PreTrainedModel.loss_function.getter
     def loss_function(self):
@@ -455,7 +460,7 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels, self.loss_type = config.num_labels, "ForSequenceClassification"
         self.model = GriffinModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
@@ -520,7 +525,7 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels, self.loss_type = config.num_labels, "ForTokenClassification"
         self.model = GriffinModel(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
