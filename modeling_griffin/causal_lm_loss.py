@@ -78,8 +78,8 @@ def _cross_entropy(logits, targets, ignore_index: int, reduction: str) -> torch.
 class CausalLMName(str):
     """A class's name that also equals one in Transformers' table of causal language models.
 
-    With `label_smoothing_factor`, `Trainer` leaves the model's loss aside and shifts labels only for names in that table.
-    A model from the Hub, a subclass and FSDP2's FSDP<name> are not in it, and would learn to repeat each token.
+    With `label_smoothing_factor`, `Trainer` computes the loss itself and shifts labels only for names in that table.
+    Griffin, a subclass and FSDP2's FSDP<name> are not in it, and would learn to repeat each token.
     """
 
     __slots__ = ()

@@ -25,6 +25,7 @@ from .flash_local_attention import (
 )
 from .local_attention import LocalMask
 from .local_attention_triton import Visible, visible_tokens
+from .padding import Order, find_order, has_gap, in_order, read_mask
 
 
 logger = logging.get_logger(__name__)
@@ -35,11 +36,13 @@ class Documents(NamedTuple):
 
     packed: some document stands behind another one of its row. False spares the convolution and the attention their
     masks; while PyTorch traces, values cannot be read and it is True.
+    order: for the attention, where padding stands among real tokens; None where it stands before them.
     """
 
     start: torch.Tensor
     real: torch.Tensor | None
     packed: bool
+    order: Order | None = None
 
 
 def read_layout(
@@ -62,17 +65,52 @@ def read_layout(
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
         return attention_mask.get("sliding_attention"), position_ids, documents
-    _check_attention_mask(config, attention_mask, past_length, shape)
+    if attention_mask is not None:
+        known = past_length == 0 or _counts_tokens(config, past_key_values)
+        _check_attention_mask(attention_mask, position_ids, past_length if known else None, shape)
+    attention_mask = None if attention_mask is None else read_mask(attention_mask)
     one_document = attention_mask is None and position_ids is None and boundaries is None
     position_ids = read_position_ids(attention_mask, position_ids, boundaries, past_length, shape, device)
     if one_document:  # known without reading values, which would stall a GPU
         documents = Documents(position_ids == 0, real=None, packed=False)
     else:
         documents = read_documents(attention_mask, position_ids, past_length, shape[1])
-    attention_mask = attention_mask_for_documents(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
-    )
-    return attention_mask, position_ids, documents
+    seen = (config, inputs_embeds, attention_mask, past_key_values, position_ids, documents)
+    if attention_mask is not None and "sliding_attention" in config.layer_types:
+        seen = _with_padding_first(*seen)
+        documents = documents._replace(order=seen[-1].order)
+    return attention_mask_for_documents(*seen), position_ids, documents
+
+
+def _with_padding_first(config, inputs_embeds, attention_mask, past_key_values, position_ids, documents) -> tuple:
+    """The same arguments as the attention sees them: with tokens where `documents.order` puts their keys."""
+    length, num_keys = position_ids.shape[1], position_ids.shape[1]
+    if past_key_values is not None:
+        layer = _attention_layer(past_key_values)
+        if _is_static(past_key_values):
+            _check_gaps(config, attention_mask)
+            return config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
+        num_keys, _ = past_key_values.get_mask_sizes(length, layer)
+        attention_mask = in_order(attention_mask, attention_mask.shape[1] - length)
+    if documents.real is not None and (order := find_order(attention_mask, length, num_keys)) is not None:
+        documents = documents._replace(order=order)
+        if order.queries is not None:
+            attention_mask = in_order(attention_mask, attention_mask.shape[1])
+            position_ids = position_ids.gather(1, order.queries)
+            start, real = (tensor.gather(1, order.queries) for tensor in (documents.start, documents.real))
+            documents = Documents(start, real, documents.packed, order)
+    return config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
+
+
+def _check_gaps(config, attention_mask) -> None:
+    """Static caches count slots: padding between real tokens takes some of the window."""
+    if attention_mask.shape[1] <= config.attention_window_size or is_tracing(attention_mask):
+        return
+    if has_gap(attention_mask):
+        raise ValueError(
+            "attention_mask has padding between real tokens, in a static cache and beyond the window of "
+            f"{config.attention_window_size}: allowed is padding before the real tokens, or a DynamicCache"
+        )
 
 
 @takes_cache_by_either_name
@@ -210,8 +248,8 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; `Runs`
-    or `Visible` where flash attention can take them; a `LocalMask` where SDPA runs over more than two windows.
+    The window counts slots, so that padding has to stand before the real tokens. None for a Hawk; `Runs` or `Visible`
+    where flash attention can take them; a `LocalMask` where SDPA runs over more than two windows.
     """
     if "sliding_attention" not in config.layer_types:
         return None
@@ -220,7 +258,7 @@ def attention_mask_for_documents(
         return runs
     first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
-        layer = past_key_values.is_sliding.index(True)
+        layer = _attention_layer(past_key_values)
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -268,7 +306,7 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     if simple and not triton:
         num_keys = shape[1]
         if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(shape[1], past_key_values.is_sliding.index(True))
+            num_keys, _ = past_key_values.get_mask_sizes(shape[1], _attention_layer(past_key_values))
         return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
     if is_tracing(documents.start) and (documents.real is not None or not triton):
         return None  # values would have to be read
@@ -284,7 +322,13 @@ def _is_static(past_key_values: Cache | None) -> bool:
     Asked of the attention layer: from Transformers 5.24 on the cache as a whole does not call itself compileable while
     a recurrent layer records its past.
     """
-    return past_key_values is not None and past_key_values.layers[past_key_values.is_sliding.index(True)].is_compileable
+    return past_key_values is not None and past_key_values.layers[_attention_layer(past_key_values)].is_compileable
+
+
+def _attention_layer(past_key_values: Cache) -> int:
+    """The first attention layer that has seen tokens, if any has: the model may have lost layers that its cache has."""
+    layers = [index for index, sliding in enumerate(past_key_values.is_sliding) if sliding]
+    return next((index for index in layers if past_key_values.layers[index].is_initialized), layers[0])
 
 
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
@@ -295,9 +339,9 @@ def _reaches_beyond_two_windows(config, length: int, past_key_values, position_i
     """
     return (
         config._attn_implementation == "sdpa"
-        and length > 2 * config.attention_window_size
-        and not _is_static(past_key_values)
         and not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
+        and length > 2 * config.attention_window_size  # a guard on the length where a compiler traces
+        and not _is_static(past_key_values)
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 
@@ -319,7 +363,7 @@ def _numbers(attention_mask, position_ids, documents, slots: int, first_query: i
 
 
 def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
-    """Tokens the cache has seen. A Hawk's cache does not count them: 1 stands for "some", enough to know of a start."""
+    """Tokens the cache has seen. Recurrent layers do not count them: 1 stands for "some", enough to know of a start."""
     if past_key_values is None:
         return 0
     layers = len(past_key_values.layers) if isinstance(past_key_values, Cache) else None
@@ -328,9 +372,33 @@ def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
             f"past_key_values, a {type(past_key_values).__name__}, has {layers} layers: allowed are caches made for "
             "this model, for example DynamicCache(config=model.config)"
         )
-    if "sliding_attention" in config.layer_types:
-        return past_key_values.get_seq_length()
-    return int(past_key_values.has_previous_state())
+    _check_layers(config, past_key_values)
+    if _counts_tokens(config, past_key_values):
+        return past_key_values.get_seq_length(_attention_layer(past_key_values))
+    recurrent = [index for index, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    return int(any(past_key_values.has_previous_state(index) for index in recurrent))
+
+
+def _counts_tokens(config, past_key_values: Cache | None) -> bool:
+    """Whether an attention layer says how many tokens there are: none of a Hawk, or of a model that has lost them."""
+    if "sliding_attention" not in config.layer_types:
+        return False
+    if past_key_values is None or past_key_values.layers[_attention_layer(past_key_values)].is_initialized:
+        return True
+    recurrent = [index for index, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+    return not any(past_key_values.has_previous_state(index) for index in recurrent)
+
+
+def _check_layers(config, past_key_values: Cache) -> None:
+    """Another model's cache may have as many layers, of other kinds or with another window."""
+    for index, (layer, kind) in enumerate(zip(past_key_values.layers, config.layer_types)):
+        found = "sliding_attention" if getattr(layer, "is_sliding", False) else "linear_attention"
+        window = getattr(layer, "sliding_window", None)
+        if found != kind or window not in (None, config.attention_window_size):
+            raise ValueError(
+                f"past_key_values is of another model: its layer {index} is a {type(layer).__name__} with a window of "
+                f"{window}: allowed is {kind} with {config.attention_window_size}, as DynamicCache(config=model.config)"
+            )
 
 
 def _check_room(config, past_key_values: Cache, length: int) -> None:
@@ -345,20 +413,28 @@ def _check_room(config, past_key_values: Cache, length: int) -> None:
         )
 
 
-def _check_attention_mask(config, attention_mask, past_length: int, shape: tuple[int, int]) -> None:
-    if attention_mask is None:
-        return
+def _check_attention_mask(attention_mask, position_ids, past_length: int | None, shape: tuple[int, int]) -> None:
+    """past_length: tokens in the cache; None for some that it does not count."""
     if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is (batch, past + current tokens); a "
             "recurrence cannot follow a mask of query-key pairs. For packed documents pass position_ids"
         )
-    known = "sliding_attention" in config.layer_types or past_length == 0
-    width = attention_mask.shape[1]
-    if attention_mask.shape[0] != shape[0] or (
-        width != past_length + shape[1] if known else width < past_length + shape[1]
-    ):
+    width, past = attention_mask.shape[1], "the" if past_length is None else past_length
+    if past_length is None:
+        fits = width > shape[1] or width == shape[1] and _begins_anew(attention_mask, position_ids)
+    else:
+        fits = width == past_length + shape[1]
+    if attention_mask.shape[0] != shape[0] or not fits:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is ({shape[0]}, past + current tokens) "
-            f"with {past_length if known else 'the'} past and {shape[1]} current tokens"
+            f"with {past} past and {shape[1]} current tokens"
         )
+
+
+def _begins_anew(attention_mask, position_ids) -> bool:
+    """Whether each row's first real token has position 0, as where `generate` reads a Hawk's conversation again."""
+    if position_ids is None or is_tracing(position_ids):
+        return position_ids is not None
+    first = (attention_mask != 0).long().argmax(dim=1, keepdim=True)
+    return not bool(position_ids.expand(attention_mask.shape[0], -1).gather(1, first).any())

@@ -3,13 +3,13 @@
 import torch
 from transformers.utils import logging
 
+from .rg_lru_scan_operator import rg_lru_scan_torch_or_operator
 from .rg_lru_scan_reference import rg_lru_scan_reference
-from .rg_lru_scan_torch import rg_lru_scan_torch
 from .rg_lru_scan_triton import rg_lru_scan_triton, triton_unavailable_reason
 
 
 logger = logging.get_logger(__name__)
-BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_torch, "triton": rg_lru_scan_triton}
+BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_torch_or_operator, "triton": rg_lru_scan_triton}
 
 
 def rg_lru_scan(
@@ -73,6 +73,8 @@ def describe_backend(device: torch.device | str) -> str:
 
 
 def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x is a {type(x).__name__}: allowed is a tensor (batch, time, channels)")
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (batch, time, channels)")
     batch, length, channels = x.shape
@@ -86,6 +88,8 @@ def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> N
     for name, (tensor, shape) in shapes.items():
         if tensor is None and name in ("initial_state", "reset"):
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: allowed is a tensor {shape}")
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed is {shape} for x of {tuple(x.shape)}")
         if tensor.device != x.device:
