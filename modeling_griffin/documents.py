@@ -149,6 +149,8 @@ def read_documents(
     if real is not None and bool(real.all()):
         real = None
     behind_another = position_ids < seen - 1  # fewer real tokens in its document so far than in its row
+    if past_length:  # what starts anew has the cache's tokens before it, also where the mask leaves them out
+        behind_another = behind_another | start
     behind_another = behind_another if real is None else behind_another & real
     return Documents(start, real, packed=bool(behind_another.any()))
 
@@ -277,7 +279,7 @@ def attention_mask_for_documents(
         config,
         inputs_embeds,
         attention_mask,
-        past_key_values,  # by position: its name depends on the version of Transformers
+        _cache_for_stock_masks(past_key_values),  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
         allow_is_causal_skip=not (_is_static(past_key_values) and length == 1),  # one token sees no empty slots
     )
@@ -328,15 +330,20 @@ def _is_static(past_key_values: Cache | None) -> bool:
 def _attention_layer(past_key_values: Cache) -> int:
     """The first attention layer that has seen tokens, if any has: the model may have lost layers that its cache has."""
     layers = [index for index, sliding in enumerate(past_key_values.is_sliding) if sliding]
+    if torch.compiler.is_compiling():  # whether it has would be a guard, and another graph
+        return layers[0]
     return next((index for index in layers if past_key_values.layers[index].is_initialized), layers[0])
 
 
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
     """Whether a mask of pairs would be the larger part of SDPA's work, where nothing asks for it.
 
+    Where `torch.jit` traces, too: stock masks with a function of their own are built by vmap, which it cannot trace.
     Static caches hand over keys in an order of their own, and a traced loop over blocks would fix their number; what a
     CUDA graph records is fixed anyway.
     """
+    if torch.jit.is_tracing():
+        return config._attn_implementation == "sdpa" and not _is_static(past_key_values)
     return (
         config._attn_implementation == "sdpa"
         and not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
@@ -379,11 +386,22 @@ def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
     return int(any(past_key_values.has_previous_state(index) for index in recurrent))
 
 
+def _cache_for_stock_masks(past_key_values: Cache | None) -> Cache | None:
+    """Stock masks ask the first attention layer, which a model that has lost layers may not have."""
+    if past_key_values is None or (index := _attention_layer(past_key_values)) == past_key_values.is_sliding.index(
+        True
+    ):
+        return past_key_values
+    return Cache(layers=[past_key_values.layers[index]])
+
+
 def _counts_tokens(config, past_key_values: Cache | None) -> bool:
     """Whether an attention layer says how many tokens there are: none of a Hawk, or of a model that has lost them."""
     if "sliding_attention" not in config.layer_types:
         return False
-    if past_key_values is None or past_key_values.layers[_attention_layer(past_key_values)].is_initialized:
+    if past_key_values is None or torch.compiler.is_compiling():
+        return True
+    if past_key_values.layers[_attention_layer(past_key_values)].is_initialized:
         return True
     recurrent = [index for index, kind in enumerate(config.layer_types) if kind == "linear_attention"]
     return not any(past_key_values.has_previous_state(index) for index in recurrent)
@@ -391,6 +409,8 @@ def _counts_tokens(config, past_key_values: Cache | None) -> bool:
 
 def _check_layers(config, past_key_values: Cache) -> None:
     """Another model's cache may have as many layers, of other kinds or with another window."""
+    if torch.compiler.is_compiling():
+        return
     for index, (layer, kind) in enumerate(zip(past_key_values.layers, config.layer_types)):
         found = "sliding_attention" if getattr(layer, "is_sliding", False) else "linear_attention"
         window = getattr(layer, "sliding_window", None)

@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -23,60 +22,19 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from .generation_request import GenerationRequest, as_request
 from .generation_state import GenerationState, load_state, save_state
 from .recorded_batch import recorded_batch
 from .running_batch import RunningBatch
 
 
-@dataclass
-class GenerationRequest:
-    """One generation.
-
-    prompt: token ids. state: what was read before the prompt, one row; with it the prompt may be empty.
-    max_new_tokens: from 0. temperature: 0 takes the likeliest token, above 0 samples.
-    top_k (0: all) and top_p (1: all): what to sample from, as in Transformers, in this order after the temperature.
-    seed: of this generation's own random numbers; the same seed draws the same tokens in any batch.
-    eos_token_id: one id or several that end it; None: those of the model's generation configuration; () for none.
-    stop: strings that end it when they appear in its new text; they need `tokenizer` in the call.
-    """
-
-    prompt: Sequence[int] | torch.Tensor = ()
-    state: GenerationState | None = None
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    eos_token_id: int | Sequence[int] | None = None
-    stop: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.prompt, torch.Tensor):
-            if self.prompt.dim() != 1:
-                raise ValueError(f"prompt has shape {tuple(self.prompt.shape)}: allowed is (tokens,)")
-            self.prompt = self.prompt.tolist()
-        self.prompt = list(self.prompt)
-        if not self.prompt and self.state is None:
-            raise ValueError("prompt is empty: allowed is at least one token, or a state")
-        if self.state is not None and len(self.state) != 1:
-            raise ValueError(f"state has {len(self.state)} rows: allowed is one, for example state[0]")
-        if isinstance(self.stop, str):
-            self.stop = (self.stop,)
-        for name, allowed, holds in (
-            ("max_new_tokens", "whole numbers from 0", _is_whole(self.max_new_tokens)),
-            ("temperature", "numbers from 0", self.temperature >= 0),
-            ("top_k", "whole numbers from 0", _is_whole(self.top_k)),
-            ("top_p", "numbers above 0 up to 1", 0 < self.top_p <= 1),
-            ("stop", "strings that are not empty", all(self.stop)),
-        ):
-            if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+OPTIONS = ("max_rows", "prefill_chunk_size", "tokenizer")  # of `stream_batch`
 
 
 class GeneratedToken(NamedTuple):
-    """index: the generation's number in the order given. token: None for a generation of no tokens.
+    """index: the generation's number in the order given. token: None for a generation of no tokens, or an error.
 
-    finish_reason: None while it goes on, else "eos", "stop" or "length".
+    finish_reason: None while it goes on, else "eos", "stop", "length", or "error: " and what was wrong with it.
     """
 
     index: int
@@ -86,7 +44,7 @@ class GeneratedToken(NamedTuple):
 
 @dataclass
 class GenerationResult:
-    """tokens: the new ones, with the one that ended it. finish_reason: "eos", "stop" or "length"."""
+    """tokens: the new ones, with the one that ended it. finish_reason: as of `GeneratedToken`."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -104,14 +62,12 @@ class BatchGenerationMixin:
         input_ids: (B, T) without padding; rows of other lengths are read apart and joined by
         `GenerationState.concatenate`. chunk_size: tokens a forward pass, which bounds the memory.
         """
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}: allowed is (rows, tokens), 1 token or more"
-            )
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size = {chunk_size}: allowed are whole numbers from 1")
+        _check_prompt(input_ids, self.config.vocab_size)
+        _check_whole("chunk_size", chunk_size)
         batch = RunningBatch(self)
         if state is not None:
+            if type(state).__name__ != GenerationState.__name__:
+                raise ValueError(f"state is a {type(state).__name__}: allowed are a GenerationState and None")
             state.check(self)
             if len(state) != input_ids.shape[0]:
                 raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
@@ -120,8 +76,18 @@ class BatchGenerationMixin:
             logits = batch.read_tokens(chunk)
         return batch.state(logits)
 
-    def generate_batch(self, queue: Iterable[GenerationRequest], **options) -> list[GenerationResult]:
-        """Runs all generations and returns their results in the order given. Options as for `stream_batch`."""
+    def generate_batch(self, queue: Iterable[GenerationRequest] | None = None, **options) -> list[GenerationResult]:
+        """Runs all generations and returns their results in the order given. Options as for `stream_batch`.
+
+        Raises ValueError for the arguments of Transformers' method of that name, which serves attention's paged caches.
+        """
+        unknown = options.keys() - OPTIONS
+        if queue is None or unknown:
+            given = ", ".join(sorted(unknown)) or "no queue"
+            raise ValueError(
+                f"generate_batch was given {given}: allowed are a queue of GenerationRequest, {OPTIONS}. "
+                "Transformers' paged caches are for attention alone, so leave out cache_implementation = 'paged'"
+            )
         results: dict[int, GenerationResult] = {}
         for index, token, finish_reason in self.stream_batch(queue, **options):
             result = results.setdefault(index, GenerationResult())
@@ -140,16 +106,20 @@ class BatchGenerationMixin:
         """Runs generations side by side and yields each token as soon as it is known.
 
         Args:
-            queue: the generations; any iterable. It is asked for the next one when a row is free; on a recorded step,
-                for several when an eighth of the rows are.
+            queue: the generations, each a `GenerationRequest`, a dict of its fields or token ids; any iterable. It is
+                asked for the next one when a row is free; on a recorded step, for several when an eighth of the rows
+                are.
             max_rows: at most so many at once; the others wait.
             prefill_chunk_size: tokens of a prompt read in one forward pass.
             tokenizer: for those with `stop`.
 
-        Raises ValueError for a generation that cannot run, when its turn comes; that ends the whole stream.
+        A generation that cannot run, or whose stop strings raise, ends with "error: " and why; the others go on.
+        Raises ValueError for options that are not allowed.
         """
-        if max_rows < 1:
-            raise ValueError(f"max_rows = {max_rows}: allowed are whole numbers from 1")
+        _check_whole("max_rows", max_rows)
+        _check_whole("prefill_chunk_size", prefill_chunk_size)
+        if isinstance(queue, torch.Tensor) or not isinstance(queue, Iterable):
+            raise ValueError(f"queue is a {type(queue).__name__}: allowed are iterables of GenerationRequest")
         if isinstance(queue, Sequence):
             max_rows = min(max_rows, max(1, len(queue)))
         batch = recorded_batch(self, max_rows) or RunningBatch(self, max_rows)
@@ -163,9 +133,17 @@ class BatchGenerationMixin:
         while True:
             rows = _running(batch, rows)
             while (room := batch.room(len(rows))) and (taken := list(islice(waiting, room))):
-                new = [_Row(self, *entry, tokenizer) for entry in taken]
-                yield from (GeneratedToken(row.index, None, "length") for row in new if row.asks_for_nothing)
-                new = [row for row in new if not row.asks_for_nothing]
+                new = []
+                for index, entry in taken:
+                    try:
+                        row = _Row(self, index, as_request(entry), tokenizer)
+                    except Exception as error:
+                        yield GeneratedToken(index, None, _error(error))
+                        continue
+                    if row.asks_for_nothing:
+                        yield GeneratedToken(index, None, "length")
+                    else:
+                        new.append(row)
                 if new:
                     logits = batch.add([row.request for row in new], chunk_size)
                     yield from (row.append(token) for row, token in zip(new, _choose(logits, new)))
@@ -201,9 +179,11 @@ class _Row:
         eos = model.generation_config.eos_token_id if request.eos_token_id is None else request.eos_token_id
         self.eos = {eos} if isinstance(eos, int) else set(() if eos is None else eos)
         largest = model.config.vocab_size - 1
-        outside = [token for token in request.prompt if not (_is_whole(token) and token <= largest)]
+        outside = [token for token in request.prompt if not 0 <= token <= largest]
         if outside:
             raise ValueError(f"prompt of generation {index} has the token {outside[0]!r}: allowed are 0 to {largest}")
+        if request.state is not None:
+            request.state.check(model)
         self.stop = None
         if request.stop:
             if tokenizer is None:
@@ -219,12 +199,18 @@ class _Row:
         reason = None
         if token in self.eos:
             reason = "eos"
-        elif self.stop is not None and bool(self.stop(torch.tensor([self.tokens]), None)):
-            reason = "stop"
+        elif self.stop is not None and (stopped := self._stops()):
+            reason = stopped
         elif len(self.tokens) == self.request.max_new_tokens:
             reason = "length"
         self.ended = reason is not None
         return GeneratedToken(self.index, token, reason)
+
+    def _stops(self) -> str | None:
+        try:
+            return "stop" if bool(self.stop(torch.tensor([self.tokens]), None)) else None
+        except Exception as error:  # of the user's tokenizer
+            return _error(error)
 
 
 def _running(batch, rows: list[_Row]) -> list[_Row]:
@@ -234,8 +220,25 @@ def _running(batch, rows: list[_Row]) -> list[_Row]:
     return [rows[number] for number in numbers]
 
 
-def _is_whole(number) -> bool:
-    return isinstance(number, Integral) and number >= 0
+def _error(error: Exception) -> str:
+    return f"error: {type(error).__name__}: {error}"
+
+
+def _check_whole(name: str, number) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} = {number!r}: allowed are whole numbers from 1")
+
+
+def _check_prompt(input_ids, vocab_size: int) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        found = f"{input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {found}: allowed is a tensor of token ids")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids has shape {shape}: allowed is (rows, tokens), 1 row and 1 token or more")
+    low, high = (int(end) for end in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids has ids from {low} to {high}: allowed are 0 to vocab_size - 1 = {vocab_size - 1}")
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:

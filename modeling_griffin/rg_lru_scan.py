@@ -49,10 +49,13 @@ def rg_lru_scan(
     All arithmetic is in float32 (float64 where x is float64), whatever the dtype and autocast. Differentiable in x,
     both gates, log_decay and initial_state, through both results; the derivative of the square root is bounded at
     1000. A padding step is x = 0 with recurrence_gate = -inf: it carries h exactly, and gradients stay finite.
-    Second derivatives: see the backends; "triton" raises.
+    Second derivatives: see the backends; "triton" raises. Forward-mode derivatives are those of "reference", which runs
+    where they are taken.
     """
     _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
-    if backend is None:
+    if backend is None and _in_forward_mode():
+        backend = "reference"
+    elif backend is None:
         reason = triton_unavailable_reason(x)
         backend = "triton" if reason is None else "torch"
         if reason is not None and x.is_cuda and not torch.compiler.is_compiling():
@@ -102,6 +105,11 @@ def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> N
         raise ValueError(f"reset has dtype {reset.dtype}: allowed is torch.bool")
     if log_decay.device.type == "cpu" and not torch.compiler.is_compiling() and _is_above_zero(log_decay):
         raise ValueError(f"log_decay has {log_decay.max().item()}: allowed are values <= 0, it is -c * softplus(Λ)")
+
+
+def _in_forward_mode() -> bool:
+    """Whether any forward-mode derivative is being taken: under `torch.func`, tensors do not show their tangents."""
+    return not torch.compiler.is_compiling() and getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def bound_drafts(generator):
 
 def leave_inference_mode(cache: Cache | None) -> None:
     """Makes ordinary tensors of what a cache holds from `torch.inference_mode`, which allows writing only inside it."""
-    if cache is None or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    if cache is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     for layer in getattr(cache, "layers", ()):
         for name, value in vars(layer).items():

@@ -13,7 +13,7 @@ ATTENTIONS = ("sdpa", "eager")
 
 
 def random_ids(rows, length):
-    return torch.randint(VOCABULARY, (rows, length))
+    return torch.randint(1, VOCABULARY, (rows, length))  # `generate` would take 0 for padding
 
 
 def random_layout(rows, length):
