@@ -115,16 +115,13 @@ def leave_inference_mode(cache: Cache | None) -> None:
     if cache is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     for layer in getattr(cache, "layers", ()):
-        for name, value in vars(layer).items():
-            setattr(layer, name, _ordinary(value))
-
-
-def _ordinary(value):
-    if isinstance(value, torch.Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {name: _ordinary(each) for name, each in value.items()}
-    return [_ordinary(each) for each in value] if isinstance(value, list) else value
+        for name, value in [*vars(layer).items()]:
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                setattr(layer, name, value.clone())
+            elif isinstance(value, dict | list):  # of tensors, by the number of the state
+                for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                    if isinstance(each, torch.Tensor) and each.is_inference():
+                        value[key] = each.clone()
 
 
 def states_to_keep(cache: Cache | None, layer_idx: int) -> int | None:

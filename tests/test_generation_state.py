@@ -243,8 +243,7 @@ def test_the_file_holds_what_it_says(saved):
 
 def test_bad_arguments(small_model):
     model, other = small_model(), small_model(attention_window_size=12)
-    state, checkpointing = model.prefill(random_ids(1, 4)), small_model().train()
-    checkpointing.gradient_checkpointing_enable()
+    state = model.prefill(random_ids(1, 4))
     for call, message in (
         (lambda: model.prefill(random_ids(1, 4)[0]), r"input_ids has shape \(4,\)"),
         (lambda: model.prefill(random_ids(1, 0)), r"input_ids has shape \(1, 0\)"),
@@ -253,7 +252,6 @@ def test_bad_arguments(small_model):
         (lambda: other.prefill(random_ids(1, 4), state), "attention_window_size = 8: allowed is this model's, 12"),
         (lambda: other.save_state(state, "x"), "attention_window_size = 8"),
         (lambda: state.fork(0), "copies = 0"),
-        (lambda: checkpointing.prefill(random_ids(1, 4)), "past_key_values with gradient checkpointing"),
         (lambda: GenerationState.concatenate([]), "states is empty"),
         (lambda: GenerationState.concatenate([state, other.prefill(random_ids(1, 4))]), "attention_window_size = 12"),
         (lambda: model.to(torch.bfloat16).prefill(random_ids(1, 4), state), "torch.float32 on cpu: allowed is"),
