@@ -9,11 +9,18 @@ Legend: B batch, T time (the tokens of this forward pass), S tokens that the cac
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
+from .cache_layers import (
+    attention_layer,
+    cache_for_stock_masks,
+    check_room,
+    counts_tokens,
+    is_static,
+    tokens_in_cache,
+)
 from .cache_name import takes_cache_by_either_name
 from .flash_local_attention import (
     Runs,
@@ -57,16 +64,16 @@ def read_layout(
         argument.to(device) if isinstance(argument, torch.Tensor) else argument
         for argument in (attention_mask, position_ids, cu_seq_lens_q, seq_idx)
     )
-    past_length = _tokens_in_cache(config, past_key_values)
+    past_length = tokens_in_cache(config, past_key_values)
     if past_key_values is not None and not is_tracing(inputs_embeds):
-        _check_room(config, past_key_values, past_length + shape[1])
+        check_room(config, past_key_values, past_length + shape[1])
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
     if isinstance(attention_mask, dict):  # from `masks_for_generate`
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
         return attention_mask.get("sliding_attention"), position_ids, documents
     if attention_mask is not None:
-        known = past_length == 0 or _counts_tokens(config, past_key_values)
+        known = past_length == 0 or counts_tokens(config, past_key_values)
         _check_attention_mask(attention_mask, position_ids, past_length if known else None, shape)
     attention_mask = None if attention_mask is None else read_mask(attention_mask)
     one_document = attention_mask is None and position_ids is None and boundaries is None
@@ -86,8 +93,8 @@ def _with_padding_first(config, inputs_embeds, attention_mask, past_key_values, 
     """The same arguments as the attention sees them: with tokens where `documents.order` puts their keys."""
     length, num_keys = position_ids.shape[1], position_ids.shape[1]
     if past_key_values is not None:
-        layer = _attention_layer(past_key_values)
-        if _is_static(past_key_values):
+        layer = attention_layer(past_key_values)
+        if is_static(past_key_values):
             _check_gaps(config, attention_mask)
             return config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
         num_keys, _ = past_key_values.get_mask_sizes(length, layer)
@@ -260,7 +267,7 @@ def attention_mask_for_documents(
         return runs
     first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
-        layer = _attention_layer(past_key_values)
+        layer = attention_layer(past_key_values)
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -279,9 +286,9 @@ def attention_mask_for_documents(
         config,
         inputs_embeds,
         attention_mask,
-        _cache_for_stock_masks(past_key_values),  # by position: its name depends on the version of Transformers
+        cache_for_stock_masks(past_key_values),  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
-        allow_is_causal_skip=not (_is_static(past_key_values) and length == 1),  # one token sees no empty slots
+        allow_is_causal_skip=not (is_static(past_key_values) and length == 1),  # one token sees no empty slots
     )
 
 
@@ -294,12 +301,12 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     shape, window = inputs_embeds.shape[:2], config.attention_window_size
     if shape[1] == 1:
         return None
-    past = _tokens_in_cache(config, past_key_values)
+    past = tokens_in_cache(config, past_key_values)
     if (reason := flash_unavailable_reason(config, inputs_embeds, past > 0)) is not None:
         if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
             logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
         return None
-    if _is_static(past_key_values):
+    if is_static(past_key_values):
         return None
     simple = not documents.packed and documents.real is None
     if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
@@ -308,7 +315,7 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     if simple and not triton:
         num_keys = shape[1]
         if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(shape[1], _attention_layer(past_key_values))
+            num_keys, _ = past_key_values.get_mask_sizes(shape[1], attention_layer(past_key_values))
         return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
     if is_tracing(documents.start) and (documents.real is not None or not triton):
         return None  # values would have to be read
@@ -316,23 +323,6 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     if edge is None:
         return None
     return visible_tokens(edge.flatten(), window) if triton else runs_of_edges(edge, window)
-
-
-def _is_static(past_key_values: Cache | None) -> bool:
-    """Whether attention gets the slots of a static cache, some of them empty.
-
-    Asked of the attention layer: from Transformers 5.24 on the cache as a whole does not call itself compileable while
-    a recurrent layer records its past.
-    """
-    return past_key_values is not None and past_key_values.layers[_attention_layer(past_key_values)].is_compileable
-
-
-def _attention_layer(past_key_values: Cache) -> int:
-    """The first attention layer that has seen tokens, if any has: the model may have lost layers that its cache has."""
-    layers = [index for index, sliding in enumerate(past_key_values.is_sliding) if sliding]
-    if torch.compiler.is_compiling():  # whether it has would be a guard, and another graph
-        return layers[0]
-    return next((index for index in layers if past_key_values.layers[index].is_initialized), layers[0])
 
 
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
@@ -343,12 +333,12 @@ def _reaches_beyond_two_windows(config, length: int, past_key_values, position_i
     CUDA graph records is fixed anyway.
     """
     if torch.jit.is_tracing():
-        return config._attn_implementation == "sdpa" and not _is_static(past_key_values)
+        return config._attn_implementation == "sdpa" and not is_static(past_key_values)
     return (
         config._attn_implementation == "sdpa"
         and not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
         and length > 2 * config.attention_window_size  # a guard on the length where a compiler traces
-        and not _is_static(past_key_values)
+        and not is_static(past_key_values)
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 
@@ -367,70 +357,6 @@ def _numbers(attention_mask, position_ids, documents, slots: int, first_query: i
     started = torch.where(documents.start, query_number, -1).cummax(dim=1).values
     # A document that started before this forward pass did so `position` real tokens ago.
     return number, torch.where(started >= 0, started, query_number - position_ids)
-
-
-def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
-    """Tokens the cache has seen. Recurrent layers do not count them: 1 stands for "some", enough to know of a start."""
-    if past_key_values is None:
-        return 0
-    layers = len(past_key_values.layers) if isinstance(past_key_values, Cache) else None
-    if layers != config.num_hidden_layers:
-        raise ValueError(
-            f"past_key_values, a {type(past_key_values).__name__}, has {layers} layers: allowed are caches made for "
-            "this model, for example DynamicCache(config=model.config)"
-        )
-    _check_layers(config, past_key_values)
-    if _counts_tokens(config, past_key_values):
-        return past_key_values.get_seq_length(_attention_layer(past_key_values))
-    recurrent = [index for index, kind in enumerate(config.layer_types) if kind == "linear_attention"]
-    return int(any(past_key_values.has_previous_state(index) for index in recurrent))
-
-
-def _cache_for_stock_masks(past_key_values: Cache | None) -> Cache | None:
-    """Stock masks ask the first attention layer, which a model that has lost layers may not have."""
-    if past_key_values is None or (index := _attention_layer(past_key_values)) == past_key_values.is_sliding.index(
-        True
-    ):
-        return past_key_values
-    return Cache(layers=[past_key_values.layers[index]])
-
-
-def _counts_tokens(config, past_key_values: Cache | None) -> bool:
-    """Whether an attention layer says how many tokens there are: none of a Hawk, or of a model that has lost them."""
-    if "sliding_attention" not in config.layer_types:
-        return False
-    if past_key_values is None or torch.compiler.is_compiling():
-        return True
-    if past_key_values.layers[_attention_layer(past_key_values)].is_initialized:
-        return True
-    recurrent = [index for index, kind in enumerate(config.layer_types) if kind == "linear_attention"]
-    return not any(past_key_values.has_previous_state(index) for index in recurrent)
-
-
-def _check_layers(config, past_key_values: Cache) -> None:
-    """Another model's cache may have as many layers, of other kinds or with another window."""
-    if torch.compiler.is_compiling():
-        return
-    for index, (layer, kind) in enumerate(zip(past_key_values.layers, config.layer_types)):
-        found = "sliding_attention" if getattr(layer, "is_sliding", False) else "linear_attention"
-        window = getattr(layer, "sliding_window", None)
-        if found != kind or window not in (None, config.attention_window_size):
-            raise ValueError(
-                f"past_key_values is of another model: its layer {index} is a {type(layer).__name__} with a window of "
-                f"{window}: allowed is {kind} with {config.attention_window_size}, as DynamicCache(config=model.config)"
-            )
-
-
-def _check_room(config, past_key_values: Cache, length: int) -> None:
-    """A static cache shorter than the window forgets keys that the window still sees, without a word."""
-    if any(getattr(layer, "record_past", False) for layer in past_key_values.layers):
-        return  # the last draft may reach beyond the end; what does is dropped
-    slots = min(getattr(layer, "max_cache_len", length) for layer in past_key_values.layers)
-    if slots < min(length, config.attention_window_size):
-        raise ValueError(
-            f"past_key_values has room for {slots} tokens and would hold {length}: allowed is a max_cache_len of all "
-            f"tokens, or of attention_window_size = {config.attention_window_size}"
-        )
 
 
 def _check_attention_mask(attention_mask, position_ids, past_length: int | None, shape: tuple[int, int]) -> None:
