@@ -36,8 +36,9 @@ from .parallel.fsdp import distribute_model, keep_lambda_float32, plans_without_
 from .rg_lru_scan import rg_lru_scan
 from .saving.card import keep_model_card
 from .saving.save import push_model, save_config, save_model
-from .serving.batch import GeneratedToken, GenerationRequest, GenerationResult, generate_batch, stream_batch
+from .serving.batch import GeneratedToken, GenerationResult, generate_batch, stream_batch
 from .serving.cached_rows import prefill
+from .serving.request import GenerationRequest
 from .serving.state import GenerationState, load_state, save_state
 from .slots import fill_slots
 from .training.record import record_training, stop_recording

@@ -56,6 +56,16 @@ class Decay(nn.Module):
         """log(a^c) = -c * softplus(Λ) (C,) in `dtype`, <= 0. Stored sign: see `lambda_init.py`."""
         return -self.c * nn.functional.softplus(self.lambda_bias.to(dtype))
 
+    def _apply(self, fn, *args, **kwargs):
+        """Casts to 16 bits, as by `model.to(torch.bfloat16)`, leave Λ float32; moves and float64 take it along."""
+
+        def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            dtype = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
+
+        return super()._apply(at_least_float32, *args, **kwargs)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.lambda_bias.shape)}, c={self.c}"
 

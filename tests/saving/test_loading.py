@@ -73,12 +73,37 @@ def test_lambda_is_saved_in_float32(small_config, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_cast_by_hand_still_runs(small_model):
-    """`.to(bfloat16)` casts Λ too; its math stays in float32."""
-    model = small_model().to(torch.bfloat16)
+@pytest.mark.parametrize("cast", ["to", "half", "bfloat16", "to keyword", "type", "submodule"])
+def test_casts_leave_lambda_float32(cast, small_model):
+    """Casts by hand as from_pretrained: what rounds Λ rounds the memory of every channel."""
+    model = small_model()
     decay = model.model.layers[0].temporal_block.rg_lru.decay
-    assert decay.lambda_bias.dtype == torch.bfloat16 and decay().dtype == torch.float32
-    assert model(IDS, labels=IDS).loss.isfinite()
+    expected = decay.lambda_bias.detach().clone()
+    model(IDS, labels=IDS).loss.backward()
+    casts = {
+        "to": lambda: model.to(torch.bfloat16),
+        "half": lambda: model.half(),
+        "bfloat16": lambda: model.bfloat16(),
+        "to keyword": lambda: model.to("cpu", dtype=torch.float16),
+        "type": lambda: model.type(torch.bfloat16),
+        "submodule": lambda: model.model.layers.to(torch.bfloat16),
+    }
+    casts[cast]()
+    assert model.model.layers[0].mlp_block.up_proj.weight.dtype in (torch.bfloat16, torch.float16)
+    assert decay.lambda_bias.dtype == decay.lambda_bias.grad.dtype == torch.float32
+    assert torch.equal(decay.lambda_bias, expected)
+    if cast != "submodule":
+        model.zero_grad()
+        assert model(IDS, labels=IDS).loss.isfinite()
+
+
+def test_lambda_goes_where_the_model_goes(small_model):
+    model = small_model()
+    decay = model.model.layers[0].temporal_block.rg_lru.decay
+    assert model.double() and decay.lambda_bias.dtype == torch.float64
+    assert model.bfloat16() and decay.lambda_bias.dtype == torch.float32
+    assert model.to("meta", torch.bfloat16) and decay.lambda_bias.is_meta and decay.lambda_bias.dtype == torch.float32
+    assert model.to_empty(device="cpu") and decay.lambda_bias.device.type == "cpu"
 
 
 @pytest.mark.parametrize("part", ["weight", "bias", "lambda_bias", "layers.0", "norm", "embed_tokens", "lm_head"])

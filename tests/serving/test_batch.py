@@ -1,8 +1,10 @@
 """Generations side by side find the tokens that each finds alone, whatever comes and goes around them."""
 
+import dataclasses
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -296,7 +298,7 @@ def test_bfloat16(kind, way, small_model):
 
 
 def test_bad_arguments(way, small_model):
-    model, other = small_model(), small_model(attention_window_size=12)
+    model = small_model()
     states = GenerationState.concatenate([model.prefill(random_ids(2, 3))])
     for make, message in (
         (lambda: GenerationRequest(), "prompt is empty"),
@@ -310,16 +312,127 @@ def test_bad_arguments(way, small_model):
         (lambda: GenerationRequest([5], top_p=1.1), "top_p = 1.1"),
         (lambda: GenerationRequest([5], stop=[""]), "stop = "),
         (lambda: GenerationRequest(state=states), "state has 2 rows"),
-        (
-            lambda: model.generate_batch([GenerationRequest([5]), GenerationRequest([29])]),
-            "generation 1 has the token 29",
-        ),
-        (lambda: model.generate_batch([GenerationRequest([5, 6.5])]), "generation 0 has the token 6.5"),
-        (lambda: model.generate_batch([GenerationRequest("text")]), "generation 0 has the token 't'"),
-        (lambda: model.generate_batch([GenerationRequest([5], stop=["x"])]), "only with a tokenizer"),
+        (lambda: GenerationRequest([5, 6.5]), "prompt has 6.5"),
+        (lambda: GenerationRequest("text"), "prompt = 'text'"),
+        (lambda: model.generate_batch(torch.ones(2, 3)), "queue is a Tensor"),
+        (lambda: model.generate_batch([[5]], prefill_chunk_size=0.5), "prefill_chunk_size = 0.5"),
+        (lambda: model.prefill([[1, 2]]), "input_ids is list"),
+        (lambda: model.prefill(torch.ones(1, 2)), "input_ids is torch.float32"),
+        (lambda: model.prefill(torch.tensor([[3, 29]])), "input_ids has ids from 3 to 29: allowed are 0 to .* = 28"),
+        (lambda: model.prefill(torch.tensor([[3, -1]])), "input_ids has ids from -1 to 3"),
+        (lambda: model.prefill(torch.ones(0, 2, dtype=torch.long)), r"input_ids has shape \(0, 2\)"),
+        (lambda: model.prefill(random_ids(1, 2), state=3), "state is a int"),
         (lambda: model.generate_batch([GenerationRequest([5])], max_rows=0), "max_rows = 0"),
-        (lambda: other.generate_batch([GenerationRequest([5], state=states[0])]), "attention_window_size = 8"),
-        (lambda: other.generate_batch([GenerationRequest(state=states[0])]), "attention_window_size = 8"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_a_bad_request_leaves_the_others_alone(way, small_model):
+    model, other = small_model(), small_model(attention_window_size=12)
+    good = GenerationRequest(random_ids(1, 4)[0], max_new_tokens=6)
+    bad = {
+        "prompt of generation 1 has the token 29": [29],
+        "only with a tokenizer": {"prompt": [5], "stop": ["x"]},
+        "attention_window_size = 12": {"state": other.prefill(random_ids(1, 3))},
+        "temperature = -1": {"prompt": [5], "temperature": -1},
+        "'new_tokens'": {"prompt": [5], "new_tokens": 3},
+        "prompt = 7": 7,
+        "prompt = None": None,
+    }
+    (alone,) = model.generate_batch([good])
+    assert len(alone.tokens) == 6
+    for message, request in bad.items():
+        for rows in (1, 4):
+            results = model.generate_batch([good, request, good, good], max_rows=rows)
+            assert results[1].tokens == [] and results[1].finish_reason.startswith("error: ValueError: ")
+            assert message in results[1].finish_reason
+            assert [results[0], results[2], results[3]] == [alone] * 3
+
+
+def test_stop_strings_that_raise_end_their_own_generation(way, small_model, monkeypatch):
+    model = small_model()
+    good = GenerationRequest(random_ids(1, 4)[0], max_new_tokens=6)
+    (alone,) = model.generate_batch([good])
+
+    class Raising:
+        def __init__(self, tokenizer, strings):
+            self.calls = 0
+
+        def __call__(self, tokens, scores):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyError("no such token")
+            return torch.tensor([False])
+
+    monkeypatch.setattr("modeling_griffin.serving.batch.StopStringCriteria", Raising)
+    request = GenerationRequest(good.prompt, max_new_tokens=6, stop="x")
+    results = model.generate_batch([good, request, good], tokenizer=object())
+    assert results[1].tokens == alone.tokens[:3] and results[1].finish_reason == "error: KeyError: 'no such token'"
+    assert results[0] == results[2] == alone
+
+
+def test_requests_in_any_form(way, small_model):
+    model, prompt = small_model(), random_ids(1, 4)[0]
+    (expected,) = model.generate_batch([GenerationRequest(prompt, max_new_tokens=128)])
+    end = expected.tokens[5]
+    first = expected.tokens.index(end)
+    forms = [prompt, prompt.tolist(), prompt.numpy(), tuple(prompt.tolist()), {"prompt": prompt.int()}]
+    assert model.generate_batch(forms) == [expected] * len(forms)
+    ends = [
+        end,
+        [end],
+        torch.tensor(end),
+        torch.tensor([end, 3]),
+        prompt.new_tensor([end]).numpy(),
+        np.int32(end),
+        {end},
+    ]
+    ends = [{"prompt": prompt, "eos_token_id": each} for each in ends]
+    for result in model.generate_batch(ends):
+        assert result.tokens[: first + 1] == expected.tokens[: len(result.tokens)] and result.finish_reason == "eos"
+    numbers = {"temperature": np.float32(0), "top_k": torch.tensor(0), "top_p": np.float64(1), "seed": np.int64(3)}
+    (result,) = model.generate_batch([{"prompt": prompt, "max_new_tokens": np.int64(6), **numbers}])
+    assert result.tokens == expected.tokens[:6]
+
+
+NONSENSE = (
+    None,
+    "x",
+    b"x",
+    1.5,
+    -1,
+    True,
+    float("nan"),
+    float("inf"),
+    [],
+    [[1]],
+    {},
+    object(),
+    2**70,
+    torch.ones(2, 2),
+    int,
+)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(GenerationRequest)])
+def test_nonsense_is_refused_by_the_name_of_its_field(field):
+    refused = 0
+    for value in (*NONSENSE, *([value] for value in NONSENSE), *((value, value) for value in NONSENSE)):
+        try:
+            GenerationRequest(**{"prompt": [5], field: value})
+        except ValueError as error:
+            assert str(error).startswith(field), error
+            refused += 1
+    assert refused >= 20
+
+
+def test_transformers_method_of_that_name_is_refused_in_words(small_model):
+    model, ids = small_model(), random_ids(2, 4)
+    for call in (
+        lambda: model.generate(ids, cache_implementation="paged", max_new_tokens=3),
+        lambda: model.generate_batch(inputs=ids.tolist(), generation_config=model.generation_config),
+        lambda: model.generate_batch([[5]], progress_bar=True),
+    ):
+        with pytest.raises(ValueError, match="generate_batch was given .*: allowed are a queue of GenerationRequest"):
+            call()

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from modeling_griffin import GenerationRequest, GenerationState
+from modeling_griffin.serving.state import _checksum
 from tests.tolerances import assert_close
 
 
@@ -242,8 +243,7 @@ def test_the_file_holds_what_it_says(saved):
 
 def test_bad_arguments(small_model):
     model, other = small_model(), small_model(attention_window_size=12)
-    state, checkpointing = model.prefill(random_ids(1, 4)), small_model().train()
-    checkpointing.gradient_checkpointing_enable()
+    state = model.prefill(random_ids(1, 4))
     for call, message in (
         (lambda: model.prefill(random_ids(1, 4)[0]), r"input_ids has shape \(4,\)"),
         (lambda: model.prefill(random_ids(1, 0)), r"input_ids has shape \(1, 0\)"),
@@ -252,7 +252,6 @@ def test_bad_arguments(small_model):
         (lambda: other.prefill(random_ids(1, 4), state), "attention_window_size = 8: allowed is this model's, 12"),
         (lambda: other.save_state(state, "x"), "attention_window_size = 8"),
         (lambda: state.fork(0), "copies = 0"),
-        (lambda: checkpointing.prefill(random_ids(1, 4)), "past_key_values with gradient checkpointing"),
         (lambda: GenerationState.concatenate([]), "states is empty"),
         (lambda: GenerationState.concatenate([state, other.prefill(random_ids(1, 4))]), "attention_window_size = 12"),
         (lambda: model.to(torch.bfloat16).prefill(random_ids(1, 4), state), "torch.float32 on cpu: allowed is"),
@@ -261,3 +260,43 @@ def test_bad_arguments(small_model):
             call()
     with pytest.raises(IndexError):
         state[1]
+
+
+def test_forged_files_are_refused(small_model, tmp_path):
+    """A right checksum over contents that are no state of this model."""
+    model, path = small_model(), tmp_path / "state"
+    model.save_state(model.prefill(random_ids(2, 5)), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = safetensors.torch.load_file(path)
+    forgeries = {
+        r"lengths = \(-1, 5\): allowed are 1 to": {"lengths": torch.tensor([-1, 5])},
+        r"lengths = \(4611686018427387904, 5\)": {"lengths": torch.tensor([2**62, 5])},
+        "logits has shape .*: allowed is .* for lengths": {"lengths": torch.tensor([5])},
+        "lengths is .*: allowed are whole numbers": {"lengths": torch.tensor([5.0, 5.0])},
+        r"layers.2.0 has shape \(2, 1, 5, 8\): allowed is \(2, 1, 7, 8\)": {"lengths": torch.tensor([9, 5])},
+        "layers.0.1 has shape": {"layers.0.1": torch.zeros(2, 3)},
+        "extra: allowed are logits": {"extra": torch.zeros(1)},
+    }
+    for message, changes in forgeries.items():
+        tensors = {**state, **changes}
+        safetensors.torch.save_file(tensors, path, {**metadata, "checksum": _checksum(tensors)})
+        with pytest.raises(ValueError, match=f"{path}: {message}"):
+            model.load_state(path)
+
+
+def test_rows_are_named_by_numbers(small_model):
+    state = small_model().prefill(random_ids(3, 5))
+    assert state[torch.tensor([2, 0])].lengths == (5, 5) and torch.equal(state[-1].logits, state[2].logits)
+    for rows in ([True, False], torch.tensor([True, False, True]), True, [0.5], "0", None):
+        with pytest.raises(TypeError):
+            state[rows]
+    for rows in (3, [0, -4]):
+        with pytest.raises(IndexError, match="rows has"):
+            state[rows]
+
+
+def test_states_of_two_dtypes_are_not_joined(small_model):
+    states = [model.prefill(random_ids(1, 5)) for model in (small_model(), small_model().to(torch.bfloat16))]
+    with pytest.raises(ValueError, match="states has torch.bfloat16 on cpu: allowed is that of the first"):
+        GenerationState.concatenate(states)
