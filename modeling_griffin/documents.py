@@ -49,6 +49,24 @@ def read_layout(
 
     Arguments as in `GriffinModel.forward`; attention_mask may also be what `masks_for_generate` returned.
     """
+    attention_mask, position_ids, documents = read_rows(
+        config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
+    )
+    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+        return attention_mask.get("sliding_attention"), position_ids, documents
+    attention_mask = attention_mask_for_documents(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
+    )
+    return attention_mask, position_ids, documents
+
+
+def read_rows(
+    config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None
+) -> tuple[torch.Tensor | dict | None, torch.Tensor, Documents]:
+    """The same before attention: the user's mask, checked and on the device, the positions and the documents.
+
+    inputs_embeds: only its shape (B, T, ...) and device are read.
+    """
     shape, device = inputs_embeds.shape[:2], inputs_embeds.device
     attention_mask, position_ids, cu_seq_lens_q, seq_idx = (
         argument.to(device) if isinstance(argument, torch.Tensor) else argument
@@ -58,10 +76,10 @@ def read_layout(
     if past_key_values is not None and not is_tracing(inputs_embeds):
         _check_room(config, past_key_values, past_length + shape[1])
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
-    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+    if isinstance(attention_mask, dict):
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
-        return attention_mask.get("sliding_attention"), position_ids, documents
+        return attention_mask, position_ids, documents
     _check_attention_mask(config, attention_mask, past_length, shape)
     one_document = attention_mask is None and position_ids is None and boundaries is None
     position_ids = read_position_ids(attention_mask, position_ids, boundaries, past_length, shape, device)
@@ -69,9 +87,6 @@ def read_layout(
         documents = Documents(position_ids == 0, real=None, packed=False)
     else:
         documents = read_documents(attention_mask, position_ids, past_length, shape[1])
-    attention_mask = attention_mask_for_documents(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
-    )
     return attention_mask, position_ids, documents
 
 

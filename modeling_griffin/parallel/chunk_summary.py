@@ -1,0 +1,55 @@
+"""A chunk of the RG-LRU in two numbers a channel, (A, h_local): h behind the chunk is A h_in + h_local. And backwards.
+
+Legend: B batch, T time, C channels.
+"""
+
+import torch
+
+
+BLOCK = 1024  # steps whose decays and inputs are held in float32 at a time
+
+
+def fold(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps h -> a_t h + b_t along dim 1 as one step, by halves: (B, T, C), T >= 1 -> (B, C) twice."""
+    while (length := a.shape[1]) > 1:
+        even = length // 2 * 2
+        a_first, a_second = a[:, 0:even:2], a[:, 1:even:2]
+        folded = a_first * a_second, torch.addcmul(b[:, 1:even:2], a_second, b[:, 0:even:2])
+        a, b = (torch.cat([new, old[:, even:]], dim=1) for new, old in zip(folded, (a, b)))
+    return a[:, 0], b[:, 0]
+
+
+def decays(recurrence_gate, log_decay, reset, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """a (B, T, C), 0 at a reset, and what the input is multiplied by, 1 at a reset."""
+    log_a = log_decay.to(dtype) * torch.sigmoid(recurrence_gate.to(dtype))
+    a, multiplier = torch.exp(log_a), torch.sqrt(-torch.expm1(2 * log_a))
+    if reset is not None:
+        a, multiplier = a.masked_fill(reset[..., None], 0.0), multiplier.masked_fill(reset[..., None], 1.0)
+    return a, multiplier
+
+
+def summarize(x, recurrence_gate, input_gate, log_decay, reset) -> torch.Tensor:
+    """(2, B, C) in float32 (float64 where x is): the product of the decays, and the last state from a zero state."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    steps = []
+    for x, recurrence_gate, input_gate, reset in _blocks(x, recurrence_gate, input_gate, reset):
+        a, multiplier = decays(recurrence_gate, log_decay, reset, dtype)
+        steps.append(fold(a, multiplier * torch.sigmoid(input_gate.to(dtype)) * x.to(dtype)))
+    return torch.stack(fold(*(torch.stack(each, dim=1) for each in zip(*steps))))
+
+
+def summarize_backwards(d_hidden, recurrence_gate, log_decay, reset) -> torch.Tensor:
+    """(B, C): the gradient of the initial state, as far as it comes from `d_hidden` (B, T, C) of this chunk."""
+    dtype = torch.promote_types(d_hidden.dtype, torch.float32)
+    steps = []
+    for d_hidden, recurrence_gate, reset in _blocks(d_hidden, recurrence_gate, reset):
+        a, _ = decays(recurrence_gate, log_decay, reset, dtype)
+        steps.append(fold(a.flip(1), (a * d_hidden.to(dtype)).flip(1)))
+    _, owed = fold(*(torch.stack(each[::-1], dim=1) for each in zip(*steps)))
+    return owed
+
+
+def _blocks(*tensors):
+    """The tensors' blocks of at most BLOCK steps, side by side; None stays None."""
+    count = -(-tensors[0].shape[1] // BLOCK)
+    return zip(*([None] * count if tensor is None else tensor.split(BLOCK, dim=1) for tensor in tensors))
