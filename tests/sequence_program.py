@@ -105,7 +105,7 @@ def measure(model, arguments: dict, shared=None) -> dict:
     model.zero_grad()
     output = model(**arguments, use_cache=False)
     output.loss.backward()
-    logits, ranks = output.logits.detach(), 1 if shared is None else shared.size
+    logits, ranks = output.logits.detach(), 1 if shared is None else shared.ranks.size
     if shared is not None:
         logits = shared.gather(logits, arguments["input_ids"].shape[1])
     if (real := arguments.get("attention_mask")) is not None:

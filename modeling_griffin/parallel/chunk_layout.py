@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..documents import Documents, attention_mask_for_documents, read_rows
+from .neighbours import Ranks
 
 
 class ChunkLayout:
@@ -22,7 +23,7 @@ class ChunkLayout:
 
     def __init__(self, chunk: int, reach: int, mask, history: torch.Tensor | None, tails: torch.Tensor | None):
         self.chunk, self.reach, self.mask, self.history, self.tails = chunk, reach, mask, history, tails
-        self.keys_in_front = {}  # by layer, on their way between the start of an attention layer and its attention
+        self.layers = {}  # the attention layer that has started, by its number
 
 
 def chunk_length(length: int, ranks: int) -> int:
@@ -30,14 +31,14 @@ def chunk_length(length: int, ranks: int) -> int:
     return -(-length // ranks)
 
 
-def take_chunk(tensor: torch.Tensor, rank: int, ranks: int, filler=0) -> torch.Tensor:
+def take_chunk(tensor: torch.Tensor, ranks: Ranks, filler=0) -> torch.Tensor:
     """This rank's part of (B, T, ...), filled up with `filler` behind the end: (B, L, ...)."""
-    chunk = chunk_length(tensor.shape[1], ranks)
-    part = tensor[:, rank * chunk : (rank + 1) * chunk]
+    chunk = chunk_length(tensor.shape[1], ranks.size)
+    part = tensor[:, ranks.rank * chunk : (ranks.rank + 1) * chunk]
     return pad(part, (0, 0) * (tensor.dim() - 2) + (0, chunk - part.shape[1]), value=filler)
 
 
-def read_chunk(config, whole: torch.Tensor, like: torch.Tensor, rank: int, ranks: int, before: int, **arguments):
+def read_chunk(config, whole: torch.Tensor, like: torch.Tensor, ranks: Ranks, before: int, **arguments):
     """(ChunkLayout, positions (B, L), document starts (B, L), real (B, L) or None) of this rank.
 
     Args:
@@ -50,9 +51,9 @@ def read_chunk(config, whole: torch.Tensor, like: torch.Tensor, rank: int, ranks
     _, positions, documents = read_rows(config, rows, past_key_values=None, **arguments)
     if before:
         positions, documents = positions + before, documents._replace(start=torch.zeros_like(documents.start))
-    chunk = chunk_length(length, ranks)
-    positions, documents = _filled(positions, documents, ranks * chunk - length)
-    begin, end = rank * chunk, (rank + 1) * chunk
+    chunk = chunk_length(length, ranks.size)
+    positions, documents = _filled(positions, documents, ranks.size * chunk - length)
+    begin, end = ranks.rank * chunk, (ranks.rank + 1) * chunk
     history = tails = None
     if documents.packed or documents.real is not None:
         history = _history(documents, begin)

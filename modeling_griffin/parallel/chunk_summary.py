@@ -32,9 +32,9 @@ def summarize(x, recurrence_gate, input_gate, log_decay, reset) -> torch.Tensor:
     """(2, B, C) in float32 (float64 where x is): the product of the decays, and the last state from a zero state."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     steps = []
-    for x, recurrence_gate, input_gate, reset in _blocks(x, recurrence_gate, input_gate, reset):
-        a, multiplier = decays(recurrence_gate, log_decay, reset, dtype)
-        steps.append(fold(a, multiplier * torch.sigmoid(input_gate.to(dtype)) * x.to(dtype)))
+    for inputs, gate, scale, starts in _blocks(x, recurrence_gate, input_gate, reset):
+        a, multiplier = decays(gate, log_decay, starts, dtype)
+        steps.append(fold(a, multiplier * torch.sigmoid(scale.to(dtype)) * inputs.to(dtype)))
     return torch.stack(fold(*(torch.stack(each, dim=1) for each in zip(*steps))))
 
 
@@ -42,9 +42,9 @@ def summarize_backwards(d_hidden, recurrence_gate, log_decay, reset) -> torch.Te
     """(B, C): the gradient of the initial state, as far as it comes from `d_hidden` (B, T, C) of this chunk."""
     dtype = torch.promote_types(d_hidden.dtype, torch.float32)
     steps = []
-    for d_hidden, recurrence_gate, reset in _blocks(d_hidden, recurrence_gate, reset):
-        a, _ = decays(recurrence_gate, log_decay, reset, dtype)
-        steps.append(fold(a.flip(1), (a * d_hidden.to(dtype)).flip(1)))
+    for gradient, gate, starts in _blocks(d_hidden, recurrence_gate, reset):
+        a, _ = decays(gate, log_decay, starts, dtype)
+        steps.append(fold(a.flip(1), (a * gradient.to(dtype)).flip(1)))
     _, owed = fold(*(torch.stack(each[::-1], dim=1) for each in zip(*steps)))
     return owed
 

@@ -7,9 +7,19 @@ for bit.
 Legend: N ranks, B batch, C channels.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+
+
+class Ranks(NamedTuple):
+    """A process group, this process's rank in it, and their number N."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
 
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from PyTorch 2.13 on
@@ -21,8 +31,8 @@ class Pending:
     sends, receives: entries for and from each rank of the group. Nothing may be read before `wait`.
     """
 
-    def __init__(self, group, sends: list[int], receives: list[int]):
-        self.group, self.sends, self.receives = group, sends, receives
+    def __init__(self, ranks: Ranks, sends: list[int], receives: list[int]):
+        self.group, self.sends, self.receives = ranks.group, sends, receives
         self.received = self._flight = None
 
     def start(self, tail: torch.Tensor) -> "Pending":
@@ -81,25 +91,26 @@ class _Wait(torch.autograd.Function):
         return d_received, None
 
 
-def exchange_positions(group, rank: int, size: int, chunk: int, reach: int) -> Pending:
+def exchange_positions(ranks: Ranks, chunk: int, reach: int) -> Pending:
     """So that each rank gets the `reach` positions in front of its chunk, or all where there are fewer.
 
     They come from several ranks where chunks are shorter than `reach`.
     """
-    overlap = [max(0, min(chunk, reach - (distance - 1) * chunk)) for distance in range(1, size)]
-    sends = [0] * (rank + 1) + overlap[: size - rank - 1]
-    receives = overlap[:rank][::-1] + [0] * (size - rank)
-    return Pending(group, sends, receives)
+    overlap = [max(0, min(chunk, reach - (distance - 1) * chunk)) for distance in range(1, ranks.size)]
+    sends = [0] * (ranks.rank + 1) + overlap[: ranks.size - ranks.rank - 1]
+    receives = overlap[: ranks.rank][::-1] + [0] * (ranks.size - ranks.rank)
+    return Pending(ranks, sends, receives)
 
 
-def exchange_tails(group, rank: int, size: int, entries: int) -> Pending:
+def exchange_tails(ranks: Ranks, entries: int) -> Pending:
     """So that each rank gets `entries` from every rank on its left, for when only values tell how far left to look."""
-    return Pending(group, [0] * (rank + 1) + [entries] * (size - rank - 1), [entries] * rank + [0] * (size - rank))
+    sends = [0] * (ranks.rank + 1) + [entries] * (ranks.size - ranks.rank - 1)
+    return Pending(ranks, sends, [entries] * ranks.rank + [0] * (ranks.size - ranks.rank))
 
 
-def gather(group, size: int, tensor: torch.Tensor) -> torch.Tensor:
+def gather(ranks: Ranks, tensor: torch.Tensor) -> torch.Tensor:
     """(N, ...): the tensor of each rank, on all ranks. Without gradients."""
     tensor = tensor.contiguous()
-    gathered = tensor.new_empty(size * tensor.numel())
-    _all_gather(gathered, tensor.flatten(), group=group)
-    return gathered.view(size, *tensor.shape)
+    gathered = tensor.new_empty(ranks.size * tensor.numel())
+    _all_gather(gathered, tensor.flatten(), group=ranks.group)
+    return gathered.view(ranks.size, *tensor.shape)

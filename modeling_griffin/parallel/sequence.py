@@ -4,8 +4,7 @@ A rank owes its right neighbour one state a channel, the convolution's last inpu
 whatever the length. The model's own code runs on the chunk; hooks bring in what lies in front of it, and the loss of
 all chunks. Weights are whole on each rank, or sharded by FSDP2.
 
-Legend: B batch, T tokens of the rows, L tokens of a chunk, N ranks, D hidden size, C RG-LRU channels, W attention
-window, K taps of the convolution, H_kv key heads, V vocabulary.
+Legend: B batch, T tokens of the rows, L tokens of a chunk, N ranks, D hidden size, V vocabulary.
 """
 
 import torch
@@ -13,16 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..causal_lm_loss import causal_lm_loss
-from ..flash_local_attention import OWN_ATTENTION
-from ..fused import rotate
-from ..fused_linear import linears
-from ..modeling_griffin import eager_attention_forward
-from .chunk_layout import ChunkLayout, chunk_length, read_chunk, take_chunk
-from .neighbours import exchange_positions, exchange_tails, gather
-from .sequence_scan import SequenceScan
+from ..generation_state import GenerationState
+from .chunk_layout import read_chunk, take_chunk
+from .neighbours import Ranks, gather
+from .sequence_layers import AttentionLayer, RecurrentLayer
+from .sequence_prefill import prefill
 
 
 ARGUMENTS = (
@@ -68,15 +64,12 @@ class SequenceParallel:
 
     def __init__(self, model: nn.Module, over: DeviceMesh | dist.ProcessGroup | None = None):
         self.base, self.head = _find(model)
-        self.group = _group(over)
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.blocks = [layer.temporal_block for layer in self.base.layers]
-        self.pending = {}  # by layer, between the start of a block and the place in it that needs what is on its way
-        self.before = None  # a GenerationState of what was read before the rows
-        self.collected = None  # by layer, what a GenerationState holds, while one is made
-        self._hooks = []
-        if self.size > 1:
-            self._install()
+        group = _group(over)
+        self.ranks = Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+        self.layers: list[RecurrentLayer | AttentionLayer] = []
+        self.before = 0  # tokens read before the rows, whose state the layers have
+        self._hook = None
+        self.install()
 
     def __enter__(self) -> "SequenceParallel":
         return self
@@ -87,44 +80,53 @@ class SequenceParallel:
     def __deepcopy__(self, memo) -> "SequenceParallel":
         raise ValueError("a model shared over ranks cannot be copied: allowed is after remove()")
 
+    def install(self) -> None:
+        """Undoes `remove`. With one rank there is nothing to do."""
+        if self.ranks.size == 1 or self._hook is not None:
+            return
+        if any(isinstance(getattr(hook, "__self__", None), SequenceParallel) for hook in _hooks(self.base)):
+            raise ValueError("the model is shared over ranks already: allowed is once, or after remove()")
+        if self.head is not None:
+            if hasattr(self.head, "_loss_function"):
+                raise ValueError("model.loss_function was set: allowed is the model's own, of which chunks add up")
+            self.head.loss_function = self._loss
+        self._hook = self.base.register_forward_pre_hook(self._take_chunk, with_kwargs=True)
+        blocks = [layer.temporal_block for layer in self.base.layers]
+        self.layers = [
+            RecurrentLayer(self.ranks, block) if hasattr(block, "rg_lru") else AttentionLayer(self.ranks, block)
+            for block in blocks
+        ]
+
     def remove(self) -> None:
         """The model is its own again, on each rank."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._hooks and self.head is not None:
+        if self._hook is None:
+            return
+        for part in (self._hook, *self.layers):
+            part.remove()
+        if self.head is not None:
             del self.head._loss_function
-        for block in self.blocks:
-            if hasattr(block, "rg_lru"):
-                block.rg_lru.scan = None
-        self._hooks = []
+        self._hook, self.layers = None, []
 
     def chunk(self, tensor: torch.Tensor, filler=0) -> torch.Tensor:
         """(B, T, ...) -> (B, L, ...), this rank's part of it, with `filler` behind the end of the rows."""
-        return take_chunk(tensor, self.rank, self.size, filler)
+        return take_chunk(tensor, self.ranks, filler)
 
     @torch.no_grad()
     def gather(self, chunk: torch.Tensor, length: int) -> torch.Tensor:
         """(B, L, ...) of each rank -> (B, T, ...) on all ranks, T = `length`. Without gradients."""
-        if self.size == 1:
+        if self.ranks.size == 1:
             return chunk
-        return gather(self.group, self.size, chunk).transpose(0, 1).flatten(1, 2)[:, :length]
+        return gather(self.ranks, chunk).transpose(0, 1).flatten(1, 2)[:, :length]
 
-    def _install(self) -> None:
-        if self.head is not None:
-            if hasattr(self.head, "_loss_function"):
-                raise ValueError(
-                    "model.loss_function was set: allowed is the model's own, of which chunks can be added"
-                )
-            self.head.loss_function = self._loss
-        self._hooks = [self.base.register_forward_pre_hook(self._take_chunk, with_kwargs=True)]
-        for block in self.blocks:
-            if hasattr(block, "rg_lru"):
-                block.rg_lru.scan = SequenceScan(self.group, self.rank, self.size)
-                start, conv = self._start_convolution, block.conv_1d
-                self._hooks.append(conv.register_forward_pre_hook(_Convolution(self, block)))
-            else:
-                start = self._start_attention
-            self._hooks.append(block.register_forward_pre_hook(start, with_kwargs=True))
+    def prefill(
+        self, input_ids: torch.Tensor, state: GenerationState | None = None, chunk_size: int = 2048
+    ) -> GenerationState:
+        """The model's `prefill` with all ranks at work: the same state, on each of them.
+
+        input_ids: (B, T) without padding, the same on all ranks. state: of rows of one length. chunk_size: tokens of a
+        rank in one forward pass, which bounds the memory.
+        """
+        return prefill(self, input_ids, state, chunk_size)
 
     @torch.compiler.disable
     def _take_chunk(self, base: nn.Module, args, kwargs):
@@ -144,8 +146,7 @@ class SequenceParallel:
         chunk = self.chunk(rows)
         chunk = base.embed_tokens(chunk) if embeds is None else chunk
         described = {n: given[n] for n in ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx")}
-        before = 0 if self.before is None else self.before.lengths[0]
-        layout, positions, start, real = read_chunk(base.config, rows, chunk, self.rank, self.size, before, **described)
+        layout, positions, start, real = read_chunk(base.config, rows, chunk, self.ranks, self.before, **described)
         mask = {"sliding_attention": layout, "linear_attention": real, "document_start": start}
         return (), {
             **whole,
@@ -154,35 +155,6 @@ class SequenceParallel:
             "position_ids": positions,
             "use_cache": False,
         }
-
-    @torch.compiler.disable
-    def _start_convolution(self, block: nn.Module, args, kwargs) -> None:
-        """Sends the last inputs of the block to the ranks on the right, while this one projects its own."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        layout, real = kwargs["attention_mask"], kwargs["documents"].real
-        taps, chunk = block.conv_1d.weight.shape[-1], hidden.shape[1]
-        entries = min(taps - 1, chunk)
-        tail = hidden[:, chunk - entries :]
-        pending = exchange_positions(self.group, self.rank, self.size, chunk, taps - 1)
-        if real is not None:  # the last real ones, however far back
-            last = torch.argsort(real.long(), dim=1, stable=True)[:, chunk - entries :]
-            tail = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-            pending = exchange_tails(self.group, self.rank, self.size, entries)
-        self.pending[block.layer_idx] = pending.start(tail.transpose(0, 1).contiguous()), layout
-
-    @torch.compiler.disable
-    def _start_attention(self, block: nn.Module, args, kwargs) -> None:
-        """Sends the chunk's last keys and values to the ranks on the right, while this one projects all."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        reach, chunk = block.sliding_window - 1, hidden.shape[1]
-        tail = slice(chunk - min(reach, chunk), None)
-        key, value = linears(hidden[:, tail], block.k_proj, block.v_proj)
-        key, value = (x.unflatten(-1, (-1, block.head_dim)) for x in (key, value))
-        key = rotate(key, *(x[:, tail] for x in kwargs["position_embeddings"]))
-        pending = exchange_positions(self.group, self.rank, self.size, chunk, reach)
-        both = torch.stack((key, value)).permute(2, 0, 1, 3, 4)  # (entries, 2, B, H_kv, head_dim)
-        layout = kwargs["attention_mask"]
-        layout.keys_in_front[block.layer_idx] = _Keys(self, pending.start(both.contiguous()))
 
     def _loss(
         self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
@@ -196,8 +168,7 @@ class SequenceParallel:
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != ignore_index).sum()
         share = causal_lm_loss(logits, None, vocab_size, num_items_in_batch, ignore_index, mine)
-        shares = gather(self.group, self.size, share.detach())
-        return _Whole.apply(share, shares.sum(), self.size)
+        return _Whole.apply(share, gather(self.ranks, share.detach()).sum(), self.ranks.size)
 
 
 class _Whole(torch.autograd.Function):
@@ -213,80 +184,6 @@ class _Whole(torch.autograd.Function):
         return d_whole * ctx.ranks, None, None
 
 
-class _Convolution:
-    """A hook in front of a convolution: its state is what the ranks on the left have sent."""
-
-    def __init__(self, parallel: SequenceParallel, block: nn.Module):
-        self.parallel, self.block = parallel, block
-
-    @torch.compiler.disable
-    def __call__(self, convolution: nn.Module, args):
-        x, _, *rest = args
-        parallel, layer = self.parallel, self.block.layer_idx
-        pending, layout = parallel.pending.pop(layer)
-        taps = convolution.weight.shape[-1]
-        hidden = pending.wait().transpose(0, 1)  # (B, entries, D)
-        if layout.tails is not None:
-            hidden = _last_real(hidden, layout.tails, taps - 1)
-        state = self.block.linear_x(hidden)
-        if layout.history is not None:
-            back = torch.arange(state.shape[1], 0, -1, device=x.device)  # how far in front of the chunk each stands
-            state = state.masked_fill((back > layout.history[:, None])[..., None], 0.0)
-        state = pad(state, (0, 0, taps - state.shape[1], 0))
-        if parallel.before is not None and parallel.rank == 0:
-            state = parallel.before.layers[layer][0].to(x.dtype).transpose(1, 2)
-        if parallel.collected is not None:
-            parallel.collected[layer] = [torch.cat([state, x], dim=1)[:, -taps:].transpose(1, 2)]
-        return x, state.transpose(1, 2), *rest
-
-
-def _last_real(tails: torch.Tensor, counts: torch.Tensor, number: int) -> torch.Tensor:
-    """The last `number` real entries of the ranks on the left, (B, up to number, D), wherever those ranks have any.
-
-    tails: (B, ranks * entries, D), real ones last on each rank. counts (B, ranks): how many are real, or more.
-    """
-    entries = tails.shape[1] // max(1, counts.shape[1])
-    slot = torch.arange(entries, 0, -1, device=tails.device)
-    real = (slot <= counts[..., None]).flatten(1)
-    last = torch.argsort(real.long(), dim=1, stable=True)[:, -number:]
-    return tails.gather(1, last[..., None].expand(-1, -1, tails.shape[-1]))
-
-
-def _attention(module: nn.Module, query, key, value, layout: ChunkLayout, scaling: float, **kwargs):
-    """The model's own attention over the chunk and what it sees in front of it; the first queries are nobody's.
-
-    query (B, H, L, K), key and value (B, H_kv, L, K) -> (B, L, H, K), and the weights of an attention that has them.
-    """
-    key, value = layout.keys_in_front.pop(module.layer_idx).put_in_front(module.layer_idx, key, value, layout.reach)
-    query = pad(query, (0, 0, layout.reach, 0))
-    attention = OWN_ATTENTION.get(type(layout.mask)) or ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention_forward
-    )
-    output, weights = attention(module, query, key, value, layout.mask, scaling=scaling, **kwargs)
-    return output[:, layout.reach :], None if weights is None else weights[:, :, layout.reach :]
-
-
-OWN_ATTENTION[ChunkLayout] = torch.compiler.disable(_attention)
-
-
-class _Keys:
-    """Keys and values on their way from the left."""
-
-    def __init__(self, parallel: SequenceParallel, pending):
-        self.parallel, self.pending = parallel, pending
-
-    def put_in_front(self, layer: int, key: torch.Tensor, value: torch.Tensor, reach: int):
-        """Of `reach` tokens, in front of the chunk's own: (B, H_kv, reach + L, K) each."""
-        parallel, own = self.parallel, (key, value)
-        pairs = [list(self.pending.wait().permute(1, 2, 3, 0, 4)), own]
-        if parallel.before is not None:
-            pairs.insert(0, parallel.before.layers[layer])
-        joined = tuple(torch.cat(parts, dim=2)[:, :, -(reach + key.shape[2]) :] for parts in zip(*pairs))
-        if parallel.collected is not None:
-            parallel.collected[layer] = joined
-        return joined
-
-
 def _find(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """The GriffinModel in `model` and the language model around it, by name: code from the Hub has its own classes."""
     named = [(_names(module), module) for module in model.modules()]
@@ -297,6 +194,10 @@ def _find(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         found = ", ".join(sorted(others)) or type(model).__name__
         raise ValueError(f"model is a {found}: allowed are GriffinForCausalLM and GriffinModel")
     return bases[0], heads[0] if heads else None
+
+
+def _hooks(module: nn.Module) -> list:
+    return list(module._forward_pre_hooks.values())
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -313,6 +214,3 @@ def _group(over) -> dist.ProcessGroup:
             f"the mesh has the dimensions {over.mesh_dim_names}: allowed is one, for example mesh['sequence']"
         )
     return over.get_group()
-
-
-__all__ = ["SequenceParallel", "chunk_length", "parallelize_sequence"]

@@ -16,33 +16,32 @@ from torch.autograd.function import once_differentiable
 
 from ..rg_lru_scan import rg_lru_scan
 from .chunk_summary import summarize, summarize_backwards
-from .neighbours import gather
+from .neighbours import Ranks, gather
 
 
 class SequenceScan:
     """Takes the place of `rg_lru_scan` on a rank of a group; a chunk's last state is that of the row so far.
 
-    collect: keeps `last_state` (B, C) of the latest call. before: (B, C), the state in front of rank 0; None: zeros.
+    before: (B, C), the state in front of rank 0; None: zeros. collect: called with each last state (B, C), or None.
     """
 
-    def __init__(self, group, rank: int, size: int):
-        self.group, self.rank, self.size = group, rank, size
-        self.collect = False
-        self.before = self.last_state = None
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.before = self.collect = None
 
     @torch.compiler.disable
     def __call__(self, x, recurrence_gate, input_gate, log_decay, *, initial_state=None, reset=None):
         """Arguments and results as in `rg_lru_scan`; initial_state must be None, see `before`."""
         arguments = (x, recurrence_gate, input_gate, log_decay)
         with torch.no_grad():
-            products, states = gather(self.group, self.size, summarize(*arguments, reset)).unbind(1)
+            products, states = gather(self.ranks, summarize(*arguments, reset)).unbind(1)
             incoming = torch.zeros_like(states[0]) if self.before is None else self.before
-            for left in range(self.rank):
+            for left in range(self.ranks.rank):
                 incoming = torch.addcmul(states[left], products[left], incoming)
         hidden, last = rg_lru_scan(*arguments, initial_state=incoming, reset=reset)
-        if self.collect:
-            self.last_state = last.detach()
-        return _FromTheRight.apply(hidden, last, recurrence_gate, log_decay, reset, products, self)
+        if self.collect is not None:
+            self.collect(last.detach())
+        return _FromTheRight.apply(hidden, last, recurrence_gate, log_decay, reset, products, self.ranks)
 
 
 class _FromTheRight(torch.autograd.Function):
@@ -53,20 +52,20 @@ class _FromTheRight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, last, recurrence_gate, log_decay, reset, products, scan):
+    def forward(ctx, hidden, last, recurrence_gate, log_decay, reset, products, ranks):
         ctx.save_for_backward(recurrence_gate, log_decay, reset, products)
-        ctx.scan = scan
+        ctx.ranks = ranks
         return hidden.view_as(hidden), last.view_as(last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_hidden, d_last):
         recurrence_gate, log_decay, reset, products = ctx.saved_tensors
-        scan = ctx.scan
+        ranks = ctx.ranks
         owed = summarize_backwards(d_hidden, recurrence_gate, log_decay, reset)
-        owed = torch.addcmul(owed, products[scan.rank], d_last)
-        owed = gather(scan.group, scan.size, owed)
+        owed = torch.addcmul(owed, products[ranks.rank], d_last)
+        owed = gather(ranks, owed)
         incoming = torch.zeros_like(d_last)
-        for right in range(scan.size - 1, scan.rank, -1):
+        for right in range(ranks.size - 1, ranks.rank, -1):
             incoming = torch.addcmul(owed[right], products[right], incoming)
         return d_hidden, d_last + incoming, None, None, None, None, None
