@@ -19,6 +19,7 @@ from text_tokenizer import check_fits, document_ends, load_tokenizer
 from train_arguments import TOKEN_IDS, DataArguments, ModelArguments, read_arguments
 from train_launch import check_checkpoint, check_launch, check_processes, describe, read_request
 from train_report import held_out_metrics, plot_losses, token_losses, write_metrics
+from train_sequence import share_rows
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -197,6 +198,7 @@ def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint
     )
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
+    share_rows(trainer, model_arguments.sequence_parallel_size)
     name = model_arguments.model_name_or_path
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one
