@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from ..causal_lm_loss import causal_lm_loss
 from ..generation_state import GenerationState
@@ -128,6 +129,24 @@ class SequenceParallel:
         """
         return prefill(self, input_ids, state, chunk_size)
 
+    def loss_in_pieces(self, hidden: torch.Tensor, labels: torch.Tensor, piece: int = 8192, **kwargs) -> torch.Tensor:
+        """The loss that the model would return, without the logits of the whole chunk: at a million tokens the most of
+        the memory. They are made again, `piece` tokens at a time, on the way back.
+
+        hidden: (B, L, D), `last_hidden_state` of the model without its head. labels: (B, T), as for the model. kwargs:
+        `num_items_in_batch`, `shift_labels`.
+        """
+        head, cap = self.head.lm_head, self.base.config.final_logit_softcapping
+
+        def total(hidden, labels):
+            logits = head(hidden)
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            return causal_lm_loss(logits, None, logits.shape[-1], 1, shift_labels=labels)
+
+        mine, count = self._labels(labels, **kwargs)
+        pieces = zip(hidden.split(piece, dim=1), mine.split(piece, dim=1))
+        return self._whole(sum(checkpoint(total, *each, use_reentrant=False) for each in pieces) / count)
+
     @torch.compiler.disable
     def _take_chunk(self, base: nn.Module, args, kwargs):
         """From the arguments of the whole rows to those of the chunk; the layout travels as the attention mask."""
@@ -156,18 +175,24 @@ class SequenceParallel:
             "use_cache": False,
         }
 
-    def _loss(
-        self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
-    ) -> torch.Tensor:
+    def _loss(self, logits, labels, vocab_size, ignore_index=-100, **kwargs) -> torch.Tensor:
         """`causal_lm_loss` of the whole rows from the chunk's logits (B, L, V) and the rows' labels (B, T)."""
-        if shift_labels is None:
-            shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        mine = self.chunk(shift_labels, ignore_index)
+        mine, count = self._labels(labels, ignore_index=ignore_index, **kwargs)
         if mine.shape != logits.shape[:2]:
             raise ValueError(f"labels has {mine.shape[1]} tokens a rank, logits {logits.shape[1]}: allowed are as many")
+        return self._whole(causal_lm_loss(logits, None, vocab_size, count, ignore_index, mine))
+
+    def _labels(self, labels, num_items_in_batch=None, shift_labels=None, ignore_index=-100, **kwargs):
+        """What each token of the chunk predicts (B, L), and how many labels of all rows the loss is a mean over."""
+        if shift_labels is None:
+            shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != ignore_index).sum()
-        share = causal_lm_loss(logits, None, vocab_size, num_items_in_batch, ignore_index, mine)
+        return self.chunk(shift_labels, ignore_index), num_items_in_batch
+
+    def _whole(self, share: torch.Tensor) -> torch.Tensor:
+        if self.ranks.size == 1:
+            return share
         return _Whole.apply(share, gather(self.ranks, share.detach()).sum(), self.ranks.size)
 
 
@@ -177,7 +202,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, share, whole, ranks):
         ctx.ranks = ranks
-        return whole.to(share.dtype)
+        return whole.to(share.dtype, copy=True)  # its own: Trainer multiplies losses in place
 
     @staticmethod
     def backward(ctx, d_whole):
