@@ -54,13 +54,12 @@ class Recorder:
 
     def replay(self, group, device: torch.device) -> float:
         """Seconds of all calls one after another, with nothing beside them."""
-        buffers = [
-            (torch.zeros(a, dtype=d, device=device), torch.zeros(b, dtype=d, device=device))
-            for a, b, d, *_ in self.calls
+        zeros = [
+            [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for *shapes, dtype, _, _ in self.calls
         ]
-        for warm in (True, False):
+        for _ in range(2):  # the first time warms up
             start = _now(device)
-            for (buffer, output), (*_, receives, sends) in zip(buffers, self.calls):
+            for (buffer, output), (*_, receives, sends) in zip(zeros, self.calls):
                 if receives is None:
                     self.gather(output, buffer, group=group)
                 else:
@@ -161,8 +160,8 @@ def text_of(report: dict) -> str:
     lines = [
         f"# One sequence over {ranks} processes",
         "",
-        f"{report['parameters'] / 1e9:.2f} billion parameters, one row of {run['length']:,} tokens, forward and backward "
-        "under activation checkpointing, no optimizer. Written by `scripts/benchmark_sequence.py`:",
+        f"{report['parameters'] / 1e9:.2f} billion parameters, one row of {run['length']:,} tokens, forward and "
+        "backward under activation checkpointing, no optimizer. Written by `scripts/benchmark_sequence.py`:",
         "",
         *birth_lines(report["birth"]),
         "",
@@ -183,9 +182,9 @@ def text_of(report: dict) -> str:
             "",
             f"Efficiency: {report['efficiency']:.1%} of the tokens/s of a process alone.",
             "",
-            f"A step has {sent['calls']} exchanges for the shared row, gradients' averages not counted: a process receives "
-            f"{sent['bytes'] / 2**20:.2f} MiB, {sent['largest'] / 2**20:.3f} MiB in the largest. With nothing beside "
-            f"them they take {sent['seconds'] * 1e3:.2f} ms, {sent['seconds'] / median:.2%} of a step.",
+            f"A step has {sent['calls']} exchanges for the shared row, gradients' averages not counted: a process "
+            f"receives {sent['bytes'] / 2**20:.2f} MiB, {sent['largest'] / 2**20:.3f} MiB in the largest. Alone, "
+            f"they take {sent['seconds'] * 1e3:.2f} ms, {sent['seconds'] / median:.2%} of a step.",
             "",
         ]
     )
