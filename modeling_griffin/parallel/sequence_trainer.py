@@ -57,6 +57,8 @@ def _share_rows(trainer: Trainer, mesh) -> None:
             return gather_for_metrics(data)
 
     accelerator.prepare_data_loader, accelerator.gather_for_metrics = prepare_for_groups, gather_once
+    if hasattr(trainer, "gather_function"):  # what its first evaluation takes; later ones ask the accelerator
+        trainer.gather_function = gather_once
     trainer.get_total_train_batch_size = lambda *args: batch_size(*args) // size
     trainer.add_callback(_CountOnce(size))
 
