@@ -57,6 +57,25 @@ def read_layout(
 
     Arguments as in `GriffinModel.forward`; attention_mask may also be what `masks_for_generate` returned.
     """
+    attention_mask, position_ids, documents = read_rows(
+        config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
+    )
+    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+        return attention_mask.get("sliding_attention"), position_ids, documents
+    seen = (config, inputs_embeds, attention_mask, past_key_values, position_ids, documents)
+    if attention_mask is not None and "sliding_attention" in config.layer_types:
+        seen = _with_padding_first(*seen)
+        documents = documents._replace(order=seen[-1].order)
+    return attention_mask_for_documents(*seen), position_ids, documents
+
+
+def read_rows(
+    config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None
+) -> tuple[torch.Tensor | dict | None, torch.Tensor, Documents]:
+    """The same before attention: the user's mask, checked and on the device, the positions and the documents.
+
+    inputs_embeds: only its shape (B, T, ...) and device are read.
+    """
     shape, device = inputs_embeds.shape[:2], inputs_embeds.device
     attention_mask, position_ids, cu_seq_lens_q, seq_idx = (
         argument.to(device) if isinstance(argument, torch.Tensor) else argument
@@ -66,10 +85,10 @@ def read_layout(
     if past_key_values is not None and not is_tracing(inputs_embeds):
         check_room(config, past_key_values, past_length + shape[1])
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
-    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+    if isinstance(attention_mask, dict):
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
-        return attention_mask.get("sliding_attention"), position_ids, documents
+        return attention_mask, position_ids, documents
     if attention_mask is not None:
         known = past_length == 0 or counts_tokens(config, past_key_values)
         _check_attention_mask(attention_mask, position_ids, past_length if known else None, shape)
@@ -80,11 +99,7 @@ def read_layout(
         documents = Documents(position_ids == 0, real=None, packed=False)
     else:
         documents = read_documents(attention_mask, position_ids, past_length, shape[1])
-    seen = (config, inputs_embeds, attention_mask, past_key_values, position_ids, documents)
-    if attention_mask is not None and "sliding_attention" in config.layer_types:
-        seen = _with_padding_first(*seen)
-        documents = documents._replace(order=seen[-1].order)
-    return attention_mask_for_documents(*seen), position_ids, documents
+    return attention_mask, position_ids, documents
 
 
 def _with_padding_first(config, inputs_embeds, attention_mask, past_key_values, position_ids, documents) -> tuple:

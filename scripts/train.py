@@ -22,6 +22,7 @@ from training.launch import check_checkpoint, check_launch, check_processes, des
 from training.masking import mask_secrets
 from training.ranks import check_same_on_all_ranks, decided_by_rank_0, explain_silence, leave_together
 from training.report import held_out_metrics, next_steps, plot_losses, token_losses, write_metrics
+from training.sequence import share_rows
 from training.start import check_same_model, end_of_complete_run, where_to_start
 from training.table import print_table
 from training.text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
@@ -180,6 +181,7 @@ def make_trainer(model_arguments, data_arguments, training_arguments, resume: Re
     print_table(trainer, facts["eval_bytes"] / max(rows["eval_data"].num_predicted, 1))
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
+    share_rows(trainer, model_arguments.sequence_parallel_size)
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one
     facts["launch"] = describe(trainer.accelerator)

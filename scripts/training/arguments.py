@@ -33,6 +33,15 @@ class ModelArguments:
         default=None, metadata={"help": "continue or fine-tune: a folder or Hub id with weights"}
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention"})
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "processes that share each row; a divisor of their number"}
+    )
+
+    def __post_init__(self):
+        if self.sequence_parallel_size < 1:
+            raise ValueError(
+                f"sequence_parallel_size = {self.sequence_parallel_size}: allowed are whole numbers from 1"
+            )
 
 
 @dataclass

@@ -13,7 +13,12 @@ from training.non_finite import find_in_gradients, find_in_loss
 
 
 class GriffinTrainer(Trainer):
-    """Any number of processes give the numbers of one; what is not finite stops the run."""
+    """Any number of processes give the numbers of one; what is not finite stops the run.
+
+    data_ranks, data_rank: of those that have rows of their own; None: all processes, see `train_sequence`.
+    """
+
+    data_ranks = data_rank = None
 
     fingerprint: dict = {}  # of settings and data, kept in every checkpoint: `--resume` compares it
 
@@ -32,10 +37,12 @@ class GriffinTrainer(Trainer):
         It fills the last global batch of an epoch, an equal part for each process, with rows of the epoch's start; one
         process alone would go on with fewer rows.
         """
-        rows_left = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
-        repeats = self.args.world_size > 1 and rows_left and not self.args.dataloader_drop_last
+        ranks = self.data_ranks or self.args.world_size
+        rank = self.args.process_index if self.data_rank is None else self.data_rank
+        rows_left = len(self.train_dataset) % (self._train_batch_size * ranks)
+        repeats = ranks > 1 and rows_left and not self.args.dataloader_drop_last
         if repeats and self.accelerator.gradient_state.end_of_dataloader:
-            batch["labels"][max(0, rows_left - self.args.process_index * len(batch["labels"])) :] = -100
+            batch["labels"][max(0, rows_left - rank * len(batch["labels"])) :] = -100
         return batch
 
     def _run_epoch(self, *args, **kwargs) -> None:
