@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu import can_overlap, on_its_device
+from .gpu import can_overlap, on_its_device, properties, register_limit, triton_refusal
+from .rg_lru_scan_triton_fallback import backward_or_torch, forward_or_torch
 
 
 try:
@@ -70,13 +71,12 @@ def triton_unavailable_reason(x: torch.Tensor) -> str | None:
     """None where the kernels can run on `x`, else why not."""
     if triton is None:
         return "Triton is not installed"
-    if torch.version.hip is not None:
-        return "the kernels were never run on ROCm"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, the kernels compute in float32"
     if not x.is_cuda and PTX.value:  # under Triton's interpreter they run on a CPU
         return f"x is on {x.device.type}"
-    return None
+    # A traced model cannot read a GPU's properties; the operator asks again when it runs.
+    return None if torch.compiler.is_compiling() else triton_refusal(properties(x.device))
 
 
 def rg_lru_scan_triton(
@@ -92,7 +92,8 @@ def rg_lru_scan_triton(
     Gradients are deterministic. Second derivatives raise.
     """
     state = None if initial_state is None else initial_state.float()
-    return _OPERATORS.forward(x, recurrence_gate, input_gate, log_decay.float(), state, reset)
+    inputs = (x, recurrence_gate, input_gate, log_decay.float(), state, reset)
+    return forward_or_torch(_OPERATORS.forward, inputs)
 
 
 def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
@@ -211,7 +212,7 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
             ROWS=tile.rows,
             CHANNELS=tile.channels,
             num_warps=tile.num_warps,
-            maxnreg=tile.max_registers,
+            **register_limit(tile.max_registers, x.device),
             **(_overlap(x) if chained else {"PDL": False}),
             **flags,
         )
@@ -225,7 +226,7 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, d_hidden, d_last_state):
     saved = ctx.saved_tensors  # once: activation checkpointing computes them at each access
     d_hidden = torch.zeros_like(saved[-1]) if d_hidden is None else d_hidden
-    *gradients, d_initial_state = _OPERATORS.backward(d_hidden, d_last_state, *saved)
+    *gradients, d_initial_state = backward_or_torch(_OPERATORS.backward, d_hidden, d_last_state, *saved)
     return *gradients, None if saved[4] is None else d_initial_state, None
 
 
