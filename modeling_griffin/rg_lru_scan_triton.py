@@ -50,13 +50,16 @@ class Tile(NamedTuple):
 # fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
 FORWARD, FORWARD_NARROW, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(8, 16, 32, 96), Tile(4, 8, 64, 96)
+FORWARD_NARROW_RESETS = Tile(8, 16, 32, 128)  # at 96 registers 192 bytes a thread would lie in memory
 BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
 
 
-def _forward_tile(batch: int, channels: int, exact: bool) -> Tile:
+def _forward_tile(batch: int, channels: int, exact: bool, resets: bool = False) -> Tile:
     if exact:
         return FORWARD_FLOAT32
-    return FORWARD if batch * channels > 64 * 128 else FORWARD_NARROW
+    if batch * channels > 64 * 128:
+        return FORWARD
+    return FORWARD_NARROW_RESETS if resets else FORWARD_NARROW
 
 
 def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
@@ -105,7 +108,7 @@ def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
     if x.shape[1] == 1:
         _launch_step(exact, inputs, (hidden, last_state))
     else:
-        tile = _forward_tile(x.shape[0], x.shape[2], exact)
+        tile = _forward_tile(x.shape[0], x.shape[2], exact, reset is not None)
         _launch(forward_kernel, tile, exact, inputs, (hidden, last_state))
     return hidden, last_state
 

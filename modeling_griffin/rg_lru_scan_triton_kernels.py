@@ -46,7 +46,7 @@ PUBLISHED = tl.constexpr(1 << 30)  # in a vote of the look-back: all words are t
 
 
 @triton.jit
-def _compose(a_1, b_1, a_2, b_2):
+def compose(a_1, b_1, a_2, b_2):
     """The map h -> a_2 (a_1 h + b_1) + b_2."""
     return a_1 * a_2, tl.fma(a_2, b_1, b_2)
 
@@ -137,7 +137,7 @@ def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHA
             a = (high - 1).to(tl.float32, bitcast=True)
             b = words.to(tl.int32).to(tl.float32, bitcast=True)
             if SEGMENTS > 1:
-                a, b = tl.associative_scan((a, b), 0, _compose)
+                a, b = tl.associative_scan((a, b), 0, compose)
             state = tl.sum(tl.where(i_s == SEGMENTS - 1, b, 0.0), 0)
     return state
 

@@ -81,13 +81,14 @@ def capturing(target: GPUTarget) -> Iterator[list[Compiled]]:
             found.append(_described(self.__name__, kwargs, _processor_seconds() - begin, kernel))
         return kernel
 
+    before = driver._active  # the property of that name would look for a GPU
     driver.set_active(_AbsentDriver(target))
     JITFunction.run = compile_only
     try:
         yield found
     finally:
         JITFunction.run = launch
-        driver.reset_active()
+        driver.set_active(before)
 
 
 def _processor_seconds() -> float:

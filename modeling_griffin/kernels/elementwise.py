@@ -16,6 +16,8 @@ from .device.training import GATED_BACKWARD, GATED_FORWARD, NORM_BACKWARD, ROTAT
 try:
     import triton
     import triton.language as tl
+
+    from .arithmetic import gelu, gelu_and_slope
 except ImportError:
     triton = None
 
@@ -228,19 +230,12 @@ if triton is not None:
         tl.store(p_y + p_first + R, (second * cos_2 + first * sin_2).to(p_y.dtype.element_ty), mask=m)
 
     @triton.jit
-    def _gelu(x):
-        """gelu(x) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3), and its derivative."""
-        square = x * x
-        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
-
-    @triton.jit
     def _gated_forward(p_gate, p_x, p_y, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None]
         for step in tl.static_range(STEPS):
             row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
             i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
-            activated, _ = _gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
+            activated = gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
             y = activated * tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
             tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=m)
 
@@ -256,7 +251,7 @@ if triton is not None:
             row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
             i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
             d_y = tl.load(p_d_y + i, mask=m, other=0.0).to(tl.float32)
-            activated, slope = _gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
+            activated, slope = gelu_and_slope(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
             x = tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
             d_gate, d_x = d_y * x * slope, d_y * activated
             tl.store(p_d_gate + i, d_gate.to(p_d_gate.dtype.element_ty), mask=m)

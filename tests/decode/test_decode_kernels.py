@@ -154,7 +154,7 @@ def test_attention(time, heads, key_heads, head_dim, window):
 
 @pytest.mark.parametrize(
     "rows, window, programs, splits",
-    [(1, 500, 256, 16), (1, 417, 256, 14), (2, 500, 10, 3), (5, 300, 20, 2), (64, 80, 256, 2), (64, 80, 128, 1)],
+    [(1, 500, 256, 8), (1, 417, 256, 7), (2, 500, 10, 3), (5, 300, 20, 2), (64, 80, 256, 2), (64, 80, 128, 1)],
 )
 @pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
 @torch.no_grad()
@@ -181,6 +181,8 @@ def test_splits_of_attention(dtype, rows, window, programs, splits, monkeypatch)
         expected, first, second = attend(PlainOps(), time), attend(kernels, time), attend(kernels, time)
         assert_close(LOGITS[dtype], first, expected)
         assert torch.equal(first, second)
+    if dtype == torch.float32 and rows == 1:  # blocks are half as long, and each is a split
+        splits *= 2
     assert set(grids) == {(rows * key_heads, splits)}
     assert kernels.counters is None if splits == 1 else not kernels.counters.any()
 

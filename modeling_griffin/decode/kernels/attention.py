@@ -1,6 +1,6 @@
 """Triton kernel of one query's attention over a ring of keys and values, in splits that run side by side.
 
-Names: p_ pointer, i_ index, m_ mask. The time is read from the device, as in `decode_kernels`. The last split to end
+Names: p_ pointer, i_ index, m_ mask. The time is read from the device, as in `gemv`. The last split to end
 adds up what the others have left, in their order, so that results are the same every time.
 
 Legend: B rows, H heads, K head dimension, W attention window, S splits of the window.

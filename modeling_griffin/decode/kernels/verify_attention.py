@@ -1,6 +1,6 @@
 """Triton kernels of attention for N tokens of one row, which see a ring of keys and values and each other.
 
-Names and splits as in `decode_attention_kernels`. The ring is read and not written: N slots of it still hold what the
+Names and splits as in `attention`. The ring is read and not written: N slots of it still hold what the
 first tokens see. New keys and values lie in buffers of their own, and those of accepted tokens are copied afterwards.
 
 Legend: N tokens, H heads, K head dimension, W attention window, S splits of the window.

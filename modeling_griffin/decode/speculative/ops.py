@@ -1,8 +1,8 @@
 """The operations of a step that reads N tokens of one row, of which it keeps only the first few.
 
-They read the row's state as `decode_ops` left it and write it nowhere: a ring has no slot to spare for a token that may
+They read the row's state as `decode.ops` left it and write it nowhere: a ring has no slot to spare for a token that may
 be rejected. What each token would leave goes to buffers of its own, and `keep_recurrent` and `keep_attention` put that
-of the accepted tokens into the state. Products do not care what their rows are: those of `decode_ops` serve.
+of the accepted tokens into the state. Products do not care what their rows are: those of `decode.ops` serve.
 
 Legend: N tokens of a row, R rotated dimensions, C RG-LRU channels, H heads, K head dimension, W attention window, V
 vocabulary. A clock's cos and sin are (N, R), its time is that of the first token, its padding (1,).

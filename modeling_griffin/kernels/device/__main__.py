@@ -1,7 +1,7 @@
 """What a machine gets: each feature, what runs it and why.
 
-    python -m modeling_griffin.kernels.device                   every GPU of this machine, or its CPU
-    python -m modeling_griffin.kernels.device --gpu sm_89       a GPU that need not be there
+python -m modeling_griffin.kernels.device                   every GPU of this machine, or its CPU
+python -m modeling_griffin.kernels.device --gpu sm_89       a GPU that need not be there
 """
 
 import argparse

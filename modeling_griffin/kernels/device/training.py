@@ -1,7 +1,9 @@
 """Tiles of the training kernels: what was fastest on an H100, and what fits GPUs with less shared memory.
 
-A table's value is a list of tiles, of which the first is taken that fits the GPU. `shared_memory` of a tile is what its
-kernel asks for on the GPU where it asks for most: `scripts/check_portability.py` compiles them and compares.
+A table's value is a list of tiles, of which the first is taken that fits the GPU. `shared_memory` of a tile is what a
+GPU must have for it: what its kernel asks for from Ampere to Ada, where matrix products take their operands from
+registers, or LARGE for tiles that are for Hopper only, whose own products take more. `scripts/check_portability.py`
+compiles every tile for the GPUs that take it, and compares with what these have.
 """
 
 from collections.abc import Sequence
@@ -45,22 +47,27 @@ class ConvolutionTile(NamedTuple):
         return self.chunks * self.rows
 
 
+LARGE = 227 * 1024  # of Hopper and of Blackwell's data-centre GPUs
 # Local attention, by the head dimension rounded up to a power of two. 128: the fastest of a sweep on an H100; the
-# others compile without spills and were not timed.
+# others were not timed. 256: what spills least on GPUs that multiply by warps, from Ampere to the RTX 5090.
 ATTENTION_FORWARD = {
-    64: [AttentionTile(1, 128, 128, 8, 3)],
-    128: [AttentionTile(1, 64, 64, 4, 3)],
-    256: [AttentionTile(1, 128, 64, 8, 2)],
+    64: [AttentionTile(1, 128, 128, 8, 3, 81920)],
+    128: [AttentionTile(1, 64, 64, 4, 3, 90112)],
+    256: [AttentionTile(1, 128, 64, 8, 2, LARGE), AttentionTile(1, 64, 32, 8, 2, 69632)],
 }
 ATTENTION_QUERY_GRADIENT = {
-    64: [AttentionTile(1, 128, 64, 8, 2)],
-    128: [AttentionTile(1, 64, 64, 4, 2)],
-    256: [AttentionTile(1, 128, 32, 8, 2)],
+    64: [AttentionTile(1, 128, 64, 8, 2, 49152)],
+    128: [AttentionTile(1, 64, 64, 4, 2, 73728)],
+    256: [
+        AttentionTile(1, 128, 32, 8, 2, LARGE),
+        AttentionTile(1, 64, 32, 8, 2, 102400),
+        AttentionTile(1, 64, 32, 8, 1, 98304),
+    ],
 }
 ATTENTION_KEY_GRADIENTS = {
-    64: [AttentionTile(1, 128, 64, 8, 3)],
-    128: [AttentionTile(1, 64, 64, 4, 2)],
-    256: [AttentionTile(1, 64, 32, 8, 2)],
+    64: [AttentionTile(1, 128, 64, 8, 3, 67072)],
+    128: [AttentionTile(1, 64, 64, 4, 2, 74496)],
+    256: [AttentionTile(1, 64, 32, 8, 2, 102784), AttentionTile(1, 64, 16, 8, 2, 84160)],
 }
 ATTENTION_BLOCK = 128  # tokens; programs are ordered by blocks of this size, and have such a block or a part of it
 ATTENTION_PROGRAMS = 4  # a multiprocessor, at least, with keys: where there are fewer blocks, heads are divided
@@ -110,9 +117,4 @@ def gates_refusal(gpu: GPU) -> str | None:
     """None where both gates are made by their kernels, else why not."""
     if gpu.vendor == "nvidia" and gpu.capability < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    return None
-
-
-def stated_shared_memory(kernel: str, constants: dict) -> int | None:
-    """What the tile of a kernel of local attention says that it asks for; None of other kernels."""
     return None
