@@ -137,7 +137,8 @@ def persistent_forward_kernel(
         a, b = tl.full([SEGMENTS, PAIRS], 1.0, tl.float32), tl.full([SEGMENTS, PAIRS], 0.0, tl.float32)
         e, f = a, b
         for i in tl.static_range(ROWS):
-            (r_even, r_odd), (i_even, i_odd) = _both(rows[3 * i]), _both(rows[3 * i + 1])
+            r_even, r_odd = _both(rows[3 * i])
+            i_even, i_odd = _both(rows[3 * i + 1])
             x_even, x_odd = _both(rows[3 * i + 2])
             a_even, b_even = _map(r_even, i_even, x_even, decay_even, ONE_RECIPROCAL)
             a_odd, b_odd = _map(r_odd, i_odd, x_odd, decay_odd, ONE_RECIPROCAL)
