@@ -110,6 +110,16 @@ def triton_refusal(gpu: GPU) -> str | None:
     return None
 
 
+def no_kernels_reason(device: torch.device) -> str | None:
+    """`triton_refusal` of this device; found once, since every layer asks."""
+    return triton_refusal(_PRETENDED[-1]) if _PRETENDED else _no_kernels_reason(device)
+
+
+@functools.cache
+def _no_kernels_reason(device: torch.device) -> str | None:
+    return triton_refusal(properties(device))
+
+
 @functools.cache
 def _triton_version() -> tuple[int, int] | None:
     try:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu import can_overlap, on_its_device, properties, register_limit, triton_refusal
+from .gpu import can_overlap, no_kernels_reason, on_its_device, register_limit
 from .rg_lru_scan_triton_fallback import backward_or_torch, forward_or_torch
 
 
@@ -79,7 +79,7 @@ def triton_unavailable_reason(x: torch.Tensor) -> str | None:
     if not x.is_cuda and PTX.value:  # under Triton's interpreter they run on a CPU
         return f"x is on {x.device.type}"
     # A traced model cannot read a GPU's properties; the operator asks again when it runs.
-    return None if torch.compiler.is_compiling() else triton_refusal(properties(x.device))
+    return None if torch.compiler.is_compiling() else no_kernels_reason(x.device)
 
 
 def rg_lru_scan_triton(

@@ -8,7 +8,7 @@ from transformers import generation
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 
-from ..gpu import properties, triton_refusal
+from ..gpu import no_kernels_reason
 
 
 # Without a state and without reading values on the host, so that they can be called for a step that is then dropped.
@@ -82,7 +82,7 @@ def _in_request(logits_processor, stopping_criteria, generation_config, synced_g
 
 def ineligible_model_reasons(model) -> Iterator[str]:
     config, weight = model.config, model.lm_head.weight
-    if weight.is_cuda and (reason := triton_refusal(properties(weight.device))) is not None:
+    if weight.is_cuda and (reason := no_kernels_reason(weight.device)) is not None:
         yield reason
     if config.hidden_activation != "gelu_pytorch_tanh":
         yield f"hidden_activation = {config.hidden_activation!r}"

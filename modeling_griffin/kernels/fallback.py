@@ -15,7 +15,8 @@ from ..gpu import is_kernel_failure, properties
 
 logger = logging.get_logger(__name__)
 FAILED: dict[tuple, str] = {}  # (name, device): how a kernel failed there
-_TRIED: set[tuple] = set()  # (name, device, dtype) whose way back is known to run
+_TRIED: set[tuple] = set()  # (name, device, dtype, size) whose way back is known to run, or which no kernel takes
+LARGE = 20  # bits of a number of elements, from which on sizes are not told apart
 
 
 def or_definition(function: Callable) -> Callable:
@@ -25,7 +26,7 @@ def or_definition(function: Callable) -> Callable:
     @functools.wraps(function)
     def choose(*args, **kwargs):
         first = next((x for x in args if isinstance(x, torch.Tensor)), None)
-        if first is None or not first.is_cuda or torch.compiler.is_compiling():
+        if first is None or not first.is_cuda or _is_transformed():
             return function(*args, **kwargs)
         if (name, first.device) in FAILED:
             return None
@@ -36,6 +37,11 @@ def or_definition(function: Callable) -> Callable:
             give_up(name, first.device, error)
 
     return choose
+
+
+def _is_transformed() -> bool:
+    """By torch.compile or torch.func: then no kernel is called here."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def give_up(name: str, device: torch.device, error: Exception) -> None:
@@ -51,8 +57,8 @@ def give_up(name: str, device: torch.device, error: Exception) -> None:
 
 
 def _try_backward(name: str, first: torch.Tensor, function: Callable, args: tuple, kwargs: dict) -> None:
-    """Once for each dtype: forward and backward of copies of the arguments without a history; results are dropped."""
-    key = (name, first.device, first.dtype)
+    """Once for each dtype and class of size (small tensors are PyTorch's): forward and backward, both dropped."""
+    key = (name, first.device, first.dtype, min(first.numel().bit_length(), LARGE + 1))
     if key in _TRIED or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
         return
     copies = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in args]
@@ -62,8 +68,8 @@ def _try_backward(name: str, first: torch.Tensor, function: Callable, args: tupl
     # Hooks of the caller's (checkpointing counts what is saved) are not to see this call.
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         outputs = function(*copies, **kwargs)
+    _TRIED.add(key)
     if outputs is None:
         return
     outputs = [x for x in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)) if x.requires_grad]
     torch.autograd.grad(outputs, inputs, [torch.zeros_like(x) for x in outputs], allow_unused=True)
-    _TRIED.add(key)

@@ -147,3 +147,13 @@ def test_what_is_a_failure_of_a_kernel():
     assert gpu.is_kernel_failure(OutOfResources("")) and gpu.is_kernel_failure(FileNotFoundError("gcc"))
     assert gpu.is_kernel_failure(RuntimeError("Failed to find C compiler"))
     assert not gpu.is_kernel_failure(torch.OutOfMemoryError("Triton")) and not gpu.is_kernel_failure(KeyError("x"))
+
+
+def test_what_no_kernel_takes_is_asked_once_more_only(doubled, monkeypatch):
+    """Small tensors are PyTorch's: the second call costs one question, and a large one is still tried."""
+    asked = []
+    small = fallback.or_definition(lambda x: asked.append(x) if x.numel() < 2**20 else twice(x))
+    for calls in (2, 3):
+        assert small(torch.ones(4, requires_grad=True)) is None and len(asked) == calls
+    monkeypatch.setattr(Double, "wrong_back", OutOfResources("only for large ones"))
+    assert small(torch.ones(2**20, requires_grad=True)) is None and len(asked) == 3
