@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from modeling_griffin.rg_lru_scan_triton_kernels import COMPLETE, PUBLISHED, _and, _publish, compose
-from modeling_griffin.rg_lru_scan_triton_math import LOG2_E, decay, reciprocal, sigmoid, square_root
+from modeling_griffin.rg_lru_scan_triton_math import LOG2_E, PTX, decay, reciprocal, sigmoid, square_root
 
 
 @triton.jit
@@ -25,8 +25,12 @@ def _both(word):
 
 @triton.jit
 def _packed(even, odd):
-    asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    return tl.inline_asm_elementwise(asm, "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1)
+    if PTX:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        low, high = (even.to(tl.bfloat16).to(tl.int16, bitcast=True), odd.to(tl.bfloat16).to(tl.int16, bitcast=True))
+        return (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
 
 
 @triton.jit

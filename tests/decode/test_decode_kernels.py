@@ -154,7 +154,7 @@ def test_attention(time, heads, key_heads, head_dim, window):
 
 @pytest.mark.parametrize(
     "rows, window, programs, splits",
-    [(1, 500, 256, 8), (1, 417, 256, 7), (2, 500, 10, 3), (5, 300, 20, 2), (64, 80, 256, 2), (64, 80, 128, 1)],
+    [(1, 500, 256, 8), (1, 417, 256, 7), (2, 500, 10, 2), (5, 300, 20, 2), (64, 80, 256, 2), (64, 80, 128, 1)],
 )
 @pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
 @torch.no_grad()

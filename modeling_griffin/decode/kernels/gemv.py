@@ -1,4 +1,4 @@
-"""Triton kernels of one decoding step: every token's work for few rows, at the speed at which weights are read.
+"""Triton GEMVs of one decoding step and what stands around them, at the speed at which weights are read.
 
 Names: p_ pointer, i_ index, m_ mask. Sums are float32; what is stored has the dtype of its tensor. A tensor's time is
 read from the device, so that a recorded CUDA graph can be replayed: the same launch serves every step.
@@ -242,7 +242,7 @@ def _in_order(x):
 
 @triton.jit
 def end_kernel(p_logits, p_token, p_time, V: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):
-    """token (B,): the likeliest of logits (B, V), the first of several; time (1,) += 1. One program: one row.
+    """token (B,): argmax of logits (B, V), the first of several; time (1,) += 1. One program: one row.
 
     No kernel in front reads the time any more once the last of them has ended. A block is asked for before the one in
     front of it is looked at; each thread keeps the best of its places, and only these are compared between threads.

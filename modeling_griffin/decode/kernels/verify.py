@@ -4,7 +4,7 @@ Names and PDL as in `gemv`. What is read before the wait has been left by earlie
 
 Legend: N tokens, C RG-LRU channels, P channels of a gate block. past (TAPS, C), a ring of the convolution's inputs;
 state (C,) float32, h: both as they are before the first of the tokens. new_x (N, C), new_h (N, C) float32: of each.
-report (1 + N,) int64: how many tokens are accepted, and the likeliest token behind each of them.
+report (1 + N,) int64: how many tokens are accepted, and the argmax of the logits of each.
 """
 
 try:
@@ -88,15 +88,15 @@ def draft_recurrent_kernel(
 
 @triton.jit
 def accept_kernel(p_tokens, p_report, p_token, p_time, N, PDL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A token (N,) is right where the one in front of it finds it the likeliest; the first is. One program.
+    """A token (N,) is accepted where it is the argmax of the one in front of it; the first is. One program.
 
-    report[0]: how many are up to the first that is wrong; time goes on by as many. token (1,): the likeliest behind.
+    report[0]: how many are before the first rejected; time goes on by as many. token (1,): argmax of the last of them.
     """
     i_n = tl.arange(0, BLOCK_N)
     wait_for_the_kernel_before(PDL)
-    likeliest = tl.load(p_report + 1 + i_n, mask=i_n < N, other=0)
+    argmax = tl.load(p_report + 1 + i_n, mask=i_n < N, other=0)
     following = tl.load(p_tokens + 1 + i_n, mask=i_n + 1 < N, other=-1)
-    last = tl.min(tl.where(likeliest == following, BLOCK_N, i_n), 0)
+    last = tl.min(tl.where(argmax == following, BLOCK_N, i_n), 0)
     tl.store(p_token, tl.load(p_report + 1 + last))
     tl.store(p_report, (last + 1).to(tl.int64))
     tl.store(p_time, tl.load(p_time) + last + 1)

@@ -132,11 +132,12 @@ def draft_attention_split(
 
 
 def _split(heads: int, queries: int, window: int, head_dim: int, itemsize: int, programs: int) -> dict[str, int]:
-    """How a ring of W slots is divided: into no more splits than are needed for `programs`, each with some blocks."""
+    """How a ring of W slots is divided: into about as many splits as make `programs`, each of whole blocks."""
     fitting = (tile for (largest, size), tile in ATTENTION.items() if head_dim <= largest and itemsize <= size)
     block_s, stages, warps = next(fitting)
     blocks = -(-window // block_s)
-    each = -(-blocks // min(blocks, -(-programs // heads)))
+    wanted = min(blocks, max(1, programs // heads))
+    each = (2 * blocks + wanted) // (2 * wanted)  # blocks of a split, rounded to the nearest
     block_k = _block(head_dim)
     return {
         "SPLIT": each * block_s,
