@@ -33,12 +33,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", nargs="+", default=FAMILIES + ON_AMD, choices=FAMILIES + ON_AMD)
     parser.add_argument("--shape", nargs="+", default=None, help="names of model shapes; default all")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--case", default="", help="only cases whose name has this, for example 'local attention'")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--one", nargs=3, metavar=("GPU", "SHAPE", "DTYPE"), help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="a line for every launch, not only for failures")
     arguments = parser.parse_args(argv)
     if arguments.one:
-        compile_one(*arguments.one, arguments.quick)
+        compile_one(*arguments.one, arguments.quick, arguments.case)
         return
     failures = check(_chosen(arguments), arguments)
     if failures:
@@ -54,7 +55,7 @@ def _chosen(arguments) -> list[tuple[str, str, str]]:
 
 def check(chosen: list[tuple[str, str, str]], arguments) -> list[str]:
     """A process each, since what is compiled for NVIDIA and for AMD differs from the import on."""
-    options = ["--quick"] if arguments.quick else []
+    options = [*(["--quick"] if arguments.quick else []), "--case", arguments.case]
 
     def run(one):
         command = [sys.executable, __file__, "--one", *one, *options]
@@ -97,7 +98,7 @@ def _faults(title: str, launch: dict) -> list[str]:
     return [f"{name}: {fault}" for fault in found]
 
 
-def compile_one(architecture: str, shape: str, dtype: str, quick: bool) -> None:
+def compile_one(architecture: str, shape: str, dtype: str, quick: bool, wanted: str) -> None:
     """Prints a JSON line for each kernel of all cases."""
     if architecture.startswith("gfx"):
         torch.version.hip = "for compilation"  # before the kernels are imported: they ask at import
@@ -111,6 +112,8 @@ def compile_one(architecture: str, shape: str, dtype: str, quick: bool) -> None:
     known = known_gpu(architecture)
     with gpu.pretending(known), capturing(target_of(architecture)) as found:
         for case, launch in cases(SHAPES[shape], DTYPES[dtype], quick):
+            if wanted not in case:
+                continue
             before = len(found)
             launch()
             for each in found[before:]:

@@ -163,5 +163,11 @@ def _decode(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 
     for rows in (1, 64) if quick else (1, 2, 4, 16, 32, 64, 65):
         yield f"decode, {rows} rows", lambda rows=rows: step(rows)._compute()
+
+    def drafts(tokens: int) -> DraftStep:
+        made = DraftStep(step(1), tokens)
+        made.tokens, made.on_host = (torch.empty_like(each, device=META) for each in (made.tokens, made.on_host))
+        return made
+
     for tokens in (8,) if quick else (4, 16, 64):
-        yield f"drafts, {tokens} tokens", lambda tokens=tokens: DraftStep(step(1), tokens)._compute()
+        yield f"drafts, {tokens} tokens", lambda tokens=tokens: drafts(tokens)._compute()
