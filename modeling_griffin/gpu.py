@@ -17,7 +17,7 @@ class GPU(NamedTuple):
     """What kernels are chosen by. A device that is no GPU has vendor "none" and zeros.
 
     vendor: "nvidia", "amd" or "none". capability: (major, minor) of an NVIDIA GPU, (0, 0) of anything else.
-    shared_memory: bytes that a block may opt into.
+    shared_memory: bytes that a block may opt into. architecture: an AMD GPU's, for example "gfx942".
     """
 
     name: str = "CPU"
@@ -25,6 +25,7 @@ class GPU(NamedTuple):
     capability: tuple[int, int] = (0, 0)
     multiprocessors: int = 1
     shared_memory: int = 0
+    architecture: str = ""
 
 
 OLDEST_FOR_TRITON = (7, 5)  # below, Triton's code does not assemble
@@ -33,8 +34,9 @@ AMD_SWITCH = "GRIFFIN_TRITON_ON_AMD"
 ON_AMD = (
     "on AMD GPUs everything is in plain PyTorch (scan, convolution, gates, norms, rotation, activation, loss, local "
     f"attention, and generate in Transformers' loop); the environment variable {AMD_SWITCH}=1 turns the Triton kernels "
-    "on, which compile for gfx90a, gfx942 and gfx1100 but were never run there"
+    "on, which compile for gfx90a and gfx942 but were never run there"
 )
+AMD_THAT_WAITS = "gfx9"  # CDNA: for others the compiler drops what makes the words of the scan's look-back visible
 COMPILER_WORDS = ("Triton", "PassManager", "C compiler", "ptxas", "LLVM")  # in plain RuntimeErrors of Triton's
 OLDEST_TRITON = (3, 5)  # before, programmatic dependent launch is missing; PyTorch 2.9 brings 3.5
 FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too
@@ -73,6 +75,7 @@ def _of_gpu(index: int) -> GPU:
         (0, 0) if is_amd else torch.cuda.get_device_capability(index),
         found.multi_processor_count,
         found.shared_memory_per_block if is_amd else found.shared_memory_per_block_optin,
+        found.gcnArchName.partition(":")[0] if is_amd else "",
     )
 
 
@@ -107,6 +110,8 @@ def triton_refusal(gpu: GPU) -> str | None:
         return f"{gpu.name} has compute capability {_dotted(gpu.capability)}, Triton's kernels need 7.5"
     if gpu.vendor == "amd" and os.environ.get(AMD_SWITCH, "0") in ("", "0"):
         return ON_AMD
+    if gpu.vendor == "amd" and not gpu.architecture.startswith(AMD_THAT_WAITS):
+        return f"{gpu.name} is {gpu.architecture}, the kernels are compiled for gfx90a and gfx942: the scan could hang"
     return None
 
 

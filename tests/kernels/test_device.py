@@ -77,7 +77,8 @@ def test_the_switch_for_amd(monkeypatch):
     reason = gpu.triton_refusal(KNOWN["gfx942"])
     assert "plain PyTorch" in reason and gpu.AMD_SWITCH in reason and "never run" in reason
     monkeypatch.setenv(gpu.AMD_SWITCH, "1")
-    assert gpu.triton_refusal(KNOWN["gfx942"]) is None and gpu.triton_refusal(KNOWN["gfx1100"]) is None
+    assert gpu.triton_refusal(KNOWN["gfx942"]) is None and gpu.triton_refusal(KNOWN["gfx90a"]) is None
+    assert "could hang" in gpu.triton_refusal(KNOWN["gfx1100"])
     with gpu.pretending(KNOWN["gfx942"]):
         assert gpu.register_limit(96, torch.device("meta")) == {}
     with gpu.pretending(KNOWN["sm_90"]):

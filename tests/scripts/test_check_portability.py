@@ -22,6 +22,7 @@ LAUNCH = {
     "spills": 0,
     "allowed_spills": 128,
     "shared_words": None,
+    "hidden_words": False,
 }
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -36,6 +37,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
         ({"seconds": 20.5}, "compiled for 20 s"),
         ({"error": "CompilationError: x"}, "CompilationError: x"),
         ({"shared_words": "4 x 64"}, "two readers"),
+        ({"hidden_words": True}, "a cache of their own"),
     ],
 )
 def test_faults(change, fault):
@@ -58,6 +60,21 @@ def test_words_with_two_readers(per_thread, found):
         }
 
     assert (check_portability._shared_words(Compiled) is not None) == found
+
+
+@pytest.mark.parametrize(
+    "load, store, hidden",
+    [("sc0 sc1", "sc0 sc1", False), ("glc", "glc", False), ("", "sc0 sc1", True), ("sc0", "", True)],
+)
+def test_words_in_a_cache(load, store, hidden):
+    class Compiled:
+        constants = {"CHAINED": True}
+        text = {
+            "amdgcn": f"\tbuffer_load_dwordx2 v[4:5], v66, s[44:47], 0 offen {load}\n"
+            f"\tbuffer_store_dwordx2 v[2:3], v64, s[40:43], 0 offen {store}\n"
+        }
+
+    assert check_portability._hidden_words(Compiled) == hidden
 
 
 def test_a_process_that_fails_is_a_failure(monkeypatch):

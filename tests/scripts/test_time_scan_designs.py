@@ -25,7 +25,8 @@ allowed = (rg_lru_scan(x, r, i, log_decay, backend="torch")[0].double() - expect
 for one_reciprocal in (False, True):
     for blocks in (1, 3):
         found = persistent(Tile(4, 4, 64), blocks, one_reciprocal, x, r, i, log_decay)
-        assert (found.double() - expected).norm() <= 2 * allowed, (one_reciprocal, blocks)
+        # The interpreter cuts float32 off to bfloat16, where a GPU rounds: twice the error.
+        assert (found.double() - expected).norm() <= 3 * allowed, (one_reciprocal, blocks)
         assert torch.equal(found[:, 5], found[:, 4])
 """
 

@@ -16,9 +16,9 @@ KNOWN = {
     "sm_90": GPU("H100, H200 (Hopper)", "nvidia", (9, 0), 132, 227 * KIB),
     "sm_100": GPU("B200 (Blackwell)", "nvidia", (10, 0), 148, 227 * KIB),
     "sm_120": GPU("RTX 5090 (Blackwell)", "nvidia", (12, 0), 170, 99 * KIB),
-    "gfx90a": GPU("MI250 (CDNA 2)", "amd", (0, 0), 104, 64 * KIB),
-    "gfx942": GPU("MI300X (CDNA 3)", "amd", (0, 0), 304, 64 * KIB),
-    "gfx1100": GPU("RX 7900 (RDNA 3)", "amd", (0, 0), 96, 64 * KIB),
+    "gfx90a": GPU("MI250 (CDNA 2)", "amd", (0, 0), 104, 64 * KIB, "gfx90a"),
+    "gfx942": GPU("MI300X (CDNA 3)", "amd", (0, 0), 304, 64 * KIB, "gfx942"),
+    "gfx1100": GPU("RX 7900 (RDNA 3)", "amd", (0, 0), 96, 64 * KIB, "gfx1100"),
 }
 
 
