@@ -63,12 +63,13 @@ def _new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _scan(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     """Both shape classes of each pass; one step; with resets and states, and without."""
-    for batch, length in [(1, 4096), (16, 4096)] if quick else [(1, 4096), (1, 4001), (16, 4096), (16, 4001), (8, 1)]:
-        for whole in (True, False):
-            yield (
-                f"scan ({batch}, {length}){' with resets and states' if whole else ''}",
-                _scan_case(shape, dtype, batch, length, whole),
-            )
+    lengths = [(1, 4096), (1, 4001), (16, 4096), (16, 4001), (8, 1)]
+    chosen = [(*each, whole) for each in lengths for whole in (True, False)]
+    if quick:
+        chosen = [(1, 4096, True), (16, 4096, False)]
+    for batch, length, whole in chosen:
+        name = f"scan ({batch}, {length}){' with resets and states' if whole else ''}"
+        yield name, _scan_case(shape, dtype, batch, length, whole)
 
 
 def _scan_case(shape: Shape, dtype: torch.dtype, batch: int, length: int, whole: bool) -> Callable:
