@@ -1,7 +1,7 @@
 """Local attention on a GPU: flash attention over runs of tokens, each with a window of its own.
 
 A batch of documents, packed or padded, is a list of runs that attend to themselves only. Two kernels take them: ours in
-Triton, the faster one on a Hopper GPU, where there are many tokens and every key has a query; and PyTorch's,
+Triton, the faster one where there are many tokens and every key has a query; and PyTorch's,
 `torch.nn.attention.varlen`. No mask is built, nothing of size T x T or T x W is computed outside the kernels, and
 nothing is compiled for a length.
 

@@ -32,10 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/decode_attention_now"), help="path without suffix")
     arguments = parser.parse_args(argv)
     lines = [f"{torch.cuda.get_device_name()}, bfloat16, us a layer", ""]
-    lines += ["| model | rows | now | " + " | ".join(map(str, PROGRAMS)) + " |", "|---" * (3 + len(PROGRAMS)) + "|"]
+    columns = ["model", "rows", "now", "4 warps", *map(str, PROGRAMS)]
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, shape in MODELS.items():
         for rows in ROWS:
-            cells = [_cell(shape, rows, programs) for programs in (None, *PROGRAMS)]
+            cells = [_cell(shape, rows, None), _cell(shape, rows, None, warps=4)]
+            cells += [_cell(shape, rows, programs) for programs in PROGRAMS]
             lines.append(f"| {name} | {rows} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -44,18 +46,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _aiming_at(programs: int | None) -> Iterator[None]:
-    before = decode.ATTENTION_PROGRAMS, decode.multiprocessors
+def _aiming_at(programs: int | None, warps: int) -> Iterator[None]:
+    before = decode.ATTENTION_PROGRAMS, decode.multiprocessors, decode.ATTENTION_WARPS
+    decode.ATTENTION_WARPS = warps
     if programs is not None:
         decode.ATTENTION_PROGRAMS, decode.multiprocessors = 1, lambda device: programs
     try:
         yield
     finally:
-        decode.ATTENTION_PROGRAMS, decode.multiprocessors = before
+        decode.ATTENTION_PROGRAMS, decode.multiprocessors, decode.ATTENTION_WARPS = before
 
 
 @torch.no_grad()
-def _cell(shape: tuple[int, int, int], rows: int, programs: int | None) -> str:
+def _cell(shape: tuple[int, int, int], rows: int, programs: int | None, warps: int = decode.ATTENTION_WARPS) -> str:
     (heads, head_dim, window), new = shape, {"dtype": torch.bfloat16, "device": "cuda"}
     q, k, v = (torch.randn(rows, n * head_dim, **new) for n in (heads, 1, 1))
     rings = [[torch.randn(rows, 1, window, head_dim, **new) for _ in range(2)] for _ in range(LAYERS)]
@@ -67,7 +70,7 @@ def _cell(shape: tuple[int, int, int], rows: int, programs: int | None) -> str:
     def attend(ops, ring):
         return ops.attend(q, k, v, *ring, clock, head_dim**-0.5)
 
-    with _aiming_at(programs):
+    with _aiming_at(programs, warps):
         splits = decode.attention_split(rows, heads, window, head_dim, 2, q.device)["SPLITS"]
         expected, found = (attend(ops, [x.clone() for x in rings[0]]) for ops in (PlainOps(), kernels))
         error = ((found - expected).abs().max() / expected.abs().max()).item()

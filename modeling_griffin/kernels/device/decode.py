@@ -57,9 +57,10 @@ RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 LEAST_STAGES = 3  # below, a program waits for each tile
 
 ATTENTION_PROGRAMS, DRAFT_PROGRAMS = 2, 1  # a multiprocessor, where the window has as many blocks
-# (largest K, bytes an element): slots of the ring that a program reads at a time, STAGES (blocks on their way), warps
-ATTENTION = {(128, 2): (64, 3, 4), (256, 2): (32, 3, 4), (128, 4): (32, 2, 8), (256, 4): (16, 2, 8)}
-PARTS_AHEAD, MOST_AHEAD = 12288, 8  # numbers, and splits, that the last split asks for at a time: 96 registers a thread
+# (largest K, bytes an element): slots of the ring that a program reads at a time, and STAGES: blocks on their way
+ATTENTION = {(128, 2): (64, 3), (256, 2): (32, 3), (128, 4): (32, 2), (256, 4): (16, 2)}
+ATTENTION_WARPS = 8  # of 4 warps, Triton 3.7 and newer let 200 bytes a thread spill
+PARTS_AHEAD, MOST_AHEAD = 24576, 8  # numbers, and splits, that the last split asks for at a time: 96 registers a thread
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
 
 
@@ -134,7 +135,7 @@ def draft_attention_split(
 def _split(heads: int, queries: int, window: int, head_dim: int, itemsize: int, programs: int) -> dict[str, int]:
     """How a ring of W slots is divided: into about as many splits as make `programs`, each of whole blocks."""
     fitting = (tile for (largest, size), tile in ATTENTION.items() if head_dim <= largest and itemsize <= size)
-    block_s, stages, warps = next(fitting)
+    block_s, stages = next(fitting)
     blocks = -(-window // block_s)
     wanted = min(blocks, max(1, programs // heads))
     each = (2 * blocks + wanted) // (2 * wanted)  # blocks of a split, rounded to the nearest
@@ -146,7 +147,7 @@ def _split(heads: int, queries: int, window: int, head_dim: int, itemsize: int, 
         "BLOCK_S": block_s,
         "STAGES": stages,
         "AHEAD": max(1, min(MOST_AHEAD, PARTS_AHEAD // (queries * block_k))),
-        "num_warps": warps,
+        "num_warps": ATTENTION_WARPS,
     }
 
 
