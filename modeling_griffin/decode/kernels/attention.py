@@ -91,19 +91,22 @@ def all_splits(
 
 
 @triton.jit
-def _of_slots(i_s, slot, kept, W):
-    """Of slots of the ring: which holds this token, and which are seen, this one included."""
+def _load_old(p_keys, p_values, i_s, slot, kept, W, i_k, m_k, K: tl.constexpr):
+    """Keys and values of earlier tokens in these slots, (BLOCK_S, BLOCK_K), zeros elsewhere; and which are seen."""
     age = tl.where(i_s <= slot, slot - i_s, slot - i_s + W)
-    return i_s == slot, (i_s < W) & (age <= kept)
+    seen = (i_s < W) & (i_s != slot) & (age <= kept)
+    tile, mask = i_s[:, None] * K + i_k[None, :], seen[:, None] & m_k[None, :]
+    return tl.load(p_keys + tile, mask=mask, other=0.0), tl.load(p_values + tile, mask=mask, other=0.0), seen[None, :]
 
 
 @triton.jit
-def _load_old(p_keys, p_values, i_s, slot, kept, W, i_k, m_k, K: tl.constexpr):
-    """Keys and values of earlier tokens, (BLOCK_S, BLOCK_K); zeros elsewhere."""
-    is_new, seen = _of_slots(i_s, slot, kept, W)
-    mask = (seen & (i_s != slot))[:, None] & m_k[None, :]
-    tile = i_s[:, None] * K + i_k[None, :]
-    return tl.load(p_keys + tile, mask=mask, other=0.0), tl.load(p_values + tile, mask=mask, other=0.0)
+def _attended_one(q, k, v, is_here, scaling, top, total, sums):
+    """As `attended` for a single key and value (BLOCK_K,), if they are of this split."""
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
+    new_top = tl.maximum(top, tl.where(is_here, score, -1e30))
+    share, shrink = tl.where(is_here, tl.exp(score - new_top), 0.0), tl.exp(top - new_top)
+    rounded = share.to(v.dtype).to(tl.float32)
+    return new_top, total * shrink + share, sums * shrink[:, None] + rounded[:, None] * v.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -138,23 +141,18 @@ def attention_kernel(
     sums = tl.zeros((BLOCK_G, BLOCK_K), tl.float32)
     i_first = i_split * SPLIT + tl.arange(0, BLOCK_S)
     # The first block is asked for before the wait, which stands outside of the loop: inside, it would not be pipelined.
-    k, v = _load_old(p_keys, p_values, i_first, slot, kept, W, i_k, m_k, K)
+    k, v, seen = _load_old(p_keys, p_values, i_first, slot, kept, W, i_k, m_k, K)
     wait_for_the_kernel_before(PDL)
     q = rotated(p_q, p_cos, p_sin, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
     new_k = rotated(p_k, p_cos, p_sin, i_head * K, i_k, m_k, ROTARY)
     new_v = tl.load(p_v + i_head * K + i_k, mask=m_k, other=0.0)
-    is_new, seen = _of_slots(i_first, slot, kept, W)
-    k = tl.where(is_new[:, None], new_k[None, :], k)
-    v = tl.where(is_new[:, None], new_v[None, :], v)
-    top, total, sums = attended(q, k, v, seen[None, :], scaling, top, total, sums)
+    top, total, sums = attended(q, k, v, seen, scaling, top, total, sums)
     for start in tl.range(BLOCK_S, SPLIT, BLOCK_S, num_stages=STAGES):
-        i_s = i_first + start
-        k, v = _load_old(p_keys, p_values, i_s, slot, kept, W, i_k, m_k, K)
-        is_new, seen = _of_slots(i_s, slot, kept, W)
-        k = tl.where(is_new[:, None], new_k[None, :], k)
-        v = tl.where(is_new[:, None], new_v[None, :], v)
-        top, total, sums = attended(q, k, v, seen[None, :], scaling, top, total, sums)
-    m_new = m_k & (slot >= i_split * SPLIT) & (slot < (i_split + 1) * SPLIT)
+        k, v, seen = _load_old(p_keys, p_values, i_first + start, slot, kept, W, i_k, m_k, K)
+        top, total, sums = attended(q, k, v, seen, scaling, top, total, sums)
+    is_here = (slot >= i_split * SPLIT) & (slot < (i_split + 1) * SPLIT)
+    top, total, sums = _attended_one(q, new_k, new_v, is_here, scaling, top, total, sums)
+    m_new = m_k & is_here
     tl.store(p_keys + slot * K + i_k, new_k, mask=m_new)
     tl.store(p_values + slot * K + i_k, new_v, mask=m_new)
     is_last = True
