@@ -59,7 +59,7 @@ LEAST_STAGES = 3  # below, a program waits for each tile
 ATTENTION_PROGRAMS, DRAFT_PROGRAMS = 2, 1  # a multiprocessor, where the window has as many blocks
 # (largest K, bytes an element): slots of the ring that a program reads at a time, and STAGES: blocks on their way
 ATTENTION = {(128, 2): (64, 3), (256, 2): (32, 3), (128, 4): (32, 2), (256, 4): (16, 2)}
-ATTENTION_WARPS = 8  # of 4 warps, Triton 3.7 and newer let 200 bytes a thread spill
+ATTENTION_WARPS = 8  # with 4, a thread keeps twice as much and spills under Triton 3.7
 PARTS_AHEAD, MOST_AHEAD = 24576, 8  # numbers, and splits, that the last split asks for at a time: 96 registers a thread
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
 
