@@ -130,6 +130,14 @@ class GriffinConfig(PreTrainedConfig):
         self.__dict__["base_model_tp_plan"] = None if plan == tensor_parallel_plan(self) else plan
 
     @classmethod
+    def from_preset(cls, name: str, **overrides) -> "GriffinConfig":
+        """A ready-made configuration by name, for example "griffin-100m"; `griffin presets` lists them.
+
+        overrides: fields that differ from it. Raises ValueError for a name that there is none of.
+        """
+        return require_slot("config_from_preset")(name, cls, **overrides)
+
+    @classmethod
     def from_recurrent_gemma(cls, config) -> "GriffinConfig":
         """The same shapes and choices as a RecurrentGemmaConfig; its window of W is W + 1 keys in DeepMind's code."""
         return require_slot("config_from_recurrent_gemma")(config, cls)

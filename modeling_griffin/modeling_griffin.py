@@ -411,6 +411,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     which runs a request on a recorded step where that is exact, and else to Transformers'.
     """
 
+    training_recorder = None  # of the installed package: `record_training` in `training/record.py`
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -449,6 +450,19 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         logits_to_keep: logits of the last so many tokens only (0: of all), or of the tokens with these indices.
         kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
         """
+        if self.training_recorder is not None and not logits_to_keep and past_key_values is None:
+            recorded = self.training_recorder.run(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if recorded is not None:
+                return recorded
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -106,8 +106,8 @@ def compile_one(architecture: str, shape: str, dtype: str, quick: bool, wanted: 
     if architecture.startswith("gfx"):
         torch.version.hip = "for compilation"  # before the kernels are imported: they ask at import
         os.environ["GRIFFIN_TRITON_ON_AMD"] = "1"
-    from compiled_launches import capturing, target_of
-    from portability_cases import SHAPES, cases
+    from portability.cases import SHAPES, cases
+    from portability.compiled_launches import capturing, target_of
 
     from modeling_griffin import gpu
     from modeling_griffin.kernels.device.known import known_gpu

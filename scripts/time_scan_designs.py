@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from benchmark_scan import FLOOR, _copy_ceiling, _inputs, _time
-from scan_designs_kernels import persistent_forward_kernel
+from benchmarks.scan_designs_kernels import persistent_forward_kernel
 
 from modeling_griffin import rg_lru_scan_triton as scan
 from modeling_griffin.gpu import can_overlap, multiprocessors, register_limit

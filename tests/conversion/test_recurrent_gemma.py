@@ -248,6 +248,7 @@ DAMAGES = {
     "no weights": "missing; allowed are checkpoints in safetensors",
     "a tensor less": "the source lacks model.layers.0.mlp_block.up_proj.weight ",
     "a tensor more": "the source has unknown model.layers.7.mlp_block.up_proj.weight ",
+    "a tensor twice": "the source has model.layers.0.mlp_block.up_proj.weight twice",
     "another shape": "the source has wrong shapes for model.layers.0.mlp_block.up_proj.weight ",
 }
 
@@ -258,6 +259,11 @@ def test_a_failure_leaves_nothing(source, tmp_path, damage):
     shards = sorted(source.glob("*.safetensors"))
     if damage == "missing shard":
         shards[-1].unlink()
+    elif damage == "a tensor twice":
+        name = "model.layers.0.mlp_block.up_proj.weight"
+        weight = all_tensors(source)[name]
+        for shard in shards:
+            save_file({**load_file(shard), name: weight}, shard, metadata={"format": "pt"})
     elif damage in ("a tensor less", "a tensor more", "another shape"):
         name = "model.layers.0.mlp_block.up_proj.weight"
         (shard,) = [file for file in shards if name in load_file(file)]
@@ -282,12 +288,148 @@ def test_a_failure_leaves_nothing(source, tmp_path, damage):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def refusal(source, tmp_path, *arguments) -> str:
+    """The one line with which the script ends; nothing is left beside what was there."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(source), str(tmp_path / "griffin"), *arguments])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    start = "convert_recurrent_gemma.py: error: "
+    assert str(stop.value).startswith(start) and "\n" not in str(stop.value)
+    return str(stop.value).removeprefix(start)
+
+
+def changed(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind in ("nan", "inf"):
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = float(kind)
+        return tensor
+    return tensor.to(getattr(torch, kind))
+
+
+NO_WEIGHTS = {
+    "nan": "holds NaN or infinity",
+    "inf": "holds NaN or infinity",
+    "int32": "is torch.int32: allowed are dense tensors of float32",
+    "bool": "is torch.bool: allowed",
+    "float8_e4m3fn": "is torch.float8_e4m3fn: allowed",
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forth", "back"])
+def test_tensors_that_are_no_weights(source, tmp_path, kind, reverse):
+    name, folder, arguments = "model.layers.0.mlp_block.up_proj.weight", source, []
+    if reverse:
+        script.main([str(source), str(tmp_path / "there")])
+        folder, arguments = tmp_path / "there", ["--reverse"]
+    (shard,) = [file for file in folder.glob("*.safetensors") if name in load_file(file)]
+    tensors = load_file(shard)
+    save_file({**tensors, name: changed(tensors[name], kind)}, shard, metadata={"format": "pt"})
+    assert refusal(folder, tmp_path, *arguments).startswith(f"{name} {NO_WEIGHTS[kind]}")
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_tensors_of_deepmind_that_are_no_weights(tmp_path, kind):
+    tensors, name = deepmind_state_dict(), "blocks.1.recurrent_block.rg_lru.a_param"
+    torch.save({**tensors, name: changed(tensors[name], kind)}, tmp_path / "2b.pt")
+    assert refusal(tmp_path / "2b.pt", tmp_path).startswith(f"{name} {NO_WEIGHTS[kind]}")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ([], "holds a list: allowed is a JSON object"),
+        ({}, "weight_map = None in "),
+        ({"weight_map": [1]}, "weight_map = [1] in "),
+        ("../other.safetensors", "names '../other.safetensors': allowed are safetensors files beside it"),
+        ("/other.safetensors", "names '/other.safetensors': allowed"),
+        ("config.json", "names 'config.json': allowed"),
+        (5, "names 5: allowed"),
+    ],
+    ids=str,
+)
+def test_an_index_that_is_none(source, tmp_path, index, message):
+    path = source / "model.safetensors.index.json"
+    good = json.loads(path.read_text())["weight_map"]
+    name = next(iter(good))
+    if not isinstance(index, (list, dict)):
+        index = {"weight_map": {**good, name: index}}
+    path.write_text(json.dumps(index))
+    assert message in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "holds a list: allowed is a JSON object"),
+        ("{", "is not JSON"),
+        ('{"model_type": "recurrent_gemma", "auto_map": null}', "auto_map = None in "),
+        ('{"model_type": "recurrent_gemma", "hidden_size": "wide"}', "cannot be converted ("),
+        ('{"model_type": "recurrent_gemma", "block_types": 3}', "cannot be converted ("),
+        ('{"model_type": ["recurrent_gemma"]}', "cannot be converted ("),
+        (None, "missing; allowed are folders that save_pretrained wrote"),
+    ],
+)
+def test_a_configuration_that_is_none(source, tmp_path, text, message):
+    if text is None:
+        (source / "config.json").unlink()
+    else:
+        (source / "config.json").write_text(text)
+    assert message in refusal(source, tmp_path)
+
+
+def test_a_tokenizer_that_is_a_link(source, tmp_path):
+    """Out of the folder: what it leads to would be given away. To nothing: the copy would lack it."""
+    (tmp_path / "elsewhere").write_text("{}")
+    tokenizer = source / "tokenizer.json"
+    tokenizer.unlink()
+    tokenizer.symlink_to(tmp_path / "elsewhere")
+    expected = f"{tokenizer}: a link to {tmp_path / 'elsewhere'}; allowed are files of the folder itself"
+    assert refusal(source, tmp_path) == expected
+    (tmp_path / "elsewhere").unlink()
+    assert refusal(source, tmp_path).startswith(f"{tokenizer}: a link to nothing, or not a file")
+    tokenizer.unlink()
+    tokenizer.mkdir()
+    assert refusal(source, tmp_path).startswith(f"{tokenizer}: a link to nothing, or not a file")
+    tokenizer.rmdir()
+    tokenizer.write_text("[]")
+    assert refusal(source, tmp_path).startswith(f"{tokenizer} holds a list")
+
+
+def test_links_of_the_hubs_cache(source, tmp_path):
+    """A snapshot is a folder of links to the blobs beside it."""
+    cache = tmp_path / "models--google--small"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for file in source.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    script.main([str(snapshot), str(tmp_path / "griffin")])
+    copied = tmp_path / "griffin" / "tokenizer.json"
+    assert not copied.is_symlink() and copied.read_bytes() == (blobs / "tokenizer.json").read_bytes()
+
+
+def test_only_exact_names_are_copied(source, tmp_path):
+    for name in ("tokenizer_token.txt", "tokenizer.env", "LICENSE_KEY.txt", "secret.model", "NOTICE.pem", "LICENSE"):
+        (source / name).write_text("hf_SECRET")
+    script.main([str(source), str(tmp_path / "griffin")])
+    names = {path.name for path in (tmp_path / "griffin").iterdir()}
+    assert not names & {"tokenizer_token.txt", "tokenizer.env", "LICENSE_KEY.txt", "secret.model", "NOTICE.pem"}
+    assert {"LICENSE", "tokenizer.json", "tokenizer_config.json"} <= names
+
+
+@pytest.mark.parametrize("size", ["infGB", "nanGB", "-1GB", "5", "GB", "5TB"])
+def test_a_size_that_is_none(source, tmp_path, size):
+    assert refusal(source, tmp_path, f"--max-shard-size={size}").startswith(f"max_shard_size = {size!r}: allowed are")
+
+
 def test_script_takes_a_hub_id(source, tmp_path, monkeypatch):
     asked = []
 
     def download(repo, allow_patterns, revision):
         asked.append((repo, revision))
-        assert {"*.safetensors", "*.json", "tokenizer*"} <= set(allow_patterns)
+        assert {"*.safetensors", "*.json", "tokenizer.model"} <= set(allow_patterns)
         return str(source)
 
     monkeypatch.setattr(script, "snapshot_download", download)
@@ -374,6 +516,19 @@ class Code:
         ({"weight": torch.zeros(2)}, "embedder.input_embedding is missing"),
         ({"embedder.input_embedding": torch.zeros(2, 2), "blocks.0.x": torch.zeros(2)}, "lacks 'blocks.0"),
         ([torch.zeros(2)], "holds a list: allowed is DeepMind's state dict"),
+        ({"embedder.input_embedding": 3}, "embedder.input_embedding = 3: allowed is a tensor"),
+        ({"embedder.input_embedding": torch.zeros(2)}, r"input_embedding has shape \(2,\): allowed are 2 dimensions"),
+        ({"embedder.input_embedding": torch.zeros(2, 0)}, r"input_embedding has shape \(2, 0\): allowed"),
+        ({"embedder.input_embedding": torch.zeros(2, 2)}, "blocks none: allowed are blocks from 0 on"),
+        ({"embedder.input_embedding": torch.zeros(2, 2), 7: torch.zeros(2)}, "allowed are tensors, under the names"),
+        ({"embedder.input_embedding": torch.zeros(2, 2), "step": 7}, "step = 7: allowed are tensors"),
+        (("blocks.0.mlp_block.ffw_down.weight", torch.zeros(3)), r"ffw_down.weight has shape \(3,\): allowed are 2"),
+        (("blocks.0.mlp_block.ffw_up.w", torch.zeros(3)), r"ffw_up.w has shape \(3,\): allowed are 3 dimensions, 2 of"),
+        (("blocks.0.mlp_block.ffw_up.b", torch.zeros(3, 1, 1, 96)), r"ffw_up.b has shape \(3, 1, 1, 96\): allowed"),
+        (("blocks.0.recurrent_block.conv_1d.w", torch.zeros(4)), r"conv_1d.w has shape \(4,\): allowed are 2"),
+        (("blocks.0.recurrent_block.rg_lru.a_gate.w", torch.tensor(1.0)), r"a_gate.w has shape \(\): allowed are 3"),
+        (("blocks.2.attention_block.proj_k.weight", torch.zeros(0, 32)), r"proj_k.weight has shape \(0, 32\)"),
+        (("blocks.500000.recurrent_block.conv_1d.w", torch.zeros(4, 48)), "blocks 0, 1, 2, 500000: allowed are blocks"),
         ({"embedder.input_embedding": Code()}, "tensors and nothing else .UnpicklingError"),
         (b"", "tensors and nothing else .EOFError"),
         (b"some text", "tensors and nothing else"),
@@ -381,7 +536,6 @@ class Code:
         ("a tensor less", r"the source lacks model.layers.1.mlp_block.down_proj.weight \("),
         ("a tensor more", "blocks.1.mystery: not a parameter of DeepMind's recurrentgemma"),
     ],
-    ids=["other names", "no layers", "list", "code", "empty", "text", "cut", "a tensor less", "a tensor more"],
 )
 def test_script_refuses_a_file_that_is_none(tmp_path, monkeypatch, content, message):
     file = tmp_path / "other.pt"
@@ -398,7 +552,7 @@ def test_script_refuses_a_file_that_is_none(tmp_path, monkeypatch, content, mess
         if content == "cut":
             file.write_bytes(file.read_bytes()[:-5000])
     else:
-        torch.save(content, file)
+        torch.save({**deepmind_state_dict(), content[0]: content[1]} if isinstance(content, tuple) else content, file)
     with pytest.raises(SystemExit, match=message) as stop:
         script.main([str(file), str(tmp_path / "griffin")])
     assert str(stop.value).startswith("convert_recurrent_gemma.py: error: ") and "\n" not in str(stop.value)

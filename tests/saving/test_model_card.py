@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 import modeling_griffin
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
-from modeling_griffin.saving.card import is_generated, keep_model_card, write_model_card
-from modeling_griffin.saving.card_template import TEMPLATE
+from modeling_griffin.saving.card import TEMPLATE, is_generated, keep_model_card, write_model_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -189,9 +189,186 @@ def test_trainer_keeps_it(folder):
     assert 'from_pretrained("me/griffin"' in card.text and card.data.base_model is None
 
 
+TOKEN = "hf_" + "a1B2" * 8
+
+
+def with_secrets(folder: Path) -> None:
+    """metrics.json as an earlier version of the training script wrote it."""
+    command = f"python scripts/train.py run.yaml --hub_token {TOKEN} --proxy_password hunter2 --seed 1"
+    data = "https://me:hunter2@data.example/text.jsonl"
+    settings = {"environment": {"WANDB_API_KEY": "hunter2"}, "train_data": data, "eval_data": data, "command": command}
+    (folder / "metrics.json").write_text(json.dumps({**METRICS, **settings}))
+
+
+def test_secrets_of_an_old_run_are_masked(folder):
+    """In the card, and in metrics.json itself: uploads take both."""
+    with_secrets(folder)
+    written = str(write_model_card(folder)), (folder / "README.md").read_text(), (folder / "metrics.json").read_text()
+    for text in written:
+        assert TOKEN not in text and "hunter2" not in text
+        assert "run.yaml --hub_token HIDDEN --proxy_password HIDDEN --seed 1" in text and "HIDDEN@data.example" in text
+    assert json.loads(written[2])["steps"] == METRICS["steps"]
+
+
+@pytest.mark.parametrize("card", ["Written by a person.", None])
+def test_saving_again_masks_them_too(tmp_path, card):
+    with_secrets(tmp_path)
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    GriffinForCausalLM(config()).save_pretrained(tmp_path)
+    for name in ("README.md", "metrics.json"):
+        text = (tmp_path / name).read_text()
+        assert TOKEN not in text and "hunter2" not in text
+    assert (card is None) == ("--hub_token HIDDEN" in (tmp_path / "README.md").read_text())
+
+
+EVIL = "x</td>\n\n# Owned\n<script>alert(1)</script> | `code` [click](https://evil.example) **bold** \u202e $$ \ud800"
+
+
+def changed_config(folder: Path, **changes) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **changes}))
+
+
+def body(card: ModelCard) -> str:
+    """The text of the card without its blocks of code, in which nothing is markup."""
+    text = re.sub(r"```python\n.*?```", "", card.text, flags=re.DOTALL)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+
+
+def test_markup_from_other_peoples_files_is_text(folder):
+    """Every text of config.json, metrics.json, the command line's names and an earlier card."""
+    expected = re.findall(r"^#.*|^\|[^|]*\|", body(write_model_card(folder, repo_id="me/fine")), flags=re.MULTILINE)
+    changed_config(
+        folder,
+        architectures=["GriffinForSequenceClassification"],
+        lambda_init=EVIL,
+        lambda_init_bounds=[EVIL, "# low"],
+        id2label={"0": EVIL, "1": "two\n# words"},
+    )
+    metrics = {**METRICS, "train_data": EVIL, "eval_data": EVIL, "versions": {EVIL: EVIL}, "device": EVIL}
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "command": f"train.py '{EVIL}' ```"}))
+    result = EvalResult("text-generation", "me/words", "x|y\n# z<b>", "perplexity", "<i>1", metric_name="a|b")
+    card = write_model_card(
+        folder, repo_id="me/fine", base_model="<b>base</b>\n# x", license="<u>", eval_results=[result]
+    )
+    text = body(card)
+    for markup in (
+        "<script",
+        "<b>",
+        "<i>",
+        "<u>",
+        "</td>",
+        "\n# Owned",
+        "](https://evil",
+        "**bold",
+        "`code`",
+        "$$",
+        "\u202e",
+    ):
+        assert markup not in text, markup
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings[0] == "# fine" and all(line.startswith("## ") for line in headings[1:])
+    assert {line for line in headings} >= {line for line in expected if line.startswith("#")}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            assert line.count("|") in (3, 4), line
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;b&gt;base&lt;/b&gt; # x" in text
+    assert (folder / "README.md").read_text(encoding="utf-8") == str(card)
+
+
+@pytest.mark.parametrize("name", ['x"); import os; ("', "x\n```\n# Owned", "<script>", "back\\slash", "ünï"])
+def test_a_name_stays_a_name_in_the_code(folder, name):
+    card = write_model_card(folder, repo_id=name)
+    for block in re.findall(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL):
+        calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call) and node.args]
+        names = [call.args[0].value for call in calls if call.func.attr == "from_pretrained"]
+        assert names == [" ".join(name.split())]
+    assert "<script>" not in body(card) and "\n# Owned" not in card.text
+
+
+def test_ordinary_names_are_not_touched():
+    from modeling_griffin.saving.card_text import inline
+
+    for text in ("held-out text", "my_text.jsonl", "torch 2.13.0, triton 3.5", "NVIDIA H200 (sm_90)", "me/words", "é"):
+        assert inline(text) == text
+    assert inline("a" * 500) == "a" * 199 + "…" and inline(0.9) == "0.9"
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", [], "config.json holds a list: allowed is a JSON object"),
+        ("config.json", {"hidden_size": "<b>"}, "hidden_size = '<b>' in .*config.json: allowed are positive whole"),
+        ("config.json", {"layer_types": None}, "layer_types = None in .*config.json: allowed is a list of names"),
+        ("config.json", {"architectures": []}, r"architectures = \[\] in .*config.json: allowed is a list of names"),
+        ("config.json", {"attention_window_size": True}, "attention_window_size = True in "),
+        ("config.json", {"rg_lru_c": "8"}, "rg_lru_c = '8' in .*config.json: allowed are numbers"),
+        ("metrics.json", [], "metrics.json holds a list: allowed is a JSON object"),
+        ("metrics.json", {"versions": ["torch"]}, r"versions = \['torch'\] in metrics.json: allowed is an object"),
+        ("metrics.json", {"eval_loss": "low"}, "eval_loss = 'low' in metrics.json: allowed are numbers"),
+        ("metrics.json", {"command": ["train.py"]}, r"command = \['train.py'\] in metrics.json: allowed is a text"),
+    ],
+)
+def test_fields_of_other_kinds_are_named(folder, file, content, message):
+    if isinstance(content, dict) and file == "config.json":
+        changed_config(folder, **content)
+    else:
+        (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        write_model_card(folder)
+
+
+def test_only_the_models_weights_are_counted(folder):
+    from safetensors.torch import save_file
+
+    parameters = GriffinForCausalLM(config()).num_parameters()
+    save_file({"optimizer.state": torch.zeros(1000)}, folder / "model-optimizer.safetensors")
+    assert f"| parameters | {parameters:,}, embeddings counted once |" in write_model_card(folder).text
+
+
+@pytest.mark.parametrize("name", ["model", "Model", "output", "checkpoint-400", "final_model", "me/model"])
+def test_the_title_is_not_that_of_any_folder(folder, tmp_path, name):
+    """Then it says what the model is. A name that somebody chose stays."""
+    if "/" in name:
+        card = write_model_card(folder, repo_id=name)
+    else:
+        saved = folder / name
+        saved.mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (saved / file).write_bytes((folder / file).read_bytes())
+        card = write_model_card(saved)
+    parameters = GriffinForCausalLM(config()).num_parameters()
+    assert (
+        re.search(r"^# (.*)$", card.text, flags=re.MULTILINE)[1] == f"Griffin with {parameters / 1000:.2g}K parameters"
+    )
+    assert write_model_card(folder, repo_id="me/my-griffin").text.startswith("\n# my-griffin\n")
+
+
+def test_it_names_the_licence_of_the_code(folder):
+    """The weights' is their owner's to choose."""
+    card = write_model_card(folder)
+    assert card.data.license is None
+    assert "The Python files beside the weights are under the Apache License 2.0 (Apache-2.0)" in card.text
+    given = write_model_card(folder, license="gemma")
+    assert given.data.license == "gemma" and "The weights are not covered by it. Theirs: gemma.\n" in given.text
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(7, "7"), (1234, "1.2K"), (123456, "123K"), (1_234_567, "1.2M"), (2_100_000_000, "2.1B"), (999_999, "1M")],
+)
+def test_short_numbers(number, text):
+    from modeling_griffin.saving.card_text import short_number
+
+    assert short_number(number) == text
+
+
 def test_a_card_does_not_tell_where_files_lay():
     from modeling_griffin.saving.card_facts import without_folders
 
     command = "python scripts/train.py run.yaml --train_data /home/someone/secret/text.jsonl --seed 1"
     assert without_folders(command) == "python scripts/train.py run.yaml --train_data text.jsonl --seed 1"
+    assert without_folders("train.py --train_data=/home/someone/text.jsonl") == "train.py --train_data=text.jsonl"
+    assert without_folders("https://host/a/b.jsonl and a/b") == "https://host/a/b.jsonl and a/b"
     assert without_folders(None) is None

@@ -14,7 +14,7 @@ from modeling_griffin.saving.save import AUTO_MAP, code_files
 
 
 CODE = sorted(path.name for path in code_files())
-SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.py"))
+SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").rglob("*.py"))
 
 
 def test_what_the_shipped_files_import():

@@ -8,7 +8,7 @@ import benchmark_distributed
 import pytest
 from _script_helpers import ROOT
 from benchmark_distributed import largest_depth, launch, main, make_config, summarise
-from memory_formulas import parameters, sizes_of
+from planning.memory_formulas import parameters, sizes_of
 
 
 TINY = str(ROOT / "configuration" / "model" / "tiny.json")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from _script_helpers import ROOT
-from birth_certificate import birth_certificate, birth_lines, quantiles
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles
 
 
 def test_scripts_can_be_imported():

@@ -89,7 +89,7 @@ def test_a_kernel_that_does_not_fit():
     """A tile of local attention that asks for more than 99 KB is found, by name."""
     program = """
 import torch
-from compiled_launches import capturing, target_of
+from portability.compiled_launches import capturing, target_of
 from modeling_griffin import gpu
 from modeling_griffin.kernels import attention
 from modeling_griffin.kernels.device.known import known_gpu

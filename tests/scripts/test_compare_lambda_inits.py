@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 
 import datasets
-import lambda_init_run
 import pytest
 import torch
 import yaml
 from _script_helpers import ROOT, document_nats, make_text
 from compare_lambda_inits import main, plan, read_records, read_sweep, run_all, select_tasks
-from lambda_init_run import depth_ladder, make_config, make_model, make_optimizer, run_one
-from lambda_init_statistics import metrics
-from lambda_init_tasks import LanguageTask, _read_texts, cut, make_task, prepare_text
+from lambda_study import run as lambda_init_run
+from lambda_study.run import depth_ladder, make_config, make_model, make_optimizer, run_one
+from lambda_study.statistics import metrics
+from lambda_study.tasks import LanguageTask, _read_texts, cut, make_task, prepare_text
 from report_lambda_inits import main as report
 
 from modeling_griffin import decay_parameter_names

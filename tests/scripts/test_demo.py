@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 from _script_helpers import ROOT
 from demo import PROMPT, demo, topic_documents
-from trigram import END, SYMBOLS, trigram_bits_per_byte
+from lambda_study.trigram import END, SYMBOLS, trigram_bits_per_byte
 
 
 def test_held_out_topics_share_no_paragraph_with_the_training_text():

@@ -10,19 +10,6 @@ import pytest
 import torch
 from _script_helpers import ROOT, run_to_end
 from accelerate.utils.operations import convert_outputs_to_fp32
-from memory_formulas import (
-    AUTOCAST,
-    BFLOAT16,
-    FLOAT32,
-    FUSED_AUTOCAST,
-    FUSED_BFLOAT16,
-    activations,
-    kept,
-    layer_tensors,
-    other_tensors,
-    parameters,
-    sizes_of,
-)
 from memory_runs import TENSOR_PARALLEL, A, R, make_config
 from plan_memory import (
     MEASURED_TOLERANCE,
@@ -35,6 +22,19 @@ from plan_memory import (
     ring,
     tensor_parallel,
     tensor_parallel_share,
+)
+from planning.memory_formulas import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT32,
+    FUSED_AUTOCAST,
+    FUSED_BFLOAT16,
+    activations,
+    kept,
+    layer_tensors,
+    other_tensors,
+    parameters,
+    sizes_of,
 )
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -172,7 +172,7 @@ def test_the_peaks_measured_on_gpus(page):
     The benchmark passes once a step: FSDP2 then holds no gradients at the peak. It wraps one process in DDP too, which
     has its buckets then.
     """
-    report = json.loads((ROOT / "results" / f"{page}.json").read_text())
+    report = json.loads((ROOT / "results" / "distributed" / f"{page}.json").read_text())
     config = GriffinConfig.from_json_file(ROOT / "configuration" / "model" / f"{report['run']['config']}.json")
     sizes, batch = sizes_of(config), (report["run"]["rows"], report["run"]["length"])
     for row in report["rows"]:

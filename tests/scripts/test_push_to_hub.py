@@ -168,11 +168,13 @@ def test_folders_that_cannot_be_loaded(client, folder, tmp_path):
     broken = copy_of(folder, tmp_path)
     assert refusal(client, tmp_path, "me/x").endswith("allowed are folders that save_pretrained wrote")
     (broken / "model.safetensors").rename(tmp_path / "weights")
-    assert "holds no model*.safetensors" in refusal(client, broken, "me/x")
+    (broken / "rg_lru.py").rename(tmp_path / "code")
+    assert refusal(client, broken, "me/x") == f"{broken}/rg_lru.py is missing: save the model again"
+    (tmp_path / "code").rename(broken / "rg_lru.py")
+    missing = f"{broken}/model.safetensors: missing; allowed are checkpoints in safetensors"
+    assert refusal(client, broken, "me/x") == missing
     (broken / "rg_lru.py").write_text("print('not what was installed')")
     assert refusal(client, broken, "me/x").startswith(f"rg_lru.py in {broken} differ from the installed package")
-    (broken / "rg_lru.py").unlink()
-    assert refusal(client, broken, "me/x") == f"{broken}/rg_lru.py is missing: save the model again"
     config = json.loads((broken / "config.json").read_text())
     del config["auto_map"]["AutoModel"]
     (broken / "config.json").write_text(json.dumps(config))
@@ -186,7 +188,7 @@ def test_folders_that_cannot_be_loaded(client, folder, tmp_path):
         ("another class", r"architectures = \['LlamaForCausalLM'\] in .*config.json: allowed is a class of"),
         ("no JSON", r"config.json is not JSON \(Expecting"),
         ("cut weights", r"copy/model.safetensors is damaged \(.*\): save the model again"),
-        ("no metadata", r"the metadata at the top of .*README.md is not YAML \(while parsing"),
+        ("no metadata", r"the metadata at the top of .*README.md cannot be read \(while parsing"),
     ],
 )
 def test_damaged_folders(client, folder, tmp_path, damage, message):
@@ -202,6 +204,197 @@ def test_damaged_folders(client, folder, tmp_path, damage, message):
         config["architectures"] = None if damage == "no class" else ["LlamaForCausalLM"]
         (broken / "config.json").write_text(json.dumps(config))
     assert re.search(message, refusal(client, broken, "me/x", "--dry-run"))
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("auto_map", None, r"auto_map = None in .*config.json: allowed is an object"),
+        ("auto_map", ["GriffinModel"], r"auto_map = \['GriffinModel'\] in .*: allowed is an object"),
+        (
+            "auto_map.AutoModel",
+            "../other.GriffinModel",
+            r"auto_map.AutoModel = '../other.GriffinModel' in .*FILE.CLASS",
+        ),
+        ("auto_map.AutoModel", "you/theirs--modeling.X", r"auto_map.AutoModel = 'you/theirs--modeling.X' in .*"),
+        ("auto_map.AutoModel", 3, r"auto_map.AutoModel = 3 in "),
+        ("vocab_size", None, r"vocab_size = None in .*config.json: allowed are positive whole numbers"),
+        ("vocab_size", 0, r"vocab_size = 0 in "),
+        ("vocab_size", True, r"vocab_size = True in "),
+        ("vocab_size", "64", r"vocab_size = '64' in "),
+        ("architectures", {"0": "GriffinModel"}, r"architectures = \{'0': 'GriffinModel'\} in .*: allowed is a class"),
+        ("layer_types", None, r"layer_types = None in .*config.json: allowed is a list of names"),
+        ("hidden_size", "wide", r"hidden_size = 'wide' in .*config.json: allowed are positive whole numbers"),
+        ("lambda_init_bounds", [1], r"lambda_init_bounds = \[1\] in .*config.json: allowed are two numbers"),
+    ],
+)
+def test_fields_of_other_kinds(client, folder, tmp_path, field, value, message):
+    broken = copy_of(folder, tmp_path)
+    config = json.loads((broken / "config.json").read_text())
+    outer, _, inner = field.partition(".")
+    (config[outer] if inner else config)[inner or outer] = value
+    (broken / "config.json").write_text(json.dumps(config))
+    assert re.match(message, refusal(client, broken, "me/x", "--dry-run"))
+
+
+def test_a_configuration_that_is_a_list(client, folder, tmp_path):
+    broken = copy_of(folder, tmp_path)
+    (broken / "config.json").write_text("[1, 2]")
+    expected = f"{broken}/config.json holds a list: allowed is a JSON object"
+    assert refusal(client, broken, "me/x", "--dry-run") == expected
+
+
+LISTING = """
+    check, push_to_hub.check_shipped_code = push_to_hub.check_shipped_code, lambda *arguments: 0.0
+    try:
+        main([folder, "me/dry", "--dry-run"])
+    finally:
+        push_to_hub.check_shipped_code = check
+    """
+
+
+def listed(client, folder) -> set[str]:
+    """What a dry run says it would send, without the clean process."""
+    lines = client.printed(LISTING, folder=folder).splitlines()
+    return {line.split()[-1] for line in lines if re.match(r"  +[\d,]+  ", line)}
+
+
+def test_only_exact_names_are_sent(client, folder, tmp_path):
+    """A name that only sounds like a model's file stays at home, and so does a link that nobody asked for."""
+    mine = copy_of(folder, tmp_path)
+    known = ["tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "NOTICE"]
+    planted = [".env", "token", "id_rsa", "tokenizer_token.txt", "tokenizer.env", "tokenizer_backup.pem", "LICENSE.pem"]
+    planted += [
+        "LICENSE_KEY.txt",
+        "model-optimizer.safetensors",
+        "model-00009-of-00009.safetensors",
+        "metrics.json.bak",
+    ]
+    for name in [*known, *planted]:
+        (mine / name).write_text("{}")
+    (mine / "LICENSE_LINK").symlink_to("/etc/hostname")
+    (mine / "dangling").symlink_to(tmp_path / "nowhere")
+    sent = listed(client, mine)
+    assert sent == listed(client, folder) | set(known)
+    assert {"config.json", "model.safetensors", "README.md", *CODE} <= sent
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "LICENSE", "model.safetensors", "README.md", "generation_config.json"]
+)
+def test_a_link_is_not_followed(client, folder, tmp_path, name):
+    mine, elsewhere = copy_of(folder, tmp_path), tmp_path / "elsewhere"
+    content = (mine / name).read_bytes() if (mine / name).exists() else b"Mine."
+    (mine / name).unlink(missing_ok=True)
+    (mine / name).symlink_to(elsewhere)
+    dangling = refusal(client, mine, "me/x", "--dry-run")
+    assert dangling.startswith(f"{mine / name}") and ("is a link" in dangling or "missing" in dangling)
+    elsewhere.write_bytes(content)
+    assert refusal(client, mine, "me/x", "--dry-run").startswith(f"{mine / name} is a link: allowed are files of the")
+
+
+def in_shards(client, folder, tmp_path):
+    """The model in several files of weights; returns the folder and its index."""
+    mine = tmp_path / "shards"
+    client.run(
+        "GriffinForCausalLM.from_pretrained(folder).save_pretrained(mine, max_shard_size='8KB')",
+        folder=folder,
+        mine=mine,
+    )
+    return mine, json.loads((mine / "model.safetensors.index.json").read_text())
+
+
+def test_weights_are_what_their_index_names(client, folder, tmp_path):
+    mine, index = in_shards(client, folder, tmp_path)
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 1
+    shutil.copyfile(mine / shards[0], mine / "model-optimizer.safetensors")
+    sent = {name for name in listed(client, mine) if "safetensors" in name}
+    assert sent == {*shards, "model.safetensors.index.json"}
+    (mine / shards[-1]).unlink()
+    assert refusal(client, mine, "me/x", "--dry-run").startswith(f"{mine / shards[-1]}: missing; allowed")
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", ".env", "token", 3]
+)
+def test_an_index_that_names_something_else(client, folder, tmp_path, name):
+    mine, index = in_shards(client, folder, tmp_path)
+    index["weight_map"]["lm_head.weight"] = name
+    (mine / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = f"{mine}/model.safetensors.index.json names {name!r}: allowed are safetensors files beside it"
+    assert refusal(client, mine, "me/x", "--dry-run") == expected
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ([], "holds a list: allowed is a JSON object"),
+        ({"weight_map": ["a"]}, "weight_map = ['a'] in "),
+        ({}, "weight_map = None in "),
+        ("swapped", "which model.safetensors.index.json does not give it: save the model again"),
+    ],
+    ids=["list", "list of names", "empty", "swapped"],
+)
+def test_an_index_that_is_none(client, folder, tmp_path, index, message):
+    mine, good = in_shards(client, folder, tmp_path)
+    if index == "swapped":
+        one, other = sorted(set(good["weight_map"].values()))[:2]
+        swap = {one: other, other: one}
+        index = {"weight_map": {tensor: swap.get(file, file) for tensor, file in good["weight_map"].items()}}
+    (mine / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message in refusal(client, mine, "me/x", "--dry-run")
+
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+def test_secrets_of_an_old_run_are_not_sent(hub, client, folder, tmp_path):
+    """metrics.json goes up masked, the card too, and the folder is not changed."""
+    mine = copy_of(folder, tmp_path)
+    command = f"python scripts/train.py run.yaml --hub_token {TOKEN} --report_password hunter2 --seed 1"
+    text = json.dumps({"command": command, "train_data": "https://me:hunter2@data.example/text.jsonl", "steps": 7})
+    (mine / "metrics.json").write_text(text)
+    code = """
+        from pathlib import Path
+        from types import SimpleNamespace
+        api, path = push_to_hub.HfApi(), Path(folder)
+        names, _ = push_to_hub.list_files(path, False)
+        card = push_to_hub.prepare_card(path, "me/masked", {})
+        arguments = SimpleNamespace(private=False, revision=None, message="Upload")
+        commit = push_to_hub.upload(api, "me/masked", path, names, card, arguments)
+        push_to_hub.verify("me/masked", commit, path, names, card)
+        """
+    client.run(code, folder=mine)
+    files = hub.files("me/masked")
+    for name in ("metrics.json", "README.md"):
+        sent = files[name].decode()
+        assert TOKEN not in sent and "hunter2" not in sent and "--seed 1" in sent and "HIDDEN@data.example" in sent
+    assert json.loads(files["metrics.json"])["steps"] == 7 and (mine / "metrics.json").read_text() == text
+    assert "sent with its secrets masked" in client.printed(LISTING, folder=mine)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "README.md", "LICENSE"])
+def test_a_token_in_the_settings_is_refused(client, folder, tmp_path, name):
+    mine = copy_of(folder, tmp_path)
+    (mine / name).write_text(json.dumps({"token": TOKEN}))
+    assert refusal(client, mine, "me/x", "--dry-run").startswith(f"{mine / name} holds a token")
+
+
+@pytest.mark.parametrize("change, message", [("more", "hold what is not the model's: spy"), ("less", "lack model.")])
+def test_weights_that_are_not_the_models(client, folder, tmp_path, change, message):
+    mine = copy_of(folder, tmp_path)
+    code = """
+        from safetensors.torch import load_file, save_file
+        tensors = load_file(path)
+        if change == "more":
+            tensors["spy"] = torch.zeros(3)
+        else:
+            del tensors["model.final_norm.weight"]
+        save_file(tensors, path, metadata={"format": "pt"})
+        """
+    client.run(code, path=mine / "model.safetensors", change=change)
+    assert f"the weights in {mine} {message}" in refusal(client, mine, "me/x", "--dry-run")
 
 
 def test_code_that_does_not_run(client, folder, tmp_path):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from lambda_init_statistics import by_arm_and_seed, compare, holm, interval, metrics, pooled_deviation
+from lambda_study.statistics import by_arm_and_seed, compare, holm, interval, metrics, pooled_deviation
 from report_lambda_inits import main
 from scipy import stats
 

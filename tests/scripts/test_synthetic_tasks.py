@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from synthetic_tasks import IGNORED, SYNTHETIC_TASKS, VOCABULARY
+from lambda_study.synthetic_tasks import IGNORED, SYNTHETIC_TASKS, VOCABULARY
 
 
 ROWS = 64

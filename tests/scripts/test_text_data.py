@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from _script_helpers import make_text
-from text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
-from text_tokenizer import byte_tokenizer, check_fits, document_ends, load_tokenizer, train_bpe_tokenizer
+from training import text_data
+from training.text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
+from training.text_tokenizer import byte_tokenizer, check_fits, document_ends, load_tokenizer, train_bpe_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
@@ -60,6 +61,7 @@ def test_hub_dataset(monkeypatch):
         return datasets.Dataset.from_dict({"content": TEXTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(text_data, "require_on_hub", lambda *_: None)
     documents = load_documents("someone/some-data", "content", split="validation", subset="en")
     assert texts_of(documents) == TEXTS
     assert asked == [(("someone/some-data", "en"), {"split": "validation"})]

@@ -12,10 +12,11 @@ import pytest
 import torch
 from _script_helpers import ROOT, document_nats, make_text, save_model, write_run
 from safetensors.torch import load_file
-from text_tokenizer import byte_tokenizer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from train import find_checkpoint, make_trainer, run
-from train_arguments import read_arguments
+from train import make_trainer, run
+from training.arguments import Resume, read_arguments
+from training.checkpoint import find_checkpoint
+from training.text_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_griffin import GriffinForCausalLM, decay_parameter_names
@@ -23,14 +24,14 @@ from modeling_griffin import GriffinForCausalLM, decay_parameter_names
 
 def trainer_of(path: str, *overrides: str):
     model, data, training, _ = read_arguments([path, *overrides])
-    return make_trainer(model, data, training, None)[0]
+    return make_trainer(model, data, training, Resume())[0]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configuration" / "training").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_parse(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     model, data, training, resume = read_arguments([str(path)])
-    assert resume is None and training.max_grad_norm == 1.0 and training.warmup_steps > 0
+    assert resume.checkpoint is None and training.max_grad_norm == 1.0 and training.warmup_steps > 0
     assert str(training.lr_scheduler_type).startswith("cosine") or training.lr_scheduler_type.startswith("cosine")
     if training.save_strategy == "steps":  # else the first loss logged after --resume would be of fewer steps
         assert training.save_steps % training.logging_steps == 0
@@ -47,9 +48,9 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (model.config_name, model.model_name_or_path) == (None, "x")
     assert training.learning_rate == 1e-3  # "1e-3" is a string in YAML 1.1
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    assert (training.max_steps, data.text_column, training.use_cpu, resume) == (7, "body", True, None)
-    assert read_arguments([path, "--resume"])[3] is True
-    assert read_arguments([path, "--resume", "folder", "--seed", "3"])[3] == "folder"
+    assert (training.max_steps, data.text_column, training.use_cpu, resume.checkpoint) == (7, "body", True, None)
+    assert read_arguments([path, "--resume"])[3].checkpoint is True
+    assert read_arguments([path, "--resume", "folder", "--seed", "3"])[3].checkpoint == "folder"
 
 
 @pytest.mark.parametrize("use_cpu", [True, "yes"])
@@ -94,7 +95,9 @@ def test_a_run_leaves_model_tokenizer_metrics_and_curve(tmp_path, capsys):
     path = write_run(tmp_path, **settings)
     trainer, metrics = run([path, "--config_overrides", '{"vocab_size": 320, "rg_lru_c": 4.0}'])
     printed = capsys.readouterr().out
-    assert printed.startswith("RG-LRU scan: torch on cpu")
+    lines = printed.splitlines()
+    assert lines[0] == f"reading {tmp_path / 'data.jsonl'}" and "RG-LRU scan: torch on cpu" in lines[1]
+    assert lines[2] == "one process on CPU, float32" and "{'" not in printed
 
     out = tmp_path / "out"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -113,6 +116,25 @@ def test_a_run_leaves_model_tokenizer_metrics_and_curve(tmp_path, capsys):
     assert metrics["bits_per_byte"] == metrics["eval"][-1]["eval_bits_per_byte"]
     assert metrics["seed"] == 42 and metrics["versions"]["torch"] == torch.__version__
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_secret_is_written_and_the_command_starts_the_run_again(tmp_path, monkeypatch, capsys):
+    """Into any file: metrics, card, trainer's arguments, checkpoints."""
+    monkeypatch.setenv("HF_TOKEN", "the-token-of-before")
+    path = write_run(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    words = [path, "--hub_token", "hf_SECRETSECRET", "--run_name=https://me:pw123456@host/x"]
+    for more in ([], ["--resume", "--max_steps", "3", "--allow_changed", "max_steps", "--logging_steps", "1"]):
+        monkeypatch.setattr("sys.argv", ["scripts/train.py", *words, *more])
+        _, metrics = run([*words, *more])
+    assert os.environ["HF_TOKEN"] == "hf_SECRETSECRET"  # where the Hub's client looks for it
+    assert metrics["command"] == (
+        f"python scripts/train.py {path} --hub_token HIDDEN '--run_name=https://HIDDEN@host/x' --max_steps 3 "
+        "--logging_steps 1"
+    ).replace("'", "")
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".bin" for file in files)
+    assert not [file for file in files if b"SECRETSECRET" in file.read_bytes()]
+    assert not [file for file in files if b"pw123456" in file.read_bytes() and file.suffix != ".bin"]
 
 
 def test_held_out_figures_are_those_of_the_documents_alone(tmp_path):
@@ -264,15 +286,6 @@ def test_resume_is_bit_for_bit(tmp_path):
     assert expected.keys() == got.keys() and len(expected) > 30
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
-
-
-def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    for step in (4, 12, 8):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (4, 8):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert find_checkpoint(True, str(tmp_path)).endswith("checkpoint-8")
-    assert find_checkpoint(None, str(tmp_path / "new")) is None
 
 
 def test_resume_of_a_complete_run_changes_nothing(tmp_path, capsys):

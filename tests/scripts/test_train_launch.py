@@ -24,6 +24,7 @@ from modeling_griffin import GriffinForCausalLM
 
 
 STEPS, SAVED = 20, 8
+OTHER_SPLIT = ["--allow_changed", "processes", "per_device_train_batch_size"]
 # Of float32 sums in another order through 20 steps of AdamW; measured 2.5e-7 and 1.8e-6 of the largest value.
 LOSS, WEIGHT = 2e-6, 2e-5
 
@@ -103,7 +104,7 @@ def in_two(alone, tmp_path_factory) -> dict:
         runs = [
             {"name": "out", "argv": [path]},
             {"name": "accumulated", "argv": [path, *halves, "--output_dir", str(folder / "accumulated")]},
-            {"name": "from_one", "argv": [path, "--resume", "--output_dir", from_one]},
+            {"name": "from_one", "argv": [path, "--resume", "--output_dir", from_one, *OTHER_SPLIT]},
         ]
         train_once(folder, runs, "cpu_ddp", "tests/train_program.py")
 
@@ -182,7 +183,7 @@ def test_every_file_parses_and_says_when_to_take_it():
 
 
 def test_one_process_on_a_cpu():
-    assert say(FILES["cpu"]) == "runs: NO, 1 process on cpu, mixed precision no"
+    assert say(FILES["cpu"]) == "runs: one process on CPU, float32"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -192,12 +193,12 @@ def test_a_gpu_is_not_replaced_by_the_cpu():
 
 def test_two_processes_of_ddp_where_the_cpu_was_asked_for():
     said = say(FILES["ddp"], "--num_processes", "2", "true")
-    assert said == "runs: MULTI_CPU, 2 processes on cpu, mixed precision bf16"
+    assert said == "runs: 2 processes on CPU (DDP), bfloat16 with float32 weights"
 
 
 def test_fsdp2_does_not_become_ddp():
     said = say(FILES["fsdp2"], "--num_processes", "2", "true")
-    assert said.startswith("refused: the launcher asks for FSDP, MULTI_CPU with 2 process(es) on cpu would run")
+    assert said.startswith("refused: the launcher asks for FSDP, 2 processes on CPU (DDP), bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "MULTI_GPU"])
@@ -218,7 +219,7 @@ def test_fsdp2_over_two_hosts():
         ranks = [["--machine_rank", str(rank)] for rank in range(2)]
         done = list(hosts.map(lambda rank: launch(str(FILES["fsdp2_hosts"]), *words, *rank, *program), ranks))
     for process in done:
-        assert "runs: FSDP, 2 processes on cpu, mixed precision bf16" in process.stdout, process.stdout[-4000:]
+        assert "runs: 2 processes on CPU (FSDP2), bfloat16" in process.stdout, process.stdout[-4000:]
 
 
 def test_deepspeed_zero3(alone, tmp_path):
@@ -230,7 +231,7 @@ def test_deepspeed_zero3(alone, tmp_path):
     words = ["--num_processes", "2", "tests/train_program.py", str(tmp_path / "runs.json")]
     process = launch(str(FILES["deepspeed_zero3"]), *words, DS_ACCELERATOR="cpu")
     assert process.returncode == 0, process.stdout[-6000:]
-    assert "DEEPSPEED, 2 processes on cpu, mixed precision bf16" in process.stdout
+    assert "2 processes on CPU (DeepSpeed), bfloat16" in process.stdout
     (result,) = json.loads((tmp_path / "runs.results").read_text())
     assert result["dtypes"] == {"decay": ["torch.float32"], "x": ["torch.bfloat16"]}
     assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=0.02)  # bfloat16
@@ -238,7 +239,7 @@ def test_deepspeed_zero3(alone, tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(alone, in_two):
-    assert "MULTI_CPU, 2 processes on cpu, mixed precision no" in in_two["log"]
+    assert "2 processes on CPU (DDP), float32" in in_two["log"]
     assert_same_run(in_two["folder"] / "out", alone)
 
 
@@ -256,12 +257,13 @@ def test_from_one_process_to_two(alone, in_two):
 
 
 def test_from_two_processes_to_one(alone, in_two, tmp_path):
-    run([settings_of(tmp_path, 4), "--resume", "--output_dir", copy_checkpoint(in_two["folder"] / "out", tmp_path)])
+    checkpoint = copy_checkpoint(in_two["folder"] / "out", tmp_path)
+    run([settings_of(tmp_path, 4), "--resume", "--output_dir", checkpoint, *OTHER_SPLIT])
     assert_same_run(tmp_path, alone)
 
 
 def test_fsdp2_gives_the_numbers_of_one(alone, sharded):
-    assert "FSDP, 2 processes on cpu, mixed precision no" in sharded["log"]
+    assert "2 processes on CPU (FSDP2), float32" in sharded["log"]
     assert_same_run(sharded["folder"] / "out", alone)
     assert_groups(sharded["out"]["groups"])
 
@@ -283,7 +285,7 @@ def test_fsdp2_shards_are_whole_in_one_process(sharded, tmp_path):
 
 def test_fsdp2_with_checkpointed_activations_keeps_lambda_float32(sharded):
     """In bfloat16, under the names that checkpointing gives: what decays, and in what the RG-LRU works."""
-    assert "FSDP, 2 processes on cpu, mixed precision bf16" in sharded["log"]
+    assert "2 processes on CPU (FSDP2), bfloat16" in sharded["log"]
     result = sharded["checkpointed"]
     assert any("_checkpoint_wrapped_module" in name for _, names in result["groups"] for name in names)
     assert_groups(result["groups"])

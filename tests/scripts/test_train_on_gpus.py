@@ -75,8 +75,8 @@ def assert_same_losses(found: list[float], expected: list[float], tolerance: flo
 @pytest.mark.parametrize("file", ["ddp", "fsdp2", "fsdp2_activation_checkpointing"])
 def test_two_gpus_give_the_losses_of_one(file, unbroken):
     found, alone = unbroken(file), unbroken("gpu", gpus=1)["losses"]
-    kind = "MULTI_GPU" if file == "ddp" else "FSDP"
-    assert f"{kind}, 2 processes on cuda, mixed precision bf16" in found["log"]
+    kind = "DDP" if file == "ddp" else "FSDP2"
+    assert f"2 processes on GPU ({kind}), bfloat16 with float32 weights" in found["log"]
     assert "RG-LRU scan: triton" in found["log"]
     assert found["dtypes"] == {"decay": ["torch.float32"], "x": ["torch.bfloat16"]}
     assert_same_losses(found["losses"], alone, LOSS if file == "ddp" else LOSS_OF_FSDP2)
@@ -93,7 +93,7 @@ def test_killed_and_resumed(file, unbroken, tmp_path):
     command, environment = launch_command(FILES[file], *words), launch_environment(CUDA_VISIBLE_DEVICES="0,1")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not (out / f"checkpoint-{2 * SAVED}" / "trainer_state.json").exists():
+    while not (out / f"checkpoint-{2 * SAVED}" / "manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -108,6 +108,7 @@ def test_killed_and_resumed(file, unbroken, tmp_path):
 def test_shards_of_two_gpus_resume_on_one(unbroken, tmp_path):
     whole = unbroken("fsdp2")
     shutil.copytree(whole["out"] / f"checkpoint-{SAVED}", tmp_path / "out" / f"checkpoint-{SAVED}")
-    found = train("fsdp2", tmp_path, 1, "--resume")
-    assert "FSDP, 1 process on cuda" in found["log"]
+    changed = ["--allow_changed", "processes", "per_device_train_batch_size"]
+    found = train("fsdp2", tmp_path, 1, "--resume", *changed)
+    assert "one process on GPU (FSDP2)" in found["log"]
     assert_same_losses(found["losses"], whole["losses"], LOSS_OF_FSDP2)

@@ -79,7 +79,7 @@ GATES_BACKWARD, GATES_BACKWARD_WIDE = GateTile(128, 32, 8, 3, 128), GateTile(128
 
 CONVOLUTION_FORWARD, CONVOLUTION_BACKWARD = ConvolutionTile(1, 16, 128, 1), ConvolutionTile(16, 16, 64, 1)
 
-# Chosen on an H100, see results/training_designs.md.
+# Chosen on an H100, see docs/designs/training.md.
 NORM_BACKWARD = (4, 64)  # programs a multiprocessor, which walk over rows; registers of a thread
 NORM_ELEMENTS = 1024  # a program of the norm takes several rows where they have fewer columns
 ROTATED_ROWS = 32  # heads of tokens a program rotates
