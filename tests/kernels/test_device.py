@@ -106,7 +106,7 @@ def test_splits_cover_the_ring(heads, window, head_dim, itemsize):
         (64, 1024, 128, 4),
         (1, 2048, 256, 64),
         (1, 2049, 256, 65),
-        (64, 2049, 256, 4),
+        (64, 2049, 256, 5),
     ],
 )
 def test_splits_on_a_hopper_gpu(rows, window, head_dim, splits):

@@ -138,7 +138,8 @@ def _split(heads: int, queries: int, window: int, head_dim: int, itemsize: int, 
     block_s, stages = next(fitting)
     blocks = -(-window // block_s)
     wanted = min(blocks, max(1, programs // heads))
-    each = (2 * blocks + wanted) // (2 * wanted)  # blocks of a split, rounded to the nearest
+    each = (2 * blocks + wanted) // (2 * wanted)  # blocks of a split, rounded to the nearest,
+    each = -(-blocks // -(-blocks // each))  # and as even as so many splits can be
     block_k = _block(head_dim)
     return {
         "SPLIT": each * block_s,
