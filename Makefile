@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TRANSFORMERS_VERSION ?=
-TRITON_VERSION ?= 3.7.1
+TRITON_VERSION ?= 3.6.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
