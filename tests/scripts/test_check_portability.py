@@ -46,6 +46,15 @@ def test_faults(change, fault):
     assert fault is None or (fault in found[0] and "sm_89 2B bfloat16, scan (1, 4096), forward_kernel" in found[0])
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_is_printed(verbose, capsys):
+    """A line for a GPU, a shape and a dtype; with --verbose one for each launch too."""
+    failures = check_portability._report("sm_89 2B bfloat16", [LAUNCH, {**LAUNCH, "spills": 500}], verbose)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "sm_89 2B bfloat16: 2 launches, 6 s, at most 2048 bytes, 1 failures" and len(failures) == 1
+    assert len(others) == (2 if verbose else 0)
+
+
 @pytest.mark.parametrize("per_thread, found", [("[1, 2]", False), ("[1, 4]", True)])
 def test_words_with_two_readers(per_thread, found):
     """4 warps of 32 threads hold 4 x 64 words: two each and no word twice, or four each and every word twice."""
