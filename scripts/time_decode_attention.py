@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/decode_attention_now"), help="path without suffix")
     arguments = parser.parse_args(argv)
     lines = [f"{torch.cuda.get_device_name()}, bfloat16, us a layer", ""]
-    columns = ["model", "rows", "now", "4 warps", *map(str, PROGRAMS)]
+    columns = ["model", "rows", "now", "4 warps", "8 warps", *map(str, PROGRAMS)]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, shape in MODELS.items():
         for rows in ROWS:
-            cells = [_cell(shape, rows, None), _cell(shape, rows, None, warps=4)]
+            cells = [_cell(shape, rows, None), _cell(shape, rows, None, warps=4), _cell(shape, rows, None, warps=8)]
             cells += [_cell(shape, rows, programs) for programs in PROGRAMS]
             lines.append(f"| {name} | {rows} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
@@ -46,19 +46,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _aiming_at(programs: int | None, warps: int) -> Iterator[None]:
-    before = decode.ATTENTION_PROGRAMS, decode.multiprocessors, decode.ATTENTION_WARPS
-    decode.ATTENTION_WARPS = warps
+def _aiming_at(programs: int | None, warps: int | None) -> Iterator[None]:
+    names = ("ATTENTION_PROGRAMS", "multiprocessors", "ATTENTION_WARPS", "FEW_WARPS")
+    before = {name: getattr(decode, name) for name in names}
+    if warps is not None:
+        decode.ATTENTION_WARPS = decode.FEW_WARPS = warps
     if programs is not None:
         decode.ATTENTION_PROGRAMS, decode.multiprocessors = 1, lambda device: programs
     try:
         yield
     finally:
-        decode.ATTENTION_PROGRAMS, decode.multiprocessors, decode.ATTENTION_WARPS = before
+        for name, value in before.items():
+            setattr(decode, name, value)
 
 
 @torch.no_grad()
-def _cell(shape: tuple[int, int, int], rows: int, programs: int | None, warps: int = decode.ATTENTION_WARPS) -> str:
+def _cell(shape: tuple[int, int, int], rows: int, programs: int | None, warps: int | None = None) -> str:
     (heads, head_dim, window), new = shape, {"dtype": torch.bfloat16, "device": "cuda"}
     q, k, v = (torch.randn(rows, n * head_dim, **new) for n in (heads, 1, 1))
     rings = [[torch.randn(rows, 1, window, head_dim, **new) for _ in range(2)] for _ in range(LAYERS)]

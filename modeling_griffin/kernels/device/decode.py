@@ -59,8 +59,10 @@ LEAST_STAGES = 3  # below, a program waits for each tile
 ATTENTION_PROGRAMS, DRAFT_PROGRAMS = 2, 1  # a multiprocessor, where the window has as many blocks
 # (largest K, bytes an element): slots of the ring that a program reads at a time, and STAGES: blocks on their way
 ATTENTION = {(128, 2): (64, 3), (256, 2): (32, 3), (128, 4): (32, 2), (256, 4): (16, 2)}
-ATTENTION_WARPS = 8  # with 4, a thread keeps twice as much and spills under Triton 3.7
-PARTS_AHEAD, MOST_AHEAD = 24576, 8  # numbers, and splits, that the last split asks for at a time: 96 registers a thread
+# Warps, and those of a wide head in 16 bits whose splits are one block each: with these, no Triton from 3.6 to 3.9
+# lets more than 16 bytes a thread spill.
+ATTENTION_WARPS, FEW_WARPS = 8, 4
+PARTS_AHEAD, MOST_AHEAD = 3072, 8  # numbers a warp, and splits, that the last split asks for at a time: 96 registers
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
 
 
@@ -141,14 +143,15 @@ def _split(heads: int, queries: int, window: int, head_dim: int, itemsize: int, 
     each = (2 * blocks + wanted) // (2 * wanted)  # blocks of a split, rounded to the nearest,
     each = -(-blocks // -(-blocks // each))  # and as even as so many splits can be
     block_k = _block(head_dim)
+    warps = FEW_WARPS if block_k > 128 and itemsize == 2 and each == 1 else ATTENTION_WARPS
     return {
         "SPLIT": each * block_s,
         "SPLITS": -(-blocks // each),
         "BLOCK_K": block_k,
         "BLOCK_S": block_s,
         "STAGES": stages,
-        "AHEAD": max(1, min(MOST_AHEAD, PARTS_AHEAD // (queries * block_k))),
-        "num_warps": ATTENTION_WARPS,
+        "AHEAD": max(1, min(MOST_AHEAD, PARTS_AHEAD * warps // (queries * block_k))),
+        "num_warps": warps,
     }
 
 
