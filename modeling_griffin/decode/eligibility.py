@@ -8,7 +8,7 @@ from transformers import generation
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 
-from .ops import triton
+from ..gpu import no_kernels_reason
 
 
 # Without a state and without reading values on the host, so that they can be called for a step that is then dropped.
@@ -82,8 +82,8 @@ def _in_request(logits_processor, stopping_criteria, generation_config, synced_g
 
 def ineligible_model_reasons(model) -> Iterator[str]:
     config, weight = model.config, model.lm_head.weight
-    if weight.is_cuda and (triton is None or torch.version.hip is not None):
-        yield "Triton for an NVIDIA GPU is missing"
+    if weight.is_cuda and (reason := no_kernels_reason(weight.device)) is not None:
+        yield reason
     if config.hidden_activation != "gelu_pytorch_tanh":
         yield f"hidden_activation = {config.hidden_activation!r}"
     if config._attn_implementation not in ATTENTIONS and not config._attn_implementation.startswith("flash_attention"):

@@ -9,8 +9,7 @@ Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K h
 import torch
 from torch import nn
 
-from ..gpu import can_overlap
-from ..kernels.device import decode_gemm_fits
+from ..kernels.device import can_overlap, decode_gemm_fits, properties
 from .network import RecordedStep, in_order
 from .ops import Clock, KernelOps, PlainOps
 
@@ -27,7 +26,7 @@ class DecodeStep(RecordedStep):
     def __init__(self, base: nn.Module, head: nn.Linear, batch: int):
         ops, device = PlainOps(), head.weight.device
         if device.type == "cuda":
-            ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(device))
+            ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(properties(device)))
         self.busy = False
         self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
         with torch.inference_mode(False), torch.no_grad():
