@@ -9,9 +9,9 @@ from test_fast_generate import Never, Noop, Recorder, add_hook
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 import modeling_griffin.decode.speculative.generate as fast_drafts
-from modeling_griffin.decode.generate import STEPS
-from modeling_griffin.decode.speculative.verify import DraftStep
+from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
+from modeling_griffin.decode.steps import STEPS
 
 
 pytestmark = pytest.mark.usefixtures("transformers_loop")  # by which tokens are judged; `use_passes` turns passes on
@@ -46,7 +46,7 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch):
     """Recorded passes are used from here on, and counted."""
-    found, read, step = Passes(), DraftStep.read, DecodeStep.step
+    found, read, step = Passes(), VerifyStep.read, DecodeStep.step
 
     def counted_read(drafts, *arguments):
         new = read(drafts, *arguments)
@@ -57,7 +57,7 @@ def passes(monkeypatch):
         found.single += 1
         return step(decode_step)
 
-    monkeypatch.setattr(DraftStep, "read", counted_read)
+    monkeypatch.setattr(VerifyStep, "read", counted_read)
     monkeypatch.setattr(DecodeStep, "step", counted_step)
     return found
 
@@ -181,7 +181,7 @@ def test_one_generation_after_another_leaves_nothing_behind(kind, small_model, p
     for drafted in (3, None, 7, 3, 1, 2):
         for ids, tokens in zip(prompts, expected):
             assert torch.equal(run(model, ids, prompt_lookup_num_tokens=drafted), tokens)
-    (step,) = STEPS[model].values()
+    ((step,),) = STEPS[model].values()
     assert list(step.drafts) == [2, 3] and not step.busy
 
 
@@ -289,7 +289,7 @@ def test_a_pass_that_cannot_be_recorded_is_said_and_done_without(small_model, pa
     model, ids = small_model(), random_ids(5)
     expected = run(model, ids)
     use_passes(monkeypatch, model)
-    monkeypatch.setattr(DraftStep, "__init__", fails)
+    monkeypatch.setattr(VerifyStep, "__init__", fails)
     monkeypatch.setattr(fast_drafts.logger, "warning_once", said.append)
     for _ in range(2):
         assert torch.equal(run(model, ids, prompt_lookup_num_tokens=3), expected)
@@ -318,5 +318,5 @@ def test_recorded_passes_on_a_gpu(kind, drafted, small_model, passes, monkeypatc
             use_passes(patch, model)
             assert torch.equal(run(model, ids, prompt_lookup_num_tokens=drafted), expected)
     assert max(passes.right) == drafted
-    (step,) = STEPS[model].values()
+    ((step,),) = STEPS[model].values()
     assert step.drafts[drafted + 1].graph is not None

@@ -34,7 +34,7 @@ except ImportError:
 COUNTERS = 1024  # tiles of outputs that are shared at most; a shared one has a multiprocessor of its own
 
 
-class Products:
+class Gemms:
     """launch: options of every launch. matmul: whether the kernels of many rows are used; `takes` says when."""
 
     def __init__(self, launch: dict, matmul: bool):

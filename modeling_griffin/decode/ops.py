@@ -18,7 +18,7 @@ from ..causal_conv1d import convolve
 from ..elementwise import rms_norm
 from ..kernels.device import MATVEC_ROWS, RECURRENT, RECURRENT_ROW
 from ..rg_lru_scan import rg_lru_scan
-from .linear import Products
+from .linear import Gemms
 
 
 try:
@@ -143,7 +143,7 @@ class KernelOps(PlainOps):
 
     def __init__(self, overlap: bool = False, matmul: bool = True):
         self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
-        self.products = Products(self.launch, matmul)
+        self.gemms = Gemms(self.launch, matmul)
         self.counters: torch.Tensor | None = None  # heads that are shared are fewer than programs to aim at
 
     def begin(self, token, embedding, scale, clock, frequencies):
@@ -163,8 +163,8 @@ class KernelOps(PlainOps):
         return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
     def head(self, stream, norm, linear, logits):
-        if self.products.takes(stream.residual):
-            self.products.project(stream.residual, norm, [linear], outputs=[logits])
+        if self.gemms.takes(stream.residual):
+            self.gemms.project(stream.residual, norm, [linear], outputs=[logits])
         else:
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
 
@@ -175,13 +175,13 @@ class KernelOps(PlainOps):
         )
 
     def project(self, stream, norm, linears):
-        if self.products.takes(stream.residual):
-            return self.products.project(stream.residual, norm, linears)
+        if self.gemms.takes(stream.residual):
+            return self.gemms.project(stream.residual, norm, linears)
         return super().project(stream, norm, linears)
 
     def gated_project(self, stream, norm, gate, up):
-        if self.products.takes(stream.residual, gate.weight, up.weight):
-            return self.products.gated(stream.residual, norm, gate, up)
+        if self.gemms.takes(stream.residual, gate.weight, up.weight):
+            return self.gemms.gated(stream.residual, norm, gate, up)
         gate_output, up_output = super().project(stream, norm, (gate, up))
         y = torch.empty_like(gate_output)
         grid = (triton.cdiv(y.numel(), 1024),)
@@ -189,8 +189,8 @@ class KernelOps(PlainOps):
         return y
 
     def add_project(self, stream, x, out):
-        if self.products.takes(x):
-            return Stream(self.products.project(x, None, [out], stream.residual)[0])
+        if self.gemms.takes(x):
+            return Stream(self.gemms.project(x, None, [out], stream.residual)[0])
         return Stream(stream.residual, linear(x, out.weight, out.bias))
 
     def recurrent(self, x, y, block, past, state, log_decay, clock):

@@ -22,7 +22,7 @@ if triton is not None:
     from ..kernels.verify_attention import draft_attention_kernel, keep_attention_kernel
 
 
-class PlainDraftOps(PlainOps):
+class PlainVerifyOps(PlainOps):
     """As the layers compute, for N tokens of one row."""
 
     def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock: Clock) -> torch.Tensor:
@@ -106,7 +106,7 @@ DRAFT_PROGRAMS = 128  # of attention: about one for each multiprocessor
 QUERIES = 16  # of a program; with more, their sums do not fit into its registers
 
 
-class KernelDraftOps(PlainDraftOps, KernelOps):
+class KernelVerifyOps(PlainVerifyOps, KernelOps):
     """The same in Triton kernels; `begin`, `end` and the products are those of one token a row."""
 
     def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock):

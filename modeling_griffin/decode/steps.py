@@ -1,0 +1,116 @@
+"""The steps that stay with a model, and who gets which: one call at a time uses a step, other threads wait for it.
+
+A step is kept for the next call with the same number of rows, while the model is what it was: `fingerprint.py`. It is
+compared with the model's plain forward pass when it is made; where it differs, or cannot be recorded, nobody uses it.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+
+import torch
+from transformers.utils import logging
+
+from .agreement import check_step
+from .fingerprint import forward_fingerprint, fused_fingerprint
+from .forward import ForwardStep
+from .lease import Lease
+from .state import DecodeStep
+
+
+logger = logging.get_logger(__name__)
+
+KEPT_STEPS = 4  # of a model, with their buffers and recordings
+LEAST_SLOTS = 4096  # of a KV ring, where the window has as many: a larger one is as long as the tokens need
+STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, list]]" = weakref.WeakKeyDictionary()
+_FINDING = threading.Lock()
+
+
+def take_step(model, rows: int, tokens: int | None = None, kind="fused", hidden=False, like=None, stream=False):
+    """The model's step of this kind for so many rows, recorded unless it is; None, and one warning, where it fails.
+
+    tokens: that a row will hold at most; None: any number. hidden: whether it leaves hidden states too. like: see
+    `ForwardStep.prepare`. stream: for a generator, which may be left lying about. To be handed back by `release`.
+    """
+    fingerprint_of = fused_fingerprint if kind == "fused" else forward_fingerprint
+    key = kind, rows, ring_slots(model.config, tokens), hidden
+    while True:
+        step = _find(model, key, fingerprint_of(model), stream)
+        if step is None:
+            continue
+        if step.failed is None and step.fingerprint == fingerprint_of(model):  # it may have changed while we waited
+            return step if _ready(model, step, kind, like) else None
+        step.release()
+        if step.failed is not None:
+            return None
+
+
+def ring_slots(config, tokens: int | None) -> int:
+    """Of the KV ring of a row: the window, or where it is long no more than about twice what `tokens` need."""
+    window = config.attention_window_size
+    if tokens is None or window <= LEAST_SLOTS:
+        return window
+    return min(window, max(LEAST_SLOTS, 1 << (tokens - 1).bit_length()))
+
+
+def _find(model, key: tuple, fingerprint: tuple, stream: bool):
+    """A step with this key that is now this call's, made anew where none can be waited for. None: ask again."""
+    with _FINDING:
+        steps = STEPS.setdefault(model, OrderedDict())
+        for other in [other for other in steps if other[0] == key[0]]:
+            steps[other] = [step for step in steps[other] if step.fingerprint == fingerprint]
+            if not steps[other]:  # of weights that were moved or replaced
+                del steps[other]
+        found = steps.setdefault(key, [])
+        steps.move_to_end(key)
+        for step in found:
+            if step.acquire(wait=False):
+                step.stream = stream
+                return step
+        waiting = None if stream else next((step for step in found if step.can_wait), None)
+        if waiting is None:
+            step = _make(model, key, fingerprint)
+            step.acquire()
+            step.stream = stream
+            found.append(step)
+            while len(steps) > KEPT_STEPS:
+                steps.popitem(last=False)
+            return step
+    return waiting if waiting.acquire() else None
+
+
+def _make(model, key: tuple, fingerprint: tuple):
+    kind, rows, slots, hidden = key
+    try:
+        if kind == "fused":
+            step = DecodeStep(model.model, model.lm_head, rows, slots)
+        else:
+            step = ForwardStep(model, rows, slots, hidden)
+    except Exception as error:
+        step = Lease(model.device)
+        _give_up(step, kind, rows, error)
+    step.fingerprint = fingerprint
+    return step
+
+
+def _ready(model, step, kind: str, like: tuple | None) -> bool:
+    """Records and checks a new step; where that fails it is handed back."""
+    if step.checked:
+        return True
+    try:
+        step.prepare(model, like)
+        if step.on_gpu or kind == "fused":
+            check_step(model, step)
+        step.checked = True
+    except Exception as error:
+        _give_up(step, kind, len(step.token), error)
+    finally:  # after Ctrl-C too: the next call tries again
+        if not step.checked:
+            step.release()
+    return step.checked
+
+
+def _give_up(step, kind: str, rows: int, error: Exception) -> None:
+    """This step is not tried again while the model stays as it is."""
+    step.failed = error
+    logger.warning_once(f"generate is slow: a {kind} step of {rows} rows is not used: {error!r}")
