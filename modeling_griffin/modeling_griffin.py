@@ -407,8 +407,8 @@ class GriffinModel(GriffinPreTrainedModel):
 class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     """Griffin with a language-model head.
 
-    `generate` is Transformers'. Its inner loops, `_sample`, `_beam_search` and `_assisted_decoding`, go to the installed
-    package, which runs a request on a recorded step where that is exact, and else to Transformers'.
+    `generate` is Transformers'. Its inner loops, `_sample`, `_beam_search` and `_assisted_decoding`, go to the
+    installed package, which runs a request on a recorded step where that is exact, and else to Transformers'.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

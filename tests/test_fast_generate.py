@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tolerances import assert_close
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import modeling_griffin.decode.generate as fast_generate

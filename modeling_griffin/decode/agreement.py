@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 
-# Of logits, as a share of the largest: rounding, and TF32 in float32 on a GPU, stay far below, another network far above
+# Of the largest logit: rounding, and TF32 in float32 on a GPU, stay far below, another network is far above
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 PROMPT, STEPS = 3, 2
 
@@ -59,7 +59,9 @@ def first_difference(model, step, tokens: torch.Tensor) -> str:
     cache, expected, step.trace = _start(model, step, tokens), [], []
     layers = model.model.layers
     hooks = [layers[0].register_forward_pre_hook(lambda module, args: expected.append(args[0][:, -1]))]
-    hooks += [layer.register_forward_hook(lambda module, args, output: expected.append(output[:, -1])) for layer in layers]
+    hooks += [
+        layer.register_forward_hook(lambda module, args, output: expected.append(output[:, -1])) for layer in layers
+    ]
     try:
         step.token.copy_(tokens[:, PROMPT])
         step._compute()

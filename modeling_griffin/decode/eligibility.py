@@ -106,7 +106,9 @@ def behind(path: Path, model, reason: str = "its step cannot be used, see above"
     if path.step == "forward":
         return Path("transformers", False, Obstacle(reason, "none"))
     obstacle = next(forward_obstacles(model), None)
-    return Path("forward", path.ahead, Obstacle(reason, "")) if obstacle is None else Path("transformers", False, obstacle)
+    return (
+        Path("forward", path.ahead, Obstacle(reason, "")) if obstacle is None else Path("transformers", False, obstacle)
+    )
 
 
 def _runs_ahead(logits_processor, stopping_criteria, generation_config) -> bool:
@@ -147,6 +149,12 @@ def shared_places(model) -> Obstacle | None:
     if missing and places:
         return Obstacle(f"no layer uses place {missing[0]} of the cache, which counts its tokens", remedy)
     return None
+
+
+def check_places(model) -> None:
+    """Raises ValueError where the model's layers cannot share a cache, which states and batches are made of."""
+    if (obstacle := shared_places(model)) is not None:
+        raise ValueError(f"model.layers: {obstacle.reason}; {obstacle.remedy}")
 
 
 def _in_request(model, generation_config, synced_gpus, kwargs) -> Iterator[Obstacle]:

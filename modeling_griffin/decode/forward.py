@@ -100,7 +100,10 @@ class ForwardStep(Recording, Lease):
 
     def _make_buffers(self, cache: DynamicCache) -> None:
         like = [_state_of(layer) for layer in cache.layers]
-        like = [tuple(_with_slots(x, self.slots) for x in pair) if _attends(layer) else pair for layer, pair in zip(cache.layers, like)]
+        like = [
+            tuple(_with_slots(x, self.slots) for x in pair) if _attends(layer) else pair
+            for layer, pair in zip(cache.layers, like)
+        ]
         self.buffers = {}
         for shape, dtype in {(tuple(x.shape), x.dtype) for pair in like for x in pair}:
             number = sum((tuple(x.shape), x.dtype) == (shape, dtype) for pair in like for x in pair)

@@ -163,8 +163,10 @@ def _in_parameter(module: nn.Module, name: str, shape: tuple | None, like: torch
     """shape: of the parameter, None in it for any size; None where there should be no parameter."""
     parameter = module._parameters.get(name)
     if parameter is None or shape is None:
-        return None if parameter is None and shape is None and getattr(module, name, None) is None else (
-            f"has {'no' if parameter is None else 'a'} {name}"
+        return (
+            None
+            if parameter is None and shape is None and getattr(module, name, None) is None
+            else (f"has {'no' if parameter is None else 'a'} {name}")
         )
     if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
         return f"has a {name} that is a {type(parameter.data).__name__}"

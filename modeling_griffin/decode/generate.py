@@ -18,7 +18,6 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-
 from .eligibility import CACHES, Path, behind, decide
 from .loop import run_loop
 from .state import DecodeStep

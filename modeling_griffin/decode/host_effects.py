@@ -70,7 +70,11 @@ def _effects_in(function: types.FunctionType, owner: type | None, seen: frozense
     holds_tensors = any(isinstance(each, (torch.Tensor, nn.Module)) for each in held)
     for instruction in dis.get_instructions(function):
         name = instruction.argval
-        if instruction.opname in STORES or instruction.opname == "STORE_DEREF" and name in function.__code__.co_freevars:
+        if (
+            instruction.opname in STORES
+            or instruction.opname == "STORE_DEREF"
+            and name in function.__code__.co_freevars
+        ):
             yield f"writes {name}"
         elif instruction.opname == "LOAD_GLOBAL":
             yield _global_effect(function, name, owner, seen)
@@ -101,10 +105,9 @@ def _held_effect(value, owner: type | None, seen: frozenset) -> str | None:
 
 def _is_empty(cell) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is cell  # reading it is what fails
     except ValueError:
         return True
-    return False
 
 
 def _first(effects) -> str | None:

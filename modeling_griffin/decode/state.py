@@ -54,7 +54,7 @@ class DecodeStep(RecordedStep, Lease):
         self.layers = in_order(config.layer_types, self.rings, (*self.memories, decays))
 
     def prepare(self, model, like=None) -> None:
-        """Records the step on a GPU. Overwrites the state. model, like: as of a `ForwardStep`, whose shapes they give."""
+        """Records the step on a GPU. Overwrites the state. model and like are as of a `ForwardStep`."""
         if self.on_gpu:
             self.record()
 

@@ -23,6 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from ..decode.eligibility import check_places
 from .cached_rows import RunningBatch
 from .recorded_rows import recorded_batch
 from .state import GenerationState
@@ -123,6 +124,7 @@ def stream_batch(
     """
     if max_rows < 1:
         raise ValueError(f"max_rows = {max_rows}: allowed are whole numbers from 1")
+    check_places(model)
     if isinstance(queue, Sequence):
         max_rows = min(max_rows, max(1, len(queue)))
     batch = recorded_batch(model, max_rows) or RunningBatch(model, max_rows)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
+from ..decode.eligibility import check_places
 from .state import GenerationState
 
 
@@ -101,6 +102,7 @@ def prefill(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: allowed is (rows, tokens), 1 token or more")
     if chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size}: allowed are whole numbers from 1")
+    check_places(model)
     batch = RunningBatch(model)
     if state is not None:
         state.check(model)

@@ -70,7 +70,9 @@ def _take_step_for(model, input_ids, kwargs: dict) -> tuple[DecodeStep | None, V
     if path.step in ("transformers", "uncached"):
         return None, None, path
     reason = next(_ineligible_reasons(model.config, input_ids, kwargs["logits_processor"], config), None)
-    reason = reason or (path.obstacle.reason if path.obstacle else None) or (None if path.ahead else "criteria or outputs")
+    reason = (
+        reason or (path.obstacle.reason if path.obstacle else None) or (None if path.ahead else "criteria or outputs")
+    )
     if reason is not None:
         return None, None, Path("transformers", False, Obstacle(f"drafts with {reason}", "decode without drafts"))
     step, drafts = _take_drafts(model, config.prompt_lookup_num_tokens + 1, config.max_length)
