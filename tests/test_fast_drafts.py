@@ -8,6 +8,7 @@ import torch
 from test_fast_generate import Never, Noop, Recorder, add_hook
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+import modeling_griffin.decode.generate as decode_generate
 import modeling_griffin.decode.speculative.generate as fast_drafts
 from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
@@ -256,7 +257,7 @@ def test_what_transformers_refuses_is_refused(small_model, monkeypatch):
 def test_the_reason_is_said(small_model, monkeypatch):
     model, said = small_model(), []
     use_passes(monkeypatch, model)
-    monkeypatch.setattr(fast_drafts.logger, "info_once", said.append)
+    monkeypatch.setattr(decode_generate.logger, "warning_once", said.append)
     run(model, random_ids(4), prompt_lookup_num_tokens=3)
     assert said == []
     run(model, random_ids(4), prompt_lookup_num_tokens=8)
@@ -264,7 +265,7 @@ def test_the_reason_is_said(small_model, monkeypatch):
     assert "prompt_lookup_num_tokens = 8, of which 1 to 7" in said[0] and "RepetitionPenalty" in said[1]
 
 
-def test_a_call_within_a_call_runs_in_transformers_loop(small_model, monkeypatch):
+def test_a_call_within_a_call_has_a_step_of_its_own(small_model, monkeypatch):
     model, ids = as_it_repeats_itself(small_model()), repetitive_ids(11)
     expected, inner = run(model, ids), []
 

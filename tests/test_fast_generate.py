@@ -309,7 +309,7 @@ def test_hooks_that_transformers_left_behind_do_not_count(both, small_model):
     assert torch.equal(found, expected)
 
 
-def test_a_call_within_a_call_runs_in_transformers_loop(small_model, monkeypatch):
+def test_a_call_within_a_call_has_a_step_of_its_own(small_model, monkeypatch):
     """A streamer that generates itself, with the same number of rows."""
     model, ids = small_model(), random_ids(1, 5)
     expected, inner = run(model, ids), []

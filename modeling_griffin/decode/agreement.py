@@ -24,7 +24,8 @@ def check_step(model, step) -> None:
     cache = _start(model, step, tokens)
     for position in range(PROMPT, PROMPT + STEPS):
         step.token.copy_(tokens[:, position])
-        found = step.step().float()
+        step.run()
+        found = step.logits.float()
         output = model(tokens[:, position, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         error = relative_error(found, output.logits[:, -1].float())
         if not error <= TOLERANCE.get(output.logits.dtype, 5e-2):
@@ -63,9 +64,10 @@ def first_difference(model, step, tokens: torch.Tensor) -> str:
         layer.register_forward_hook(lambda module, args, output: expected.append(output[:, -1])) for layer in layers
     ]
     try:
-        step.token.copy_(tokens[:, PROMPT])
-        step._compute()
-        model(tokens[:, PROMPT, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for position in range(PROMPT, PROMPT + STEPS):
+            step.token.copy_(tokens[:, position])
+            step._compute()
+            model(tokens[:, position, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         found = step.trace
     finally:
         step.trace = None
@@ -73,7 +75,7 @@ def first_difference(model, step, tokens: torch.Tensor) -> str:
             hook.remove()
     names = ["the embedding", *(f"model.layers.{i}, {kind}" for i, kind in enumerate(model.config.layer_types))]
     tolerance = TOLERANCE.get(step.dtype, 5e-2)
-    for name, mine, theirs in zip(names, found, expected):
+    for name, mine, theirs in zip(names * STEPS, found, expected):
         if not relative_error(mine.float(), theirs.float()) <= tolerance:
             return name
     return "final_norm or lm_head"

@@ -89,6 +89,8 @@ def decide(
     if cached and (obstacle := shared_places(model)) is not None:
         return Path("uncached", False, obstacle)
     obstacle = next(_in_request(model, generation_config, synced_gpus, kwargs), None)
+    if obstacle is None and input_ids.device != model.device:
+        obstacle = Obstacle(f"input_ids on {input_ids.device}", f"put them on the model's {model.device}")
     obstacle = obstacle or next(_in_prompt(input_ids, kwargs), None)
     if obstacle is not None:
         return Path("transformers", False, obstacle)
@@ -117,7 +119,7 @@ def _runs_ahead(logits_processor, stopping_criteria, generation_config) -> bool:
         all(type(each) in PROCESSORS for each in logits_processor)
         and all(type(each) in CRITERIA for each in stopping_criteria)
         and not generation_config.return_dict_in_generate
-        and generation_config.num_beams == 1
+        and (generation_config.num_beams or 1) == 1
     )
 
 

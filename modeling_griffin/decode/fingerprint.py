@@ -4,6 +4,7 @@ Weights are read where they lie, so that of a tensor only its place counts; ever
 recording: shapes, which modules there are, their settings, the configuration.
 """
 
+from collections.abc import Iterator
 from types import CellType, FunctionType, MethodType
 
 import torch
@@ -49,7 +50,7 @@ def forward_fingerprint(model) -> tuple:
 def _module(module: nn.Module) -> tuple:
     ignored = IGNORED.get(type(module), ())
     held = ((name, value) for name, value in vars(module).items() if name not in ignored)
-    return id(module), id(type(module).forward), tuple((name, _value(value)) for name, value in held)
+    return id(module), _value(type(module).forward), tuple((name, _value(value)) for name, value in held)
 
 
 def _value(value) -> object:
@@ -64,10 +65,17 @@ def _value(value) -> object:
     if isinstance(value, MethodType):
         return id(value.__self__), _value(value.__func__)
     if isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        known = (each for each in (*held, *(value.__defaults__ or ())) if isinstance(each, (*SCALARS, torch.Tensor)))
-        return id(value), id(value.__code__), tuple(_value(each) for each in known)
+        return id(value), id(value.__code__), tuple(_value(each) for each in _read_by(value))
     return id(value)
+
+
+def _read_by(function: FunctionType) -> Iterator:
+    """The numbers and tensors that a function holds or finds by name: another one may lie there at the next call."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    for value in (*held, *(function.__defaults__ or ()), *named):
+        if isinstance(value, (*SCALARS, torch.Tensor)):
+            yield value
 
 
 def _place(tensor: torch.Tensor) -> tuple:

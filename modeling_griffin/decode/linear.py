@@ -1,8 +1,8 @@
-"""The products of a decoding step as launches of its own kernels: which kernel, and how it divides the work.
+"""The GEMVs and GEMMs of a decoding step as launches of its own kernels: which kernel, and how it divides the work.
 
-A product has up to three matrices of the same inputs and may take the norm in front of it and the residual stream
-behind it along. One row: sums on each tile of weights; up to MATMUL_ROWS: products of matrices, and where these do not
-serve, sums again for two or four rows.
+A launch has up to three matrices of the same inputs and may take the norm in front of it and the residual stream behind
+it along. One row: GEMV, sums on each tile of weights; up to MATMUL_ROWS: GEMM, and where its kernels do not serve, GEMV
+again for two or four rows.
 
 Legend: M rows, D inputs, N outputs.
 """

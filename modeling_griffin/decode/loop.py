@@ -26,6 +26,8 @@ def run_loop(name: str, model, step, prompt_output, input_ids: torch.Tensor, **k
 class StepCache:
     """To a loop a cache: the rows of the step, which beams reorder."""
 
+    is_croppable = is_compileable = False
+
     def __init__(self, step):
         self.step = step
 

@@ -27,14 +27,17 @@ class Recording:
         self.device, self.on_gpu = device, device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    @torch.no_grad()
     def step(self) -> torch.Tensor:
         """Reads `token`, puts the argmax of its logits there and returns `logits`; the next step overwrites both."""
+        self.run()
+        return self.logits
+
+    @torch.no_grad()
+    def run(self) -> None:
         if self.graph is None:
             self._compute()
         else:
             self.graph.replay()
-        return self.logits
 
     def record(self) -> None:
         """Compiles what has to be and records the step. Overwrites the state: `load` comes afterwards."""

@@ -69,7 +69,7 @@ class PlainOps:
         logits.copy_(self.project(stream, norm, [linear])[0])
 
     def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
-        """The likeliest of logits (B, V), as `argmax` finds it, into token (B,); then the next token's time begins."""
+        """The argmax of logits (B, V) into token (B,); then the next token's time begins."""
         token.copy_(logits.argmax(-1))
         clock.time.add_(1)
 
@@ -138,7 +138,7 @@ class KernelOps(PlainOps):
     """The same as few launches, each of which reads every weight and state once.
 
     overlap: whether a kernel starts while the one before it runs; the first of a step waits for all before it.
-    matmul: whether products of up to MATMUL_ROWS rows have kernels too, or only those of MATVEC_ROWS.
+    matmul: whether GEMMs of up to MATMUL_ROWS rows have kernels too, or only GEMVs of MATVEC_ROWS.
     """
 
     def __init__(self, overlap: bool = False, matmul: bool = True):

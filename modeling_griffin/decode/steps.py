@@ -35,14 +35,18 @@ def take_step(model, rows: int, tokens: int | None = None, kind="fused", hidden=
     fingerprint_of = fused_fingerprint if kind == "fused" else forward_fingerprint
     key = kind, rows, ring_slots(model.config, tokens), hidden
     while True:
-        step = _find(model, key, fingerprint_of(model), stream)
+        step, waiting = _find(model, key, fingerprint_of(model), stream)
+        if waiting is not None and waiting.acquire():
+            if waiting.fingerprint == fingerprint_of(model):
+                step = waiting
+            else:  # the model changed meanwhile
+                waiting.release()
         if step is None:
             continue
-        if step.failed is None and step.fingerprint == fingerprint_of(model):  # it may have changed while we waited
+        if step.failed is None:
             return step if _ready(model, step, kind, like) else None
         step.release()
-        if step.failed is not None:
-            return None
+        return None
 
 
 def ring_slots(config, tokens: int | None) -> int:
@@ -53,8 +57,8 @@ def ring_slots(config, tokens: int | None) -> int:
     return min(window, max(LEAST_SLOTS, 1 << (tokens - 1).bit_length()))
 
 
-def _find(model, key: tuple, fingerprint: tuple, stream: bool):
-    """A step with this key that is now this call's, made anew where none can be waited for. None: ask again."""
+def _find(model, key: tuple, fingerprint: tuple, stream: bool) -> tuple:
+    """A step with this key that is now this call's, made anew where none can be waited for; or the one to wait for."""
     with _FINDING:
         steps = STEPS.setdefault(model, OrderedDict())
         for other in [other for other in steps if other[0] == key[0]]:
@@ -66,17 +70,17 @@ def _find(model, key: tuple, fingerprint: tuple, stream: bool):
         for step in found:
             if step.acquire(wait=False):
                 step.stream = stream
-                return step
+                return step, None
         waiting = None if stream else next((step for step in found if step.can_wait), None)
-        if waiting is None:
-            step = _make(model, key, fingerprint)
-            step.acquire()
-            step.stream = stream
-            found.append(step)
-            while len(steps) > KEPT_STEPS:
-                steps.popitem(last=False)
-            return step
-    return waiting if waiting.acquire() else None
+        if waiting is not None:
+            return None, waiting
+        step = _make(model, key, fingerprint)
+        step.acquire()
+        step.stream = stream
+        found.append(step)
+        while len(steps) > KEPT_STEPS:
+            steps.popitem(last=False)
+        return step, None
 
 
 def _make(model, key: tuple, fingerprint: tuple):

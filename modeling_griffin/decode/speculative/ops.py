@@ -1,8 +1,8 @@
 """The operations of a step that reads N tokens of one row, of which it keeps only the first few.
 
-They read the row's state as `decode_ops` left it and write it nowhere: a ring has no slot to spare for a token that may
+They read the row's state as `ops.py` left it and write it nowhere: a ring has no slot to spare for a token that may
 be rejected. What each token would leave goes to buffers of its own, and `keep_recurrent` and `keep_attention` put that
-of the accepted tokens into the state. Products do not care what their rows are: those of `decode_ops` serve.
+of the accepted tokens into the state. A GEMM does not care what its rows are: those of `ops.py` serve.
 
 Legend: N tokens of a row, R rotated dimensions, C RG-LRU channels, H heads, K head dimension, W attention window, V
 vocabulary. A clock's cos and sin are (N, R), its time is that of the first token, its padding (1,).
@@ -70,8 +70,8 @@ class PlainVerifyOps(PlainOps):
     def accept(self, tokens, report, token, clock: Clock) -> None:
         """How many of tokens (N,) are right, into report[0]; the first is. Time goes on by as many.
 
-        report[1:] (N,): the likeliest token behind each; a token is right where the one in front of it finds it the
-        likeliest. token (1,) becomes the likeliest behind the last that is right.
+        report[1:] (N,): the argmax behind each; a token is right where it is the argmax behind the one in front of it.
+        token (1,) becomes the argmax behind the last that is right.
         """
         is_right = (report[1:-1] == tokens[1:]).long()
         report[:1] = is_right.cumprod(0).sum() + 1
@@ -107,7 +107,7 @@ QUERIES = 16  # of a program; with more, their sums do not fit into its register
 
 
 class KernelVerifyOps(PlainVerifyOps, KernelOps):
-    """The same in Triton kernels; `begin`, `end` and the products are those of one token a row."""
+    """The same in Triton kernels; `begin`, `end`, GEMV and GEMM are those of one token a row."""
 
     def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock):
         gates, out = block.rg_lru, torch.empty_like(x)
@@ -178,5 +178,5 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
 
 
 def _block(size: int) -> int:
-    """A side of a product of matrices that holds so many."""
+    """A side of a GEMM's tile that holds so many."""
     return max(16, triton.next_power_of_2(size))

@@ -17,7 +17,7 @@ from ..state import DecodeStep
 from .ops import KernelVerifyOps, PlainVerifyOps
 
 
-MOST_TOKENS = 64  # of a pass: as many rows as products have kernels for
+MOST_TOKENS = 64  # of a pass: as many rows as there are GEMM kernels for
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of `disagreement`; float32 may be TF32
 
 
@@ -30,7 +30,7 @@ class VerifyStep(RecordedStep):
     """The pass over N = `tokens` tokens of the one row of `step`: the token chosen last and N - 1 drafts.
 
     tokens (N,) int64: what a pass reads, in the host's memory, where a GPU reads it too. report (1 + N,) int64: what it
-    finds, how many of these tokens are kept and the likeliest token behind each; on_host: the same for the host.
+    finds, how many of these tokens are kept and the argmax behind each; on_host: the same for the host.
     logits (N, V), in the model's dtype.
     """
 
@@ -73,8 +73,8 @@ class VerifyStep(RecordedStep):
         self.step()
         if self.on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
-        accepted, *likeliest = self.on_host.tolist()
-        return likeliest[:accepted]
+        accepted, *best = self.on_host.tolist()
+        return best[:accepted]
 
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
