@@ -21,7 +21,6 @@ from modeling_griffin.decode.eligibility import decide
 
 PROMPT = 128
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
-TOKENS = {True: (32, 160), False: (8, 24)}  # of a short and a long generation: on a step, and in Transformers' loop
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
 
 
@@ -128,7 +127,7 @@ def offpath(models: dict, settings: dict, report: dict) -> Iterator[None]:
         if not on_gpu and step == "transformers" and changed:
             step = "forward"  # where nothing is recorded, a hook may count
         model = models["griffin"] if changed is None else changed(copy.deepcopy(models["griffin"]))
-        begin = time.perf_counter()
+        rows, begin = min(rows, settings["rows"]), time.perf_counter()
         error = _check(name, model, rows, options, step)
         row = {"contestant": "griffin", "request": name, "rows": rows, "step": step, "error": error}
         row["first_call_s"] = time.perf_counter() - begin
@@ -180,7 +179,8 @@ def _check(name: str, model, rows: int, options: Callable, step: str) -> float |
 
 def _times(model, rows: int, options: Callable, on_step: bool, settings: dict) -> dict[str, float]:
     """Milliseconds a token: of wall time, and in which a GPU computed."""
-    (short, long), ids, seconds = TOKENS[on_step], _ids(model, rows), []
+    new, ids, seconds = settings["new"], _ids(model, rows), []
+    short, long = (new // 2, 5 * new // 2) if on_step else (max(2, new // 8), max(4, 3 * new // 8))
     _run(model, ids, short, options)
     for new in (short, long) * settings["turns"]:
         begin = _now(settings["device"])

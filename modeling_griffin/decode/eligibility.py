@@ -49,7 +49,11 @@ PROCESSORS = tuple(
 )
 CRITERIA = (generation.MaxLengthCriteria, generation.EosTokenCriteria)
 CACHES = ("past_key_values", "cache")  # newer versions of Transformers call it cache
-ARGUMENTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHES)
+ARGUMENTS = (
+    *("attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"),
+    *("output_hidden_states", "tokenizer"),
+    *CACHES,
+)
 MASKS = ("eager", "sdpa")  # attentions that take a mask of slots
 LEAVE_OUT = "leave it out"
 STOCK_PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
@@ -96,7 +100,7 @@ def decide(
         return Path("transformers", False, obstacle)
     ahead = _runs_ahead(logits_processor, stopping_criteria, generation_config)
     obstacle = next(ineligible_model_reasons(model), None)
-    if obstacle is None and generation_config.output_hidden_states:
+    if obstacle is None and asks_for_hidden_states(generation_config):
         obstacle = "output_hidden_states"
     if obstacle is None:
         return Path("fused", ahead)
@@ -111,6 +115,10 @@ def behind(path: Path, model, reason: str = "its step cannot be used, see above"
     return (
         Path("forward", path.ahead, Obstacle(reason, "")) if obstacle is None else Path("transformers", False, obstacle)
     )
+
+
+def asks_for_hidden_states(generation_config) -> bool:
+    return bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
 
 
 def _runs_ahead(logits_processor, stopping_criteria, generation_config) -> bool:
@@ -133,10 +141,7 @@ def shared_places(model) -> Obstacle | None:
 
     A cache has a place for each entry of config.layer_types, and a block knows its own by its number.
     """
-    kinds = model.config.layer_types
-    expected = {GriffinAttention: "sliding_attention", GriffinRecurrentBlock: "linear_attention"}
-    blocks = [getattr(layer, "temporal_block", None) for layer in model.model.layers]
-    used = [(block.layer_idx, expected[cls]) for block in blocks for cls in expected if isinstance(block, cls)]
+    kinds, used = model.config.layer_types, _used_places(model)
     places = [place for place, _ in used]
     remedy = "give each layer a temporal_block.layer_idx of its own, and make config.layer_types list their kinds"
     if len(set(places)) < len(places):
@@ -151,6 +156,18 @@ def shared_places(model) -> Obstacle | None:
     if missing and places:
         return Obstacle(f"no layer uses place {missing[0]} of the cache, which counts its tokens", remedy)
     return None
+
+
+def can_take_back(model) -> bool:
+    """Whether Transformers can undo drafts: it asks that of each place of a cache, of those that no layer uses too."""
+    return len(_used_places(model)) == len(model.config.layer_types)
+
+
+def _used_places(model) -> list[tuple[int, str]]:
+    """The place in a cache and the kind of each block that keeps something there."""
+    kinds = {GriffinAttention: "sliding_attention", GriffinRecurrentBlock: "linear_attention"}
+    blocks = [getattr(layer, "temporal_block", None) for layer in model.model.layers]
+    return [(block.layer_idx, kinds[cls]) for block in blocks for cls in kinds if isinstance(block, cls)]
 
 
 def check_places(model) -> None:

@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .eligibility import CACHES, Path, behind, decide
+from .eligibility import CACHES, Path, asks_for_hidden_states, behind, decide
 from .loop import run_loop
 from .state import DecodeStep
 from .steps import take_step
@@ -71,7 +71,7 @@ def say_slow(what: str, path: Path) -> None:
 def _on_step(name: str, model, path: Path, input_ids: torch.Tensor, kwargs: dict) -> tuple[bool, object]:
     """Whether there is such a step, and the result."""
     config, (batch, length) = kwargs["generation_config"], input_ids.shape
-    hidden = bool(config.output_hidden_states) and path.step == "forward"
+    hidden = asks_for_hidden_states(config)
     reading = {"output_hidden_states": True} if hidden else {}
     mask, tokens = kwargs.get("attention_mask"), None
     if config.max_length is not None:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 import torch
 from transformers.utils import logging
 
+from ..gpu import on_its_device
 from .agreement import check_step
 from .fingerprint import forward_fingerprint, fused_fingerprint
 from .forward import ForwardStep
@@ -21,7 +22,9 @@ from .state import DecodeStep
 logger = logging.get_logger(__name__)
 
 KEPT_STEPS = 4  # of a model, with their buffers and recordings
-LEAST_SLOTS = 4096  # of a KV ring, where the window has as many: a larger one is as long as the tokens need
+# Of a KV ring, where the window has as many: a larger one is as long as the tokens need. On a GPU another length has to
+# be compiled and recorded.
+LEAST_SLOTS = {"cpu": 64, "cuda": 4096}
 STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, list]]" = weakref.WeakKeyDictionary()
 _FINDING = threading.Lock()
 
@@ -33,7 +36,7 @@ def take_step(model, rows: int, tokens: int | None = None, kind="fused", hidden=
     `ForwardStep.prepare`. stream: for a generator, which may be left lying about. To be handed back by `release`.
     """
     fingerprint_of = fused_fingerprint if kind == "fused" else forward_fingerprint
-    key = kind, rows, ring_slots(model.config, tokens), hidden
+    key = kind, rows, ring_slots(model.config, tokens, model.device), hidden
     while True:
         step, waiting = _find(model, key, fingerprint_of(model), stream)
         if waiting is not None and waiting.acquire():
@@ -49,12 +52,10 @@ def take_step(model, rows: int, tokens: int | None = None, kind="fused", hidden=
         return None
 
 
-def ring_slots(config, tokens: int | None) -> int:
+def ring_slots(config, tokens: int | None, device: torch.device) -> int:
     """Of the KV ring of a row: the window, or where it is long no more than about twice what `tokens` need."""
     window = config.attention_window_size
-    if tokens is None or window <= LEAST_SLOTS:
-        return window
-    return min(window, max(LEAST_SLOTS, 1 << (tokens - 1).bit_length()))
+    return window if tokens is None else min(window, max(LEAST_SLOTS[device.type], 1 << (tokens - 1).bit_length()))
 
 
 def _find(model, key: tuple, fingerprint: tuple, stream: bool) -> tuple:
@@ -102,9 +103,10 @@ def _ready(model, step, kind: str, like: tuple | None) -> bool:
     if step.checked:
         return True
     try:
-        step.prepare(model, like)
-        if step.on_gpu or kind == "fused":
-            check_step(model, step)
+        with on_its_device(step.token):
+            step.prepare(model, like)
+            if step.on_gpu or kind == "fused":
+                check_step(model, step)
         step.checked = True
     except Exception as error:
         _give_up(step, kind, len(step.token), error)

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from modeling_griffin import GenerationRequest, GriffinForCausalLM, modeling_griffin, rg_lru
 from modeling_griffin.decode import eligibility
@@ -115,7 +116,7 @@ def weight_norm(model, patch):
 
 @change
 def pruning(model, patch):
-    nn.utils.prune.l1_unstructured(model.model.layers[0].mlp_block.up_proj, "weight", 0.5)
+    prune.l1_unstructured(model.model.layers[0].mlp_block.up_proj, "weight", 0.5)
 
 
 @change
@@ -226,7 +227,7 @@ def eps_of_a_norm(model, patch):
 
 @change
 def theta(model, patch):
-    model.model.rotary_emb.theta = 2.0
+    model.model.rotary_emb.theta = 0.01
 
 
 @change
@@ -341,7 +342,7 @@ def test_what_is_generated_is_what_the_model_now_is(name, small_model, monkeypat
             getattr(model, "remove_hook", lambda: None)()
 
 
-SILENT = ("norm_in_double", "default_dtype")
+SILENT = ("norm_in_double", "default_dtype", "softcapping")  # greedy tokens stay the same
 
 
 def test_one_step_serves_a_model_that_stays_as_it_is(small_model):

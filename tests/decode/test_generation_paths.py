@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tolerances import assert_close
 from torch import nn
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_griffin.cache_name import CACHE_NAME
@@ -194,16 +195,18 @@ def test_a_returned_cache_can_be_continued(small_model, monkeypatch):
     assert torch.equal(two_turns(), expected)
 
 
-def test_stop_strings(small_model, paths, monkeypatch):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
+def letters():
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(ord("a") + i): 3 + i for i in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
-    words = {f"w{token}": token for token in range(29)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+
+def test_stop_strings(small_model, paths, monkeypatch):
+    tokenizer = letters()
     model, ids = small_model(), random_ids(1, 5)
     whole = by_transformers(monkeypatch, model, ids)[0].tolist()
-    options = {"stop_strings": [f"w{whole[5 + 4]}"], "tokenizer": tokenizer}
+    options = {"stop_strings": [tokenizer.decode(whole[7:10])], "tokenizer": tokenizer}
     expected = by_transformers(monkeypatch, model, ids, **options)
     assert torch.equal(run(model, ids, **options), expected) and expected.shape[1] < 5 + NEW
     assert [each[:2] for each in paths] == [LOOP]
