@@ -58,7 +58,8 @@ def read_layout(
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
     if isinstance(attention_mask, dict):  # from `masks_for_generate`
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
-        documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
+        packed = attention_mask.get("packed", True)
+        documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed)
         return attention_mask.get("sliding_attention"), position_ids, documents
     _check_attention_mask(config, attention_mask, past_length, shape)
     one_document = attention_mask is None and position_ids is None and boundaries is None

@@ -56,6 +56,7 @@ ARGUMENTS = (
 )
 MASKS = ("eager", "sdpa")  # attentions that take a mask of slots
 LEAVE_OUT = "leave it out"
+PLACES = "give each layer a temporal_block.layer_idx of its own, and make config.layer_types list their kinds"
 STOCK_PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
@@ -143,24 +144,24 @@ def shared_places(model) -> Obstacle | None:
     """
     kinds, used = model.config.layer_types, _used_places(model)
     places = [place for place, _ in used]
-    remedy = "give each layer a temporal_block.layer_idx of its own, and make config.layer_types list their kinds"
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
-        return Obstacle(f"two of model.layers share place {twice} of the cache", remedy)
+        return Obstacle(f"two of model.layers share place {twice} of the cache", PLACES)
     for place, kind in used:
         if place >= len(kinds) or kinds[place] != kind:
-            return Obstacle(f"a {kind} layer has place {place} of the cache, which is another kind's", remedy)
+            return Obstacle(f"a {kind} layer has place {place} of the cache, which is another kind's", PLACES)
     # The first attention layer, or in a Hawk every layer, tells how many tokens a cache has seen.
     needed = [kinds.index("sliding_attention")] if "sliding_attention" in kinds else range(len(kinds))
     missing = [place for place in needed if place not in places]
     if missing and places:
-        return Obstacle(f"no layer uses place {missing[0]} of the cache, which counts its tokens", remedy)
+        return Obstacle(f"no layer uses place {missing[0]} of the cache, which counts its tokens", PLACES)
     return None
 
 
-def can_take_back(model) -> bool:
-    """Whether Transformers can undo drafts: it asks that of each place of a cache, of those that no layer uses too."""
-    return len(_used_places(model)) == len(model.config.layer_types)
+def unused_places(model) -> list[int]:
+    """Places of a cache that no layer uses. Drafts cannot be undone there, and a state has nothing to put there."""
+    used = {place for place, _ in _used_places(model)}
+    return [place for place in range(len(model.config.layer_types)) if place not in used]
 
 
 def _used_places(model) -> list[tuple[int, str]]:
@@ -172,7 +173,10 @@ def _used_places(model) -> list[tuple[int, str]]:
 
 def check_places(model) -> None:
     """Raises ValueError where the model's layers cannot share a cache, which states and batches are made of."""
-    if (obstacle := shared_places(model)) is not None:
+    obstacle, unused = shared_places(model), unused_places(model)
+    if obstacle is None and unused:
+        obstacle = Obstacle(f"no layer uses place {unused[0]} of the cache", PLACES)
+    if obstacle is not None:
         raise ValueError(f"model.layers: {obstacle.reason}; {obstacle.remedy}")
 
 

@@ -182,7 +182,7 @@ class ForwardStep(Recording, Lease):
         time.add_(1)
 
     def _masks(self) -> dict[str, torch.Tensor | None]:
-        """As `masks_for_generate` makes them: a slot is seen if it holds a token of its row."""
+        """As `masks_for_generate` makes them: a slot is seen if it holds a token of its row, and no document starts."""
         time = self.clock.time
         times = time - (time - self.number) % self.slots
         seen = (times >= self.clock.padding[:, None])[:, None, None]
@@ -190,7 +190,8 @@ class ForwardStep(Recording, Lease):
             dtype = self.logits.dtype
             zero, hidden = (torch.full((), x, dtype=dtype, device=self.device) for x in (0.0, torch.finfo(dtype).min))
             seen = torch.where(seen, zero, hidden)
-        return {"sliding_attention": seen, "linear_attention": None, "document_start": self.new_document}
+        starts = {"document_start": self.new_document, "packed": False}
+        return {"sliding_attention": seen, "linear_attention": None, **starts}
 
 
 def _attends(layer) -> bool:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from transformers.utils import logging
 
-from ..eligibility import CRITERIA, Obstacle, Path, can_take_back, decide
+from ..eligibility import CRITERIA, Obstacle, Path, decide, unused_places
 from ..generate import by_transformers, prefill_into
 from ..state import DecodeStep
 from ..steps import take_step
@@ -30,7 +30,7 @@ def decode_with_drafts(model, stock, input_ids: torch.Tensor, **kwargs) -> torch
         return stock(input_ids, **kwargs)
     step, drafts, path = _take_step_for(model, input_ids, kwargs)
     if drafts is None:
-        if path.step == "uncached" or not can_take_back(model) or _plain_is_faster(model, kwargs):
+        if path.step == "uncached" or unused_places(model) or _plain_is_faster(model, kwargs):
             logger.info_once(f"generate decodes without drafts: {path.obstacle.reason}")
             return model._sample(input_ids, **{name: kwargs[name] for name in kwargs if name not in OF_DRAFTS})
         return by_transformers(path, stock, input_ids, kwargs)
