@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..modeling_griffin import GriffinAttention, GriffinRecurrentBlock
 from .fused_model import fused_obstacles
-from .host_effects import host_effect
+from .host_effects import global_effect, host_effect
 
 
 # Without a state and without reading values on the host, so that they can be called for a step that is then dropped.
@@ -233,25 +233,27 @@ def forward_obstacles(model) -> Iterator[Obstacle]:
         )
         if dropout:
             yield Obstacle("dropout in training mode", "call model.eval() before")
+    yield from _elsewhere(model)
     if model.device.type == "cpu":
         return  # where nothing is recorded, and everything runs at each token
     if torch.version.hip is not None:
         yield Obstacle("a GPU whose recordings were never tried", "none")
     if torch._C._len_torch_dispatch_stack():
         yield Obstacle("a TorchDispatchMode", "call generate outside of it")
-    yield from _on_the_host(model)
-
-
-def _on_the_host(model) -> Iterator[Obstacle]:
-    """Python that has to run at each token, which a recording leaves out."""
-    for name, module in model.named_modules():
-        name = name or "the model"
-        if "_hf_hook" in vars(module):
-            yield Obstacle(f"{name} is moved by accelerate", "load the whole model to the GPU")
+    if (effect := global_effect()) is not None:
+        yield Obstacle(f"a hook of every module {effect}", "remove it, or let it touch nothing but its tensors")
+    for name, module in model.named_modules():  # Python that has to run at each token
         if (effect := host_effect(module)) is not None:
-            yield Obstacle(f"{name}: {effect}", "remove it, or let it touch nothing but its tensors")
+            yield Obstacle(f"{name or 'the model'}: {effect}", "remove it, or let it touch nothing but its tensors")
+
+
+def _elsewhere(model) -> Iterator[Obstacle]:
+    """Weights that are not all here."""
+    for name, module in model.named_modules():
+        if "_hf_hook" in vars(module):
+            yield Obstacle(f"{name or 'the model'} is moved by accelerate", "load the whole model to one device")
     for name, parameter in model.named_parameters():
         if parameter.device != model.device:
-            yield Obstacle(f"{name} is on {parameter.device}", "load the whole model to one GPU")
+            yield Obstacle(f"{name} is on {parameter.device}", "load the whole model to one device")
         if isinstance(parameter, DTensor):
             yield Obstacle(f"{name} is shared among ranks", "gather the model to generate")

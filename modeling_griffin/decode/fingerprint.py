@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..modeling_griffin import GriffinAttention
+from .host_effects import global_hooks
 
 
 FIELDS = (
@@ -44,7 +45,8 @@ def forward_fingerprint(model) -> tuple:
     kind = model.device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
-    return config, autocast, torch.get_default_dtype(), tuple(_module(module) for module in model.modules())
+    hooks = _value(global_hooks())
+    return config, autocast, hooks, torch.get_default_dtype(), tuple(_module(module) for module in model.modules())
 
 
 def _module(module: nn.Module) -> tuple:

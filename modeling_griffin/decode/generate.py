@@ -46,6 +46,8 @@ def _generate(name: str, model, stock: Callable, input_ids: torch.Tensor, **kwar
         return stock(input_ids, **kwargs)
     path = decide(model, input_ids, **kwargs)
     while path.step in ("fused", "forward"):
+        if path.step == "forward":
+            logger.info_once(f"generate runs the model's own forward pass over fixed buffers: {path.obstacle.reason}")
         with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
             done, result = _on_step(name, model, path, input_ids, kwargs)
         if done:

@@ -41,6 +41,15 @@ def host_effect(module: nn.Module) -> str | None:
     return None if effect is None else f"the forward of a {type(module).__name__} {effect}"
 
 
+def global_effect() -> str | None:
+    """The same of hooks that every module has."""
+    return _first(effect_of(hook) for hook in global_hooks())
+
+
+def global_hooks() -> list:
+    return [*nn.modules.module._global_forward_hooks.values(), *nn.modules.module._global_forward_pre_hooks.values()]
+
+
 def effect_of(function, owner: type | None = None, seen: frozenset = frozenset()) -> str | None:
     """What the function does beyond computing with tensors, or None.
 

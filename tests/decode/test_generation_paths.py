@@ -330,6 +330,15 @@ def test_which_hooks_a_recording_can_hold(hook, reason, small_model):
     assert found is None if reason is None else reason in found.reason and "mlp_block" in found.reason
 
 
+def test_hooks_of_every_module_count_too(small_model):
+    for hook, recordable in ((steer, True), (collect, False)):
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        try:
+            assert (on_a_gpu(small_model()) is None) == recordable
+        finally:
+            handle.remove()
+
+
 def test_adapters_can_be_recorded(small_model):
     from peft import LoraConfig, inject_adapter_in_model
 
