@@ -32,8 +32,7 @@ class OnTheHost(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         self.seen.append(input_ids[:, -1].tolist())
-        scores[:, 3] = -torch.inf
-        return scores
+        return scores.index_fill(1, torch.tensor([3], device=scores.device), -torch.inf)
 
 
 class Never(StoppingCriteria):

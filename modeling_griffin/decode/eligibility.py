@@ -91,7 +91,7 @@ def decide(
 ) -> Path:
     """The path of a request. Arguments of `_sample` and `_beam_search`."""
     cached = kwargs.get("use_cache", True)
-    if cached and (obstacle := shared_places(model)) is not None:
+    if cached and (obstacle := shared_places(model) or _checkpoints(model)) is not None:
         return Path("uncached", False, obstacle)
     obstacle = next(_in_request(model, generation_config, synced_gpus, kwargs), None)
     if obstacle is None and input_ids.device != model.device:
@@ -155,6 +155,12 @@ def shared_places(model) -> Obstacle | None:
     missing = [place for place in needed if place not in places]
     if missing and places:
         return Obstacle(f"no layer uses place {missing[0]} of the cache, which counts its tokens", PLACES)
+    return None
+
+
+def _checkpoints(model) -> Obstacle | None:
+    if model.training and model.model.gradient_checkpointing:  # where the model refuses a cache
+        return Obstacle("gradient checkpointing in training mode", "call model.eval() before")
     return None
 
 

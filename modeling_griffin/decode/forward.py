@@ -11,6 +11,7 @@ import weakref
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..cache_name import CACHE_NAME
 from .lease import Lease
 from .network import Recording
 from .ops import Clock
@@ -170,9 +171,9 @@ class ForwardStep(Recording, Lease):
                 self.token[:, None],
                 attention_mask=self._masks(),
                 position_ids=(time - padding)[:, None],
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE_NAME: self.cache},
                 **({"output_hidden_states": True} if self.hidden else {}),
             )
         self.logits.copy_(output.logits[:, -1])

@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
+from ..cache_name import CACHE_NAME
 from .eligibility import CACHES, Path, asks_for_hidden_states, behind, decide
 from .loop import run_loop
 from .state import DecodeStep
@@ -141,9 +142,9 @@ def prompt_output(model, input_ids, attention_mask: torch.Tensor | None, chunk: 
         output = model(
             input_ids[:, start:end],
             attention_mask=None if attention_mask is None else attention_mask[:, :end],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_NAME: cache},  # by the name that a forward of the user's knows from Transformers' loop
             **options,
         )
     return cache, output

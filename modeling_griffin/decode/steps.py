@@ -63,7 +63,7 @@ def _find(model, key: tuple, fingerprint: tuple, stream: bool) -> tuple:
     with _FINDING:
         steps = STEPS.setdefault(model, OrderedDict())
         for other in [other for other in steps if other[0] == key[0]]:
-            steps[other] = [step for step in steps[other] if step.fingerprint == fingerprint]
+            steps[other] = [step for step in steps[other] if step.fingerprint == fingerprint and _may_be_tried(step)]
             if not steps[other]:  # of weights that were moved or replaced
                 del steps[other]
         found = steps.setdefault(key, [])
@@ -92,8 +92,7 @@ def _make(model, key: tuple, fingerprint: tuple):
         else:
             step = ForwardStep(model, rows, slots, hidden)
     except Exception as error:
-        step = Lease(model.device)
-        _give_up(step, kind, rows, error)
+        step = _failed(model, kind, rows, error)
     step.fingerprint = fingerprint
     return step
 
@@ -109,14 +108,28 @@ def _ready(model, step, kind: str, like: tuple | None) -> bool:
                 check_step(model, step)
         step.checked = True
     except Exception as error:
-        _give_up(step, kind, len(step.token), error)
+        _replace(model, step, _failed(model, kind, len(step.token), error))
     finally:  # after Ctrl-C too: the next call tries again
         if not step.checked:
             step.release()
     return step.checked
 
 
-def _give_up(step, kind: str, rows: int, error: Exception) -> None:
-    """This step is not tried again while the model stays as it is."""
-    step.failed = error
+def _failed(model, kind: str, rows: int, error: Exception) -> Lease:
+    """What stands in a step's place, without its buffers: it is not tried again while the model stays as it is."""
     logger.warning_once(f"generate is slow: a {kind} step of {rows} rows is not used: {error!r}")
+    stone = Lease(model.device)
+    stone.failed = error
+    return stone
+
+
+def _replace(model, step, stone: Lease) -> None:
+    step.failed, stone.fingerprint = stone.failed, step.fingerprint
+    with _FINDING:
+        for found in STEPS.get(model, {}).values():
+            found[:] = [stone if each is step else each for each in found]
+
+
+def _may_be_tried(step) -> bool:
+    """Where there was no memory, there may be some now."""
+    return not isinstance(step.failed, torch.OutOfMemoryError)

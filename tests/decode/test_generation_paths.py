@@ -264,6 +264,17 @@ def test_what_is_slow_says_so_once_with_reason_and_remedy(small_model, monkeypat
     assert "without a cache" in said[1] and "two of model.layers share place 0" in said[1]
 
 
+def test_in_the_middle_of_a_training_with_checkpointing(small_model, paths):
+    """As a callback that samples: without a cache, and on the step again when the model no longer trains."""
+    model, ids = small_model(), random_ids(2, 5)
+    expected = run(model, ids)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(run(model.train(), ids), expected)
+    assert torch.equal(run(model, ids[:1], prompt_lookup_num_tokens=2), expected[:1])
+    assert torch.equal(run(model.eval(), ids), expected)
+    assert [each.step for each in paths] == ["fused", "uncached", "uncached", "fused"]
+
+
 def on_a_gpu(model, **options):
     """What would be decided there: nothing but the checks of `forward_obstacles` asks for the device."""
     from modeling_griffin.decode.eligibility import forward_obstacles

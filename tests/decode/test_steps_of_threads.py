@@ -129,6 +129,25 @@ def test_a_step_that_computes_something_else_is_not_used_and_the_layer_is_named(
     assert len(said) == 1 and "a fused step of 2 rows is not used" in said[0] and layer in said[0]
 
 
+def test_a_step_without_memory_is_tried_again(small_model, monkeypatch):
+    """And one that fails in another way is not, nor does it keep its buffers."""
+    model, ids, tried = small_model(), random_ids(2, 5), []
+    expected = run(model, ids, use_cache=False)
+    init, errors = DecodeStep.__init__, [torch.OutOfMemoryError("none left"), RuntimeError("never")]
+
+    def fails(step, *arguments):
+        tried.append(1)
+        if errors:
+            raise errors.pop(0)
+        init(step, *arguments)
+
+    monkeypatch.setattr(DecodeStep, "__init__", fails)
+    for _ in range(3):
+        assert torch.equal(run(model, ids), expected)
+    assert len(tried) == 2
+    assert {type(step).__name__ for steps in STEPS[model].values() for step in steps} == {"Lease", "ForwardStep"}
+
+
 def test_a_ring_that_wraps_wrongly_is_found_too(small_model, monkeypatch):
     """The comparison is made where the ring begins anew."""
     model, ids, said = small_model(), random_ids(2, 5), []
