@@ -4,6 +4,8 @@ The flat files of this folder are the model, which goes to the Hub with its weig
 their slots with what lies in the folders: kernels, decoding, serving, saving, parallelism, conversion.
 """
 
+import importlib.metadata
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 from .configuration_griffin import GriffinConfig
+from .conversion.presets import config_from_preset
 from .conversion.recurrent_gemma import griffin_config_from_recurrent_gemma, load_recurrent_gemma
 from .decode.generate import beam_search, sample
 from .decode.speculative.generate import decode_with_drafts
@@ -33,10 +36,12 @@ from .parallel.fsdp import distribute_model, keep_lambda_float32, plans_without_
 from .rg_lru_scan import rg_lru_scan
 from .saving.card import keep_model_card
 from .saving.save import push_model, save_config, save_model
-from .serving.batch import GeneratedToken, GenerationRequest, GenerationResult, generate_batch, stream_batch
+from .serving.batch import GeneratedToken, GenerationResult, generate_batch, stream_batch
 from .serving.cached_rows import prefill
+from .serving.request import GenerationRequest
 from .serving.state import GenerationState, load_state, save_state
 from .slots import fill_slots
+from .training.record import record_training, stop_recording
 
 
 fill_slots(**dispatch.SLOTS)
@@ -50,9 +55,15 @@ fill_slots(
 )
 fill_slots(save_config=save_config, save_model=save_model, push_model=push_model)
 fill_slots(distribute_model=distribute_model, plans_without_lambda=plans_without_lambda)
+fill_slots(config_from_preset=config_from_preset)
 fill_slots(config_from_recurrent_gemma=griffin_config_from_recurrent_gemma, load_recurrent_gemma=load_recurrent_gemma)
 OWN_ATTENTION[Visible] = dispatch.visible_attention
 
+
+try:
+    __version__ = importlib.metadata.version("modeling-griffin")
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
 
 AutoConfig.register(GriffinConfig.model_type, GriffinConfig, exist_ok=True)
 GriffinConfig.register_for_auto_class()
@@ -84,5 +95,7 @@ __all__ = [
     "keep_lambda_float32",
     "keep_model_card",
     "register_lambda_init",
+    "record_training",
     "rg_lru_scan",
+    "stop_recording",
 ]

@@ -79,6 +79,23 @@ def row_losses(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -
     return RowLosses.apply(logits, targets, ignore_index)
 
 
+class CausalLMName(str):
+    """A class's name that also equals one in Transformers' table of causal language models.
+
+    With `label_smoothing_factor`, `Trainer` computes the loss itself and shifts labels only for names in that table.
+    Griffin, a subclass and FSDP2's FSDP<name> are not in it, and would learn to repeat each token.
+    """
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other) -> bool:
+        return str(self) == other or other == "RecurrentGemmaForCausalLM"
+
+    def __ne__(self, other) -> bool:
+        return not self == other
+
+
 class RowLosses(torch.autograd.Function):
     """-log softmax(logits)[target] of each row, 0 where the target is `ignore_index`: (N, V), (N,) -> (N,)."""
 

@@ -24,6 +24,19 @@ AUTO_MAP = {
 OUR_CLASSES = {reference.split(".")[1] for reference in AUTO_MAP.values()}
 
 
+OLDER_ROTARY_NAMES = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+# Beyond these no tensor can be made, or float32 has no such number and the model would compute NaN.
+LARGEST = {"num_hidden_layers": 2**16}
+LARGEST_SIZE = 2**31 - 1
+RANGES = {
+    "rg_lru_c": (1e-6, 1e6),
+    "rms_norm_eps": (1e-30, 1.0),
+    "final_logit_softcapping": (1e-6, 1e6),
+    "rope_theta": (1.0, 1e15),
+    "lambda_init_bounds": (1e-30, 1 - 2**-24),
+}
+
+
 @strict
 class GriffinConfig(PreTrainedConfig):
     r"""Shapes and choices of a Griffin model (De et al. 2024, arXiv 2402.19427). Bad values raise at construction.
@@ -35,8 +48,8 @@ class GriffinConfig(PreTrainedConfig):
         num_hidden_layers: residual blocks.
         layer_types: `"linear_attention"` (an RG-LRU block) or `"sliding_attention"` (local attention) for each layer;
             None repeats two recurrent blocks and one attention block. All `"linear_attention"` is Hawk.
-        num_attention_heads, num_key_value_heads, head_dim: of the local attention; one key-value head is MQA.
-            head_dim None means hidden_size // num_attention_heads.
+        num_attention_heads, num_key_value_heads, head_dim: of the local attention; one key-value head is MQA, None as
+            many as num_attention_heads. head_dim None means hidden_size // num_attention_heads.
         attention_window_size: keys a query sees, itself included; at least 2. `sliding_window` is an alias.
         lru_width: channels C of the RG-LRU (the paper's D_RNN); None means hidden_size.
         num_gate_blocks: diagonal blocks of each of the two gates; must divide lru_width. Tensor parallelism shares out
@@ -49,7 +62,12 @@ class GriffinConfig(PreTrainedConfig):
         scale_embeddings: multiply embeddings (`inputs_embeds` too) by sqrt(hidden_size) rounded to bfloat16; True in
             RecurrentGemma.
         rope_parameters: `rope_theta` (10000) and `partial_rotary_factor` (0.5) of the rotary embedding; what is left
-            out keeps its default.
+            out keeps its default. Older names are taken too: both as fields of their own, and `rope_scaling`.
+        bos_token_id, eos_token_id, pad_token_id: tokens of the vocabulary or None; eos_token_id also a list of them.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed; for wrong types, errors of `huggingface_hub`'s
+            `@strict`, which name them too.
 
     Example:
         >>> config = GriffinConfig(hidden_size=768, lru_width=1024, num_attention_heads=6, lambda_init="uniform")
@@ -69,9 +87,9 @@ class GriffinConfig(PreTrainedConfig):
     hidden_size: int = 1024
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
-    layer_types: list[str] | None = None
+    layer_types: list | None = None  # of strings; declared so, `@strict` would spend a second on 10,000 of them
     num_attention_heads: int = 8
-    num_key_value_heads: int = 1
+    num_key_value_heads: int | None = 1
     head_dim: int | None = None
     attention_window_size: int = 1024
     attention_dropout: float | int = 0.0
@@ -102,22 +120,36 @@ class GriffinConfig(PreTrainedConfig):
             self.lru_width = self.hidden_size
         if self.layer_types is None:
             self.layer_types = [LAYER_PATTERN[i % len(LAYER_PATTERN)] for i in range(self.num_hidden_layers)]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             if "sliding_attention" in self.layer_types:
                 _check_divides(self, "num_attention_heads", "hidden_size")
             self.head_dim = max(1, self.hidden_size // self.num_attention_heads)
         self.lambda_init_bounds = list(self.lambda_init_bounds)  # as JSON gives it back
-        rotary = {name: kwargs.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in kwargs}
         self.rope_parameters = {
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,  # Differs: from the paper, which does not say; DeepMind's code rotates half
-            **rotary,
-            **(self.rope_parameters or {}),
+            **_rotary({name: kwargs.pop(name) for name in OLDER_ROTARY_NAMES if name in kwargs}),
+            **_rotary(self.rope_parameters or {}),
         }
         # Called here too, so that a user sees a ValueError and not the wrapper that `@strict` puts around it.
         self.validate_architecture()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in Transformers; fields among kwargs count as if they were in the file, so that None means the default."""
+        names = {*GriffinConfig.__annotations__, *cls.attribute_map, *OLDER_ROTARY_NAMES}
+        given = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
+        rotary = _rotary({name: given.pop(name) for name in OLDER_ROTARY_NAMES if name in given})
+        if rotary:
+            given["rope_parameters"] = {
+                **(given.get("rope_parameters", config_dict.get("rope_parameters")) or {}),
+                **rotary,
+            }
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -128,6 +160,14 @@ class GriffinConfig(PreTrainedConfig):
     def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
         # Transformers 5.17 assigns at construction what it has just read, and the layers may change afterwards.
         self.__dict__["base_model_tp_plan"] = None if plan == tensor_parallel_plan(self) else plan
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "GriffinConfig":
+        """A ready-made configuration by name, for example "griffin-100m"; `griffin presets` lists them.
+
+        overrides: fields that differ from it. Raises ValueError for a name that there is none of.
+        """
+        return require_slot("config_from_preset")(name, cls, **overrides)
 
     @classmethod
     def from_recurrent_gemma(cls, config) -> "GriffinConfig":
@@ -157,16 +197,35 @@ class GriffinConfig(PreTrainedConfig):
             _check_rotary(self)
         if self.hidden_activation not in ACT2FN:
             raise ValueError(f"hidden_activation = {self.hidden_activation!r}: allowed are {sorted(ACT2FN)}")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"pad_token_id = {self.pad_token_id}: allowed are None and 0 to vocab_size - 1 = {self.vocab_size - 1}"
-            )
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            _check_tokens(self, field)
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout = {self.attention_dropout}: allowed is [0, 1)")
         for field in ("rg_lru_c", "rms_norm_eps", "final_logit_softcapping"):
-            value = getattr(self, field)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{field} = {value}: allowed are numbers above 0")
+            if getattr(self, field) is not None:
+                _check_range(field, getattr(self, field), field)
+
+
+def _rotary(given: dict) -> dict:
+    """Rotary parameters by their names of today, from fields of older configurations; what is None is left out."""
+    scaling = given.get("rope_scaling") or {}
+    given = {**scaling, **{name: value for name, value in given.items() if name != "rope_scaling"}}
+    if "type" in given:
+        given.setdefault("rope_type", given["type"])
+    return {name: value for name, value in given.items() if value is not None and name != "type"}
+
+
+def _check_range(name: str, value, field: str) -> None:
+    low, high = RANGES[field]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} = {value!r}: allowed are numbers above 0, from {low} to {high}")
+
+
+def _check_tokens(config: GriffinConfig, field: str) -> None:
+    tokens, largest = getattr(config, field), config.vocab_size - 1
+    for token in tokens if isinstance(tokens, list | tuple) else [tokens]:
+        if token is not None and not 0 <= token <= largest:
+            raise ValueError(f"{field} = {tokens}: allowed are None and 0 to vocab_size - 1 = {largest}")
 
 
 def _check_sizes(config: GriffinConfig) -> None:
@@ -176,9 +235,9 @@ def _check_sizes(config: GriffinConfig) -> None:
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "attention_window_size", "lru_width", "num_gate_blocks", "conv1d_width"),
     ):
-        value = getattr(config, field)
-        if value is not None and value < least.get(field, 1):
-            raise ValueError(f"{field} = {value}: allowed are whole numbers from {least.get(field, 1)}")
+        value, low, high = getattr(config, field), least.get(field, 1), LARGEST.get(field, LARGEST_SIZE)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{field} = {value}: allowed are whole numbers from {low} to {high}")
 
 
 def _check_divides(config: GriffinConfig, divisor: str, field: str) -> None:
@@ -204,19 +263,21 @@ def _check_lambda_init(config: GriffinConfig) -> None:
     if not config.architectures:
         find_lambda_init(config.lambda_init)
     bounds = config.lambda_init_bounds
-    if len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < 1:
-        raise ValueError(f"lambda_init_bounds = {bounds}: allowed are two numbers with 0 < low < high < 1")
+    low, high = RANGES["lambda_init_bounds"]
+    if len(bounds) != 2 or not low <= bounds[0] < bounds[1] <= high:
+        raise ValueError(
+            f"lambda_init_bounds = {bounds}: allowed are two numbers with 0 < low < high < 1, from {low} to {high}"
+        )
 
 
 def _check_rotary(config: GriffinConfig) -> None:
     rope_type, theta, factor = (
-        config.rope_parameters[key] for key in ("rope_type", "rope_theta", "partial_rotary_factor")
+        config.rope_parameters.get(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor")
     )
     if rope_type != "default":
         # The window bounds every distance, so that scaled rotations have nothing to extend.
         raise ValueError(f"rope_parameters['rope_type'] = {rope_type!r}: allowed is 'default'")
-    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
-        raise ValueError(f"rope_parameters['rope_theta'] = {theta!r}: allowed are numbers above 0")
+    _check_range("rope_parameters['rope_theta']", theta, "rope_theta")
     if not isinstance(factor, int | float):
         raise ValueError(f"rope_parameters['partial_rotary_factor'] = {factor!r}: allowed are numbers in (0, 1]")
     if not 0 < factor <= 1 or int(config.head_dim * factor) % 2 or int(config.head_dim * factor) == 0:

@@ -9,11 +9,18 @@ Legend: B batch, T time (the tokens of this forward pass), S tokens that the cac
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
+from .cache_layers import (
+    attention_layer,
+    cache_for_stock_masks,
+    check_room,
+    counts_tokens,
+    is_static,
+    tokens_in_cache,
+)
 from .cache_name import takes_cache_by_either_name
 from .flash_local_attention import (
     edges_of_runs,
@@ -23,6 +30,7 @@ from .flash_local_attention import (
     runs_of_rows,
 )
 from .local_attention import LocalMask
+from .padding import Order, find_order, has_gap, in_order, read_mask
 
 
 logger = logging.get_logger(__name__)
@@ -33,11 +41,13 @@ class Documents(NamedTuple):
 
     packed: some document stands behind another one of its row. False spares the convolution and the attention their
     masks; while PyTorch traces, values cannot be read and it is True.
+    order: for the attention, where padding stands among real tokens; None where it stands before them.
     """
 
     start: torch.Tensor
     real: torch.Tensor | None
     packed: bool
+    order: Order | None = None
 
 
 def read_layout(
@@ -47,31 +57,81 @@ def read_layout(
 
     Arguments as in `GriffinModel.forward`; attention_mask may also be what `masks_for_generate` returned.
     """
+    attention_mask, position_ids, documents = read_rows(
+        config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
+    )
+    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+        return attention_mask.get("sliding_attention"), position_ids, documents
+    seen = (config, inputs_embeds, attention_mask, past_key_values, position_ids, documents)
+    if attention_mask is not None and "sliding_attention" in config.layer_types:
+        seen = _with_padding_first(*seen)
+        documents = documents._replace(order=seen[-1].order)
+    return attention_mask_for_documents(*seen), position_ids, documents
+
+
+def read_rows(
+    config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None
+) -> tuple[torch.Tensor | dict | None, torch.Tensor, Documents]:
+    """The same before attention: the user's mask, checked and on the device, the positions and the documents.
+
+    inputs_embeds: only its shape (B, T, ...) and device are read.
+    """
     shape, device = inputs_embeds.shape[:2], inputs_embeds.device
     attention_mask, position_ids, cu_seq_lens_q, seq_idx = (
         argument.to(device) if isinstance(argument, torch.Tensor) else argument
         for argument in (attention_mask, position_ids, cu_seq_lens_q, seq_idx)
     )
-    past_length = _tokens_in_cache(config, past_key_values)
+    past_length = tokens_in_cache(config, past_key_values)
     if past_key_values is not None and not is_tracing(inputs_embeds):
-        _check_room(config, past_key_values, past_length + shape[1])
+        check_room(config, past_key_values, past_length + shape[1])
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
-    if isinstance(attention_mask, dict):  # from `masks_for_generate`
+    if isinstance(attention_mask, dict):
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
         packed = attention_mask.get("packed", True)
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed)
-        return attention_mask.get("sliding_attention"), position_ids, documents
-    _check_attention_mask(config, attention_mask, past_length, shape)
+        return attention_mask, position_ids, documents
+    if attention_mask is not None:
+        known = past_length == 0 or counts_tokens(config, past_key_values)
+        _check_attention_mask(attention_mask, position_ids, past_length if known else None, shape)
+    attention_mask = None if attention_mask is None else read_mask(attention_mask)
     one_document = attention_mask is None and position_ids is None and boundaries is None
     position_ids = read_position_ids(attention_mask, position_ids, boundaries, past_length, shape, device)
     if one_document:  # known without reading values, which would stall a GPU
         documents = Documents(position_ids == 0, real=None, packed=False)
     else:
         documents = read_documents(attention_mask, position_ids, past_length, shape[1])
-    attention_mask = attention_mask_for_documents(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
-    )
     return attention_mask, position_ids, documents
+
+
+def _with_padding_first(config, inputs_embeds, attention_mask, past_key_values, position_ids, documents) -> tuple:
+    """The same arguments as the attention sees them: with tokens where `documents.order` puts their keys."""
+    length, num_keys = position_ids.shape[1], position_ids.shape[1]
+    if past_key_values is not None:
+        layer = attention_layer(past_key_values)
+        if is_static(past_key_values):
+            _check_gaps(config, attention_mask)
+            return config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
+        num_keys, _ = past_key_values.get_mask_sizes(length, layer)
+        attention_mask = in_order(attention_mask, attention_mask.shape[1] - length)
+    if documents.real is not None and (order := find_order(attention_mask, length, num_keys)) is not None:
+        documents = documents._replace(order=order)
+        if order.queries is not None:
+            attention_mask = in_order(attention_mask, attention_mask.shape[1])
+            position_ids = position_ids.gather(1, order.queries)
+            start, real = (tensor.gather(1, order.queries) for tensor in (documents.start, documents.real))
+            documents = Documents(start, real, documents.packed, order)
+    return config, inputs_embeds, attention_mask, past_key_values, position_ids, documents
+
+
+def _check_gaps(config, attention_mask) -> None:
+    """Static caches count slots: padding between real tokens takes some of the window."""
+    if attention_mask.shape[1] <= config.attention_window_size or is_tracing(attention_mask):
+        return
+    if has_gap(attention_mask):
+        raise ValueError(
+            "attention_mask has padding between real tokens, in a static cache and beyond the window of "
+            f"{config.attention_window_size}: allowed is padding before the real tokens, or a DynamicCache"
+        )
 
 
 @takes_cache_by_either_name
@@ -110,6 +170,8 @@ def read_documents(
     if real is not None and bool(real.all()):
         real = None
     behind_another = position_ids < seen - 1  # fewer real tokens in its document so far than in its row
+    if past_length:  # what starts anew has the cache's tokens before it, also where the mask leaves them out
+        behind_another = behind_another | start
     behind_another = behind_another if real is None else behind_another & real
     return Documents(start, real, packed=bool(behind_another.any()))
 
@@ -209,7 +271,7 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts cache slots: padding between real tokens takes up slots of it. None for a Hawk; `Runs`, or what
+    The window counts slots, so that padding has to stand before the real tokens. None for a Hawk; `Runs`, or what
     `kernel_layout` makes of them, where flash attention can take them; a `LocalMask` where SDPA runs over more than two
     windows.
     """
@@ -220,7 +282,7 @@ def attention_mask_for_documents(
         return runs
     first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
-        layer = past_key_values.is_sliding.index(True)
+        layer = attention_layer(past_key_values)
         num_keys, first_key = past_key_values.get_mask_sizes(length, layer)
         first_query = past_key_values.get_query_offset(layer)
     number = first = None
@@ -239,9 +301,9 @@ def attention_mask_for_documents(
         config,
         inputs_embeds,
         attention_mask,
-        past_key_values,  # by position: its name depends on the version of Transformers
+        cache_for_stock_masks(past_key_values),  # by position: its name depends on the version of Transformers
         and_mask_function=same_document if documents.packed else None,
-        allow_is_causal_skip=not (_is_static(past_key_values) and length == 1),  # one token sees no empty slots
+        allow_is_causal_skip=not (is_static(past_key_values) and length == 1),  # one token sees no empty slots
     )
 
 
@@ -254,12 +316,12 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     shape, window = inputs_embeds.shape[:2], config.attention_window_size
     if shape[1] == 1:
         return None
-    past = _tokens_in_cache(config, past_key_values)
+    past = tokens_in_cache(config, past_key_values)
     if (reason := flash_unavailable_reason(config, inputs_embeds, past > 0)) is not None:
         if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
             logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
         return None
-    if _is_static(past_key_values):
+    if is_static(past_key_values):
         return None
     simple = not documents.packed and documents.real is None
     if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
@@ -268,7 +330,7 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     if simple and layout is None:
         num_keys = shape[1]
         if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(shape[1], past_key_values.is_sliding.index(True))
+            num_keys, _ = past_key_values.get_mask_sizes(shape[1], attention_layer(past_key_values))
         return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
     if is_tracing(documents.start) and (documents.real is not None or layout is None):
         return None  # values would have to be read
@@ -278,26 +340,20 @@ def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Doc
     return runs_of_edges(edge, window) if layout is None else layout(edge.flatten(), window)
 
 
-def _is_static(past_key_values: Cache | None) -> bool:
-    """Whether attention gets the slots of a static cache, some of them empty.
-
-    Asked of the attention layer: from Transformers 5.24 on the cache as a whole does not call itself compileable while
-    a recurrent layer records its past.
-    """
-    return past_key_values is not None and past_key_values.layers[past_key_values.is_sliding.index(True)].is_compileable
-
-
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:
     """Whether a mask of pairs would be the larger part of SDPA's work, where nothing asks for it.
 
+    Where `torch.jit` traces, too: stock masks with a function of their own are built by vmap, which it cannot trace.
     Static caches hand over keys in an order of their own, and a traced loop over blocks would fix their number; what a
     CUDA graph records is fixed anyway.
     """
+    if torch.jit.is_tracing():
+        return config._attn_implementation == "sdpa" and not is_static(past_key_values)
     return (
         config._attn_implementation == "sdpa"
-        and length > 2 * config.attention_window_size
-        and not _is_static(past_key_values)
         and not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
+        and length > 2 * config.attention_window_size  # a guard on the length where a compiler traces
+        and not is_static(past_key_values)
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())
     )
 
@@ -318,47 +374,28 @@ def _numbers(attention_mask, position_ids, documents, slots: int, first_query: i
     return number, torch.where(started >= 0, started, query_number - position_ids)
 
 
-def _tokens_in_cache(config, past_key_values: Cache | None) -> int:
-    """Tokens the cache has seen. A Hawk's cache does not count them: 1 stands for "some", enough to know of a start."""
-    if past_key_values is None:
-        return 0
-    layers = len(past_key_values.layers) if isinstance(past_key_values, Cache) else None
-    if layers != config.num_hidden_layers:
-        raise ValueError(
-            f"past_key_values, a {type(past_key_values).__name__}, has {layers} layers: allowed are caches made for "
-            "this model, for example DynamicCache(config=model.config)"
-        )
-    if "sliding_attention" in config.layer_types:
-        return past_key_values.get_seq_length()
-    return int(past_key_values.has_previous_state())
-
-
-def _check_room(config, past_key_values: Cache, length: int) -> None:
-    """A static cache shorter than the window forgets keys that the window still sees, without a word."""
-    if any(getattr(layer, "record_past", False) for layer in past_key_values.layers):
-        return  # the last draft may reach beyond the end; what does is dropped
-    slots = min(getattr(layer, "max_cache_len", length) for layer in past_key_values.layers)
-    if slots < min(length, config.attention_window_size):
-        raise ValueError(
-            f"past_key_values has room for {slots} tokens and would hold {length}: allowed is a max_cache_len of all "
-            f"tokens, or of attention_window_size = {config.attention_window_size}"
-        )
-
-
-def _check_attention_mask(config, attention_mask, past_length: int, shape: tuple[int, int]) -> None:
-    if attention_mask is None:
-        return
+def _check_attention_mask(attention_mask, position_ids, past_length: int | None, shape: tuple[int, int]) -> None:
+    """past_length: tokens in the cache; None for some that it does not count."""
     if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is (batch, past + current tokens); a "
             "recurrence cannot follow a mask of query-key pairs. For packed documents pass position_ids"
         )
-    known = "sliding_attention" in config.layer_types or past_length == 0
-    width = attention_mask.shape[1]
-    if attention_mask.shape[0] != shape[0] or (
-        width != past_length + shape[1] if known else width < past_length + shape[1]
-    ):
+    width, past = attention_mask.shape[1], "the" if past_length is None else past_length
+    if past_length is None:
+        fits = width > shape[1] or width == shape[1] and _begins_anew(attention_mask, position_ids)
+    else:
+        fits = width == past_length + shape[1]
+    if attention_mask.shape[0] != shape[0] or not fits:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is ({shape[0]}, past + current tokens) "
-            f"with {past_length if known else 'the'} past and {shape[1]} current tokens"
+            f"with {past} past and {shape[1]} current tokens"
         )
+
+
+def _begins_anew(attention_mask, position_ids) -> bool:
+    """Whether each row's first real token has position 0, as where `generate` reads a Hawk's conversation again."""
+    if position_ids is None or is_tracing(position_ids):
+        return position_ids is not None
+    first = (attention_mask != 0).long().argmax(dim=1, keepdim=True)
+    return not bool(position_ids.expand(attention_mask.shape[0], -1).gather(1, first).any())

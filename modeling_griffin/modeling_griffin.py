@@ -26,17 +26,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_layers import read_in_chunks
 from .cache_name import CACHE_NAME, takes_cache_by_either_name
 from .causal_conv1d import CausalConv1d
-from .causal_lm_loss import causal_lm_loss
+from .causal_lm_loss import CausalLMName, causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .documents import Documents, masks_for_generate, read_layout
 from .elementwise import add_rms_norm, gated, rms_norm, rotate
 from .flash_local_attention import OWN_ATTENTION
 from .lambda_init import find_lambda_init
 from .linears import gated_linears, linears
+from .padding import read_mask
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
-from .rollback import check_drafts, states_to_keep
+from .rollback import bound_drafts, check_drafts, leave_inference_mode, states_to_keep
 from .slots import find_slot, require_slot, say_what_is_missing
 from .tensor_parallel import check_tensor_parallel, split_like
 
@@ -139,6 +141,10 @@ class GriffinAttention(nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        order = None if documents is None else documents.order
+        if order is not None:
+            layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            query, key, value = order.of_states(query, key, value, layer)
 
         # Transformers' attention reads it here; a rank of tensor parallelism has other heads than the configuration.
         self.num_key_value_groups = query.shape[1] // key.shape[1]
@@ -156,6 +162,7 @@ class GriffinAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        output = output if order is None else order.back(output)
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
 
@@ -175,9 +182,9 @@ class GriffinRecurrentBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, documents: Documents, past_key_values: Cache | None = None, **kwargs
     ) -> tuple[torch.Tensor, None]:
-        conv_state, state = self._read_states(past_key_values)
         keep = states_to_keep(past_key_values, self.layer_idx)
         x, y = linears(hidden_states, self.linear_x, self.linear_y)
+        conv_state, state = self._read_states(past_key_values, (x.shape[0], x.shape[2], *self.conv_1d.kernel_size))
         document_start = documents.start if documents.packed else None
         keep_inputs = 0 if past_key_values is None else keep
         x, conv_state = self.conv_1d(x, conv_state, document_start, documents.real, keep_inputs)
@@ -187,11 +194,14 @@ class GriffinRecurrentBlock(nn.Module):
             past_key_values.update_recurrent_state(state, self.layer_idx)
         return self.linear_out(gated(self.act_fn, y, x)), None
 
-    def _read_states(self, past_key_values: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Convolution state (B, C, conv1d_width) and recurrent state (B, C) float32, or None before the first token."""
+    def _read_states(self, past_key_values: Cache | None, shape: tuple[int, int, int]):
+        """Convolution state (B, C, conv1d_width) = `shape` and recurrent state (B, C); None before the first token."""
         if past_key_values is None or not past_key_values.has_previous_state(self.layer_idx):
             return None, None
         layer = past_key_values.layers[self.layer_idx]
+        if layer.conv_states[0].shape != shape:
+            found, layer = tuple(layer.conv_states[0].shape), f"layer {self.layer_idx}"
+            raise ValueError(f"past_key_values has (rows, channels, taps) = {found} in {layer}: allowed is {shape}")
         # Cloned, because the cache writes in place and the backward pass still needs what was read.
         return layer.conv_states[0].clone(), layer.recurrent_states[0].clone()
 
@@ -229,6 +239,12 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         self.temporal_block = TEMPORAL_BLOCKS[config.layer_types[layer_idx]](config, layer_idx)
         self.channel_pre_norm = GriffinRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_block = GriffinMLP(config)
+
+    def __call__(self, *args, **kwargs):
+        # Without gradients nothing is computed again, and checkpointing of older Transformers would drop the cache.
+        return (
+            super().__call__(*args, **kwargs) if torch.is_grad_enabled() else nn.Module.__call__(self, *args, **kwargs)
+        )
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         normed, hidden_states = self.temporal_pre_norm(None, residual=hidden_states)
@@ -359,9 +375,9 @@ class GriffinModel(GriffinPreTrainedModel):
         """
         Args:
             input_ids: (B, T); or inputs_embeds (B, T, D) in its place.
-            attention_mask: (B, S + T) with S the tokens in the cache, 0 for padding. Padding may stand anywhere: the
-                recurrence and the convolution skip it. The attention window counts cache slots, so with padding between
-                real tokens the attention is exact only while the row fits the window.
+            attention_mask: (B, S + T) with S the tokens in the cache, 0 for padding and any one other value for real
+                tokens. Padding may stand anywhere: all layers skip it. Only static caches count it as part of the
+                window, and raise where it stands between real tokens and the row is longer than the window.
             position_ids: (B, T), positions within each document; 0 starts a document. None: from the packing arguments,
                 else from the mask, else counting on from the cache.
             past_key_values, or cache: a `DynamicCache(config=...)` or `StaticCache(config=...)`; updated in place.
@@ -377,12 +393,13 @@ class GriffinModel(GriffinPreTrainedModel):
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0:
             shape = tuple(inputs_embeds.shape[:-1])
             raise ValueError(f"input_ids or inputs_embeds has shape {shape}: allowed is (batch, time) with time >= 1")
-        checkpointing = self.gradient_checkpointing and self.training
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if checkpointing and past_key_values is not None:
             raise ValueError("past_key_values with gradient checkpointing: allowed is one of them, layers run twice")
         if use_cache and past_key_values is None and not checkpointing:
             past_key_values = DynamicCache(config=self.config)
 
+        leave_inference_mode(past_key_values)
         attention_mask, position_ids, documents = read_layout(
             self.config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
         )
@@ -411,6 +428,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     installed package, which runs a request on a recorded step where that is exact, and else to Transformers'.
     """
 
+    training_recorder = None  # of the installed package: `record_training` in `training/record.py`
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -418,9 +436,14 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
         self.model = GriffinModel(config)
+        self.loss_type = "ForCausalLM"  # Transformers reads it from the class's name, which a subclass may have changed
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _get_name(self) -> str:
+        """What `Trainer` asks before it smooths labels: whether to shift them."""
+        return CausalLMName(super()._get_name())
 
     @PreTrainedModel.loss_function.getter
     def loss_function(self):
@@ -449,6 +472,19 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         logits_to_keep: logits of the last so many tokens only (0: of all), or of the tokens with these indices.
         kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
         """
+        if self.training_recorder is not None and not logits_to_keep and past_key_values is None:
+            recorded = self.training_recorder.run(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if recorded is not None:
+                return recorded
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -525,6 +561,22 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         """The `GenerationState` in a file of `save_state`, on this model's device: `serving/state.py`."""
         return require_slot("load_state")(self, path)
 
+    def _get_candidate_generator(self, *args, **kwargs):
+        return bound_drafts(super()._get_candidate_generator(*args, **kwargs))
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """With a mask of ones and zeros, whichever numbers it was given in: `generate` adds up its values."""
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            model_kwargs["attention_mask"] = read_mask(mask)
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """For Hawk, whose cache cannot tell Transformers where a chunk of the prompt begins."""
+        if generation_config.prefill_chunk_size is None or "sliding_attention" in self.config.layer_types:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return read_in_chunks(self, input_ids, generation_config.prefill_chunk_size, model_kwargs)
+
     def _supports_default_dynamic_cache(self) -> bool:
         """False for Hawk: `generate` asks a cache it makes itself for a length that only attention layers know."""
         return "sliding_attention" in self.config.layer_types
@@ -548,7 +600,7 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels, self.loss_type = config.num_labels, "ForSequenceClassification"
         self.model = GriffinModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
@@ -613,7 +665,7 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
 
     def __init__(self, config: GriffinConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels, self.loss_type = config.num_labels, "ForTokenClassification"
         self.model = GriffinModel(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)

@@ -56,12 +56,27 @@ class Decay(nn.Module):
         """log(a^c) = -c * softplus(Λ) (C,) in `dtype`, <= 0. Stored sign: see `lambda_init.py`."""
         return -self.c * nn.functional.softplus(self.lambda_bias.to(dtype))
 
+    def _apply(self, fn, *args, **kwargs):
+        """Casts to 16 bits, as by `model.to(torch.bfloat16)`, leave Λ float32; moves and float64 take it along."""
+
+        def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            dtype = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
+
+        return super()._apply(at_least_float32, *args, **kwargs)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.lambda_bias.shape)}, c={self.c}"
 
 
 class RGLRU(nn.Module):
-    """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t), equations 1 to 4 of the paper."""
+    """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t), equations 1 to 4 of the paper.
+
+    scan: what takes the place of `rg_lru_scan` in one module, where its rows go on elsewhere; None: nothing.
+    """
+
+    scan = None
 
     def __init__(self, width: int, num_gate_blocks: int, c: float):
         super().__init__()
@@ -98,7 +113,6 @@ class RGLRU(nn.Module):
             x = x.to(torch.promote_types(dtype, torch.float32))  # then hidden is the states themselves, not rounded
         # With an argument: where activations are made anew, FSDP2 of PyTorch 2.9 to 2.11 cannot call a module without.
         log_decay = self.decay(torch.float32)
-        hidden, state = rg_lru_scan(
-            x, recurrence_gate, input_gate, log_decay, initial_state=state, reset=document_start
-        )
+        scan = self.scan or rg_lru_scan
+        hidden, state = scan(x, recurrence_gate, input_gate, log_decay, initial_state=state, reset=document_start)
         return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]

@@ -3,13 +3,13 @@
 import torch
 from transformers.utils import logging
 
+from .rg_lru_scan_operator import rg_lru_scan_torch_or_operator
 from .rg_lru_scan_reference import rg_lru_scan_reference
-from .rg_lru_scan_torch import rg_lru_scan_torch
 from .rg_lru_scan_triton import rg_lru_scan_triton, triton_unavailable_reason
 
 
 logger = logging.get_logger(__name__)
-BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_torch, "triton": rg_lru_scan_triton}
+BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_torch_or_operator, "triton": rg_lru_scan_triton}
 
 
 def rg_lru_scan(
@@ -49,10 +49,13 @@ def rg_lru_scan(
     All arithmetic is in float32 (float64 where x is float64), whatever the dtype and autocast. Differentiable in x,
     both gates, log_decay and initial_state, through both results; the derivative of the square root is bounded at
     1000. A padding step is x = 0 with recurrence_gate = -inf: it carries h exactly, and gradients stay finite.
-    Second derivatives: see the backends; "triton" raises.
+    Second derivatives: see the backends; "triton" raises. Forward-mode derivatives are those of "reference", which runs
+    where they are taken.
     """
     _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
-    if backend is None:
+    if backend is None and _in_forward_mode():
+        backend = "reference"
+    elif backend is None:
         reason = triton_unavailable_reason(x)
         backend = "triton" if reason is None else "torch"
         if reason is not None and x.is_cuda and not torch.compiler.is_compiling():
@@ -73,6 +76,8 @@ def describe_backend(device: torch.device | str) -> str:
 
 
 def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x is a {type(x).__name__}: allowed is a tensor (batch, time, channels)")
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (batch, time, channels)")
     batch, length, channels = x.shape
@@ -86,6 +91,8 @@ def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> N
     for name, (tensor, shape) in shapes.items():
         if tensor is None and name in ("initial_state", "reset"):
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: allowed is a tensor {shape}")
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed is {shape} for x of {tuple(x.shape)}")
         if tensor.device != x.device:
@@ -98,6 +105,11 @@ def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> N
         raise ValueError(f"reset has dtype {reset.dtype}: allowed is torch.bool")
     if log_decay.device.type == "cpu" and not torch.compiler.is_compiling() and _is_above_zero(log_decay):
         raise ValueError(f"log_decay has {log_decay.max().item()}: allowed are values <= 0, it is -c * softplus(Λ)")
+
+
+def _in_forward_mode() -> bool:
+    """Whether any forward-mode derivative is being taken: under `torch.func`, tensors do not show their tangents."""
+    return not torch.compiler.is_compiling() and getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 @torch.no_grad()

@@ -13,16 +13,23 @@ class BoundedSqrt(torch.autograd.Function):
     RecurrentGemma report (arXiv 2404.07839) and DeepMind's `SqrtBoundDerivative`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, y: torch.Tensor) -> torch.Tensor:
-        root = torch.sqrt(y)
-        ctx.save_for_backward(root)
-        return root
+    def forward(y: torch.Tensor) -> torch.Tensor:
+        return torch.sqrt(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         (root,) = ctx.saved_tensors
         return grad * (0.5 / root.clamp(min=0.5 / MAX_SQRT_GRADIENT))
+
+    jvp = backward  # the derivative is diagonal: forward mode multiplies by the same
 
 
 def rg_lru_scan_reference(

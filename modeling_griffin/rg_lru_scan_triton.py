@@ -44,7 +44,7 @@ class Tile(NamedTuple):
         return self.segments * self.channels // 64
 
 
-# Chosen by shape class on an H100, see results/scan_designs.md. Few chains (batch * channels) make long waits: there
+# Chosen by shape class on an H100, see docs/designs/scan.md. Few chains (batch * channels) make long waits: there
 # forward tiles have half the channels and twice the steps, and the backward pass takes taller ones, whose carries are
 # fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own

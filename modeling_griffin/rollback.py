@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 MAX_ROLLBACK = 128  # tokens; drafts are far shorter, and a long prompt must not keep a state for each of its tokens
 KEPT_STATES = MAX_ROLLBACK + 1  # behind each of these tokens, and before them
+MAX_DRAFTS = MAX_ROLLBACK - 1  # of one pass: with the token before them they can all be taken back
 
 
 class RollbackLayer(LinearAttentionLayer):
@@ -91,6 +92,36 @@ def check_drafts(generation_config) -> None:
             f"assistant_early_exit = {layers}: allowed is None; drafts come from assistant_model or "
             "prompt_lookup_num_tokens"
         )
+
+
+def bound_drafts(generator):
+    """The same generator of drafts, with no more of them at once than can be taken back: fewer change no token."""
+    get_candidates = generator.get_candidates
+
+    def get_few(input_ids, *args, **kwargs):
+        for name in ("num_assistant_tokens", "num_output_tokens"):  # a Griffin that drafts takes tokens back too
+            if getattr(generator, name, None) is not None:
+                setattr(generator, name, min(getattr(generator, name), MAX_DRAFTS))
+        candidates, logits = get_candidates(input_ids, *args, **kwargs)
+        most = input_ids.shape[1] + MAX_DRAFTS
+        return candidates[:, :most], None if logits is None else logits[:, :MAX_DRAFTS]
+
+    generator.get_candidates = get_few
+    return generator
+
+
+def leave_inference_mode(cache: Cache | None) -> None:
+    """Makes ordinary tensors of what a cache holds from `torch.inference_mode`, which allows writing only inside it."""
+    if cache is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    for layer in getattr(cache, "layers", ()):
+        for name, value in [*vars(layer).items()]:
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                setattr(layer, name, value.clone())
+            elif isinstance(value, dict | list):  # of tensors, by the number of the state
+                for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                    if isinstance(each, torch.Tensor) and each.is_inference():
+                        value[key] = each.clone()
 
 
 def states_to_keep(cache: Cache | None, layer_idx: int) -> int | None:

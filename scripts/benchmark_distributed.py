@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
-from memory_formulas import parameters, sizes_of
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from help_formatter import ShowDefaults
 from plan_memory import CONFIGURATION, ddp, fsdp2
+from planning.memory_formulas import parameters, sizes_of
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -277,10 +278,15 @@ def read_config(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="one run for each number")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of accelerate")
     parser.add_argument("--config", default="griffin-1b3", help="a name in configuration/model/, or a JSON file")
     parser.add_argument("--rows", type=int, default=4, help="rows a process")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
@@ -288,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--largest", action="store_true", help="also find the deepest model that trains (GPUs)")
     parser.add_argument(
-        "--output", type=Path, default=None, help="path without suffix; default results/distributed_..."
+        "--output", type=Path, default=None, help="path without suffix; default results/distributed/distributed_..."
     )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -311,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = sorted(set(arguments.processes))
     birth = birth_certificate(arguments.device, arguments.commit)
     name = f"distributed_{short_device_name(arguments.device)}_{Path(arguments.config).stem}"
-    output = arguments.output or Path("results") / name
+    output = arguments.output or Path("results") / "distributed" / name
     output.parent.mkdir(parents=True, exist_ok=True)
     run = base | {"config": config, "layers": None}
     for found in benchmark(run, processes, arguments.engines, arguments.largest):

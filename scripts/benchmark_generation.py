@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 from benchmark_training import SIZES, _cell, _griffin_config
-from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
-from offpath import offpath, offpath_text
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.offpath import offpath, offpath_text
+from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import (
     CompileConfig,
@@ -73,28 +74,33 @@ LONGEST_PROMPT_OF_A_LOOP = 2048  # RecurrentGemma in Transformers reads a prompt
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
     parser.add_argument(
         "--model",
         default=None,
         help="a configuration of Griffin, or a size of benchmark_training.py; default: see above",
     )
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="which models")
     parser.add_argument("--cells", type=_cell, nargs="+", default=None, metavar="BxT", help="rows x prompt, to decode")
     parser.add_argument("--turns", type=int, default=None, help="of each contestant at each cell")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is timed")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled contestants too"
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on a CPU")
     parser.add_argument(
-        "--output", type=Path, default=None, help="path without suffix; default results/generation_DEVICE"
+        "--output", type=Path, default=None, help="path without suffix; default results/generation/generation_DEVICE"
     )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    output = arguments.output or Path("results") / f"generation_{short_device_name(arguments.device)}"
+    output = arguments.output or Path("results") / "generation" / f"generation_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {**SETTINGS[arguments.device], "device": arguments.device, "compile": arguments.compile}
     settings |= {"decode": arguments.cells or settings["decode"], "turns": arguments.turns or settings["turns"]}

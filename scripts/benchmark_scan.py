@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from help_formatter import ShowDefaults
 from torch import nn
 
 from modeling_griffin.rg_lru import RGLRU
@@ -36,13 +37,20 @@ MAX_ERROR = 2e-2  # of a peer, as a share of the norm, in bfloat16
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=None, help="path without suffix; default results/scan_DEVICE")
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=None, help="path without suffix; default results/scan/scan_DEVICE"
+    )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     name = short_device_name(arguments.device)
-    output = arguments.output or Path("results") / f"scan_{name}"
+    output = arguments.output or Path("results") / "scan" / f"scan_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     birth = birth_certificate(arguments.device, arguments.commit, ["flash-linear-attention", "accelerated-scan"])
     for report in benchmark_cuda() if arguments.device == "cuda" else benchmark_cpu():

@@ -21,8 +21,9 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from compare_paths import definitions
+from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import (
     LlamaConfig,
@@ -50,8 +51,13 @@ MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the loss and of th
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
     parser.add_argument("--size", choices=SIZES, default=None, help="default 10m on a CPU, 2b on a GPU")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default=None, help="default float32 on a CPU, else bfloat16"
@@ -70,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     device, name = arguments.device, short_device_name(arguments.device)
     size = arguments.size or {"cpu": "10m", "cuda": "2b"}[device]
     dtype = getattr(torch, arguments.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device])
-    output = arguments.output or Path("results") / f"training_{name}"
+    output = arguments.output or Path("results") / "training" / f"training_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     birth = birth_certificate(device, arguments.commit, ["flash-linear-attention"])
     errors = check(device, dtype)

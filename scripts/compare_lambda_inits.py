@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from birth_certificate import birth_certificate, now
-from lambda_init_run import run_one
-from lambda_init_tasks import prepare_text
+from benchmarks.birth_certificate import birth_certificate, now
+from lambda_study.run import run_one
+from lambda_study.tasks import prepare_text
 from tqdm import tqdm
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from birth_certificate import birth_certificate, short_device_name
+from benchmarks.birth_certificate import birth_certificate, short_device_name
+from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -29,16 +30,21 @@ BYTES = 256
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--width", type=int, default=256)
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--rows", type=int, default=64, help="rows of a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a row")
+    parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
-    output = arguments.output or Path("results") / f"convergence_{short_device_name(arguments.device)}"
+    output = arguments.output or Path("results") / "training" / f"convergence_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     report = {"birth": birth_certificate(arguments.device, arguments.commit)}
     report |= {"settings": {key: getattr(arguments, key) for key in ("steps", "rows", "length", "width")}, "runs": {}}

@@ -21,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, RecurrentGemmaForCausalLM
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.conversion.recurrent_gemma import (
+    check_weight,
     griffin_config_from_deepmind,
     griffin_config_from_recurrent_gemma,
     griffin_tensors_from_deepmind,
@@ -29,13 +30,17 @@ from modeling_griffin.conversion.recurrent_gemma import (
     recurrent_gemma_tensors_from_griffin,
 )
 from modeling_griffin.saving.card import write_model_card
-
-
-INDEX = "model.safetensors.index.json"
-COPIED = (
-    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "chat_template*", "LICENSE*", "NOTICE*"),
+from modeling_griffin.saving.saved_files import (
+    INDEX,
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    read_json_object,
+    tensor_names,
+    weight_files,
 )
+
+
+COPIED = ("generation_config.json", *TOKENIZER_FILES, *LICENCE_FILES)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 Entries = Iterator[tuple[str, torch.Tensor]]
 Change = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -52,6 +57,8 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.shapes:
+            raise ValueError(f"the source has {name} twice (name as in the target)")
         size = tensor.numel() * tensor.element_size()
         if self.waiting and self.waiting_bytes + size > self.max_bytes:
             self.flush()
@@ -80,18 +87,6 @@ class ShardWriter:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, or FileNotFoundError."""
-    if (folder / INDEX).exists():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name}: missing; allowed are checkpoints in safetensors")
-    return [folder / name for name in names]
-
-
 def safetensors_entries(folder: Path) -> Entries:
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
@@ -99,28 +94,35 @@ def safetensors_entries(folder: Path) -> Entries:
                 yield name, shard.get_tensor(name)
 
 
-def count_entries(folder: Path) -> int:
-    total = 0
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as shard:
-            total += len(shard.keys())
-    return total
-
-
 def read_checkpoint(folder: Path, reverse: bool) -> tuple[object, object, Entries, int, Change]:
     """(source config, target config, entries, how many, what becomes of each) of a Transformers checkpoint."""
-    config = AutoConfig.from_pretrained(folder)
-    if not reverse:
-        target = griffin_config_from_recurrent_gemma(config, GriffinConfig)
-        change = griffin_tensors_from_recurrent_gemma
-    else:
-        target = recurrent_gemma_config_from_griffin(config)
-        dtype = next(tensor.dtype for name, tensor in safetensors_entries(folder) if "lambda_bias" not in name)
+    count = sum(len(tensor_names(file)) for file in weight_files(folder))
+    config, target = read_configs(folder, reverse)
+    change = griffin_tensors_from_recurrent_gemma
+    if reverse:
+        dtypes = (tensor.dtype for name, tensor in safetensors_entries(folder) if "lambda_bias" not in name)
+        dtype = next(dtypes, torch.float32)
 
         def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
             return recurrent_gemma_tensors_from_griffin(name, tensor, dtype)
 
-    return config, target, safetensors_entries(folder), count_entries(folder), change
+    return config, target, safetensors_entries(folder), count, change
+
+
+def read_configs(folder: Path, reverse: bool) -> tuple[object, object]:
+    """(source config, target config). Raises ValueError for a config.json that is not the source's."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; allowed are folders that save_pretrained wrote")
+    fields = read_json_object(path)
+    if not isinstance(fields.get("auto_map", {}), dict):
+        raise ValueError(f"auto_map = {fields['auto_map']!r} in {path}: allowed is an object")
+    convert = recurrent_gemma_config_from_griffin if reverse else griffin_config_from_recurrent_gemma
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return config, convert(config) if reverse else convert(config, GriffinConfig)
+    except Exception as error:  # what it raises depends on the field that it meets first
+        raise ValueError(f"{path} cannot be converted ({error})") from error
 
 
 def read_deepmind(file: Path, arguments: argparse.Namespace) -> tuple[object, object, Entries, int, Change]:
@@ -155,12 +157,23 @@ def check_complete(writer: ShardWriter, config) -> None:
             raise ValueError(f"the source {what} {', '.join(names[:3])}{more} (names as in the target)")
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Tokenizer, generation config and licence; returns the names."""
-    files = sorted({file for pattern in COPIED for file in source.glob(pattern) if file.is_file()})
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, generation config and licence. Raises ValueError for what could be copied only by half.
+
+    A link that leads out of the folder is refused, because the copy is meant to be given away; the Hub's cache, whose
+    files are links to its own blobs, is one folder.
+    """
+    files = [source / name for name in COPIED if os.path.lexists(source / name)]
+    folder = source.resolve()
+    root = folder.parents[1] if folder.parent.name == "snapshots" else folder
     for file in files:
-        shutil.copyfile(file, target / file.name)
-    return [file.name for file in files]
+        if not file.is_file():
+            raise ValueError(f"{file}: a link to nothing, or not a file; put the file there or take it away")
+        if not file.resolve().is_relative_to(root):
+            raise ValueError(f"{file}: a link to {file.resolve()}; allowed are files of the folder itself")
+        if file.suffix == ".json":
+            read_json_object(file)
+    return files
 
 
 def describe_change(source, target) -> list[str]:
@@ -198,14 +211,17 @@ def convert(arguments: argparse.Namespace) -> None:
             patterns = ["*.safetensors", "*.json", *COPIED]
             source = Path(snapshot_download(arguments.source, allow_patterns=patterns, revision=arguments.revision))
         read = read_checkpoint(source, arguments.reverse)
+    copied = companions(source if source.is_dir() else source.parent)
+    max_shard_bytes = parse_size(arguments.max_shard_size)
     source_config, target_config, entries, count, change = read
 
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
     try:
-        writer, dtypes = ShardWriter(unfinished, parse_size(arguments.max_shard_size)), {}
+        writer, dtypes = ShardWriter(unfinished, max_shard_bytes), {}
         for name, tensor in tqdm(entries, total=count, unit="tensor", desc="converting"):
+            check_weight(name, tensor)
             for new_name, new_tensor in change(name, tensor).items():
                 writer.add(new_name, new_tensor)
                 dtypes.setdefault(str(new_tensor.dtype).removeprefix("torch."), []).append(new_name)
@@ -213,7 +229,8 @@ def convert(arguments: argparse.Namespace) -> None:
         check_complete(writer, target_config)
         target_config.architectures = target_config.architectures or ["GriffinForCausalLM"]
         target_config.save_pretrained(unfinished)
-        copied = copy_companions(source if source.is_dir() else source.parent, unfinished)
+        for file in copied:
+            shutil.copyfile(file, unfinished / file.name)
         if not (unfinished / "generation_config.json").exists():
             GenerationConfig.from_model_config(target_config).save_pretrained(unfinished)
         if target_config.model_type == GriffinConfig.model_type:
@@ -223,7 +240,7 @@ def convert(arguments: argparse.Namespace) -> None:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    report(arguments.source, target, source_config, target_config, writer, dtypes, copied)
+    report(arguments.source, target, source_config, target_config, writer, dtypes, [file.name for file in copied])
 
 
 def report(source, target, source_config, target_config, writer, dtypes, copied) -> None:
@@ -245,7 +262,7 @@ def parse_size(text: str) -> int:
     number, unit = text[:-2], text[-2:].upper()
     try:
         size = int(float(number) * UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise ValueError(f"max_shard_size = {text!r}: allowed are sizes like 500MB or 5GB")

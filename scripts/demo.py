@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from help_formatter import ShowDefaults
+
 
 # Waiting threads sleep instead of spinning: beside any other load on two cores, spinning costs up to tenfold. Read by
 # OpenMP when torch is imported.
@@ -22,8 +24,9 @@ import numpy as np
 import torch
 import train
 from generate import generate
-from transformers import AutoModelForCausalLM, set_seed
-from trigram import trigram_bits_per_byte
+from lambda_study.trigram import trigram_bits_per_byte
+from training.report import next_steps
+from transformers import AutoModelForCausalLM, StoppingCriteria, set_seed
 
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
@@ -33,6 +36,7 @@ CONFIGURATION = Path("configuration/training/demo.yaml")
 FOLDER = Path("build/demo")
 PROMPT = 'The "if" statement'
 HELD_OUT = slice(3, None, 10)  # every tenth topic
+SAMPLE_TOKENS, MOST_SAMPLE_TOKENS = 120, 240  # the sample ends with the first sentence after so many
 
 
 def topic_documents() -> tuple[list[str], list[str]]:
@@ -51,6 +55,18 @@ def topic_documents() -> tuple[list[str], list[str]]:
 def write_documents(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+class EndOfSentence(StoppingCriteria):
+    """Stops a single row at the first full stop after `after` tokens."""
+
+    def __init__(self, tokenizer, after: int):
+        self.tokenizer, self.after = tokenizer, after
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """(1,) bool: whether the row ends here."""
+        at_end = input_ids.shape[1] > self.after and self.tokenizer.decode(input_ids[0, -1:]).rstrip().endswith(".")
+        return torch.tensor([at_end], device=input_ids.device)
 
 
 @torch.no_grad()
@@ -87,21 +103,26 @@ def demo(overrides: list[str]) -> None:
     print("\nA sample:\n")
     set_seed(0)
     model.eval()
-    generate(model, tokenizer, PROMPT, max_new_tokens=120, do_sample=True, temperature=0.7)
+    stop = [EndOfSentence(tokenizer, SAMPLE_TOKENS)]
+    longest = {"max_new_tokens": MOST_SAMPLE_TOKENS, "stopping_criteria": stop}
+    generate(model, tokenizer, PROMPT, do_sample=True, temperature=0.7, **longest)
 
     difference = float(np.abs(some_logits(model.cpu()) - reloaded_logits(folder)).max())
     print(
         f"\nheld-out bits per byte: {metrics['bits_per_byte']:.3f}, trigram {trigram:.3f}\n"
         f"reloaded by AutoModelForCausalLM in a new process: largest difference of logits {difference:g}\n"
         f"model, metrics.json and loss_curve.png: {folder}\n"
-        f"{time.time() - start:.0f} s"
+        f"{time.time() - start:.0f} s\n"
     )
+    print(next_steps(str(folder), str(FOLDER / "held_out.jsonl")))
     if metrics["bits_per_byte"] >= trigram or difference > 0:
         raise SystemExit("the demonstration failed: see the figures above")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains, generates, saves and reloads a tiny Griffin.")
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, description="Trains, generates, saves and reloads a tiny Griffin."
+    )
     parser.add_argument("--logits_of", type=Path, help=argparse.SUPPRESS)  # what the new process is asked for
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()

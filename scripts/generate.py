@@ -4,7 +4,8 @@ import argparse
 import sys
 
 import torch
-from text_tokenizer import document_ends
+from help_formatter import ShowDefaults
+from training.text_tokenizer import document_ends
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
@@ -39,16 +40,18 @@ def generate(model, tokenizer, prompt: str, **options) -> torch.Tensor:
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="generate.py", description="Samples from a model and streams the text.")
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, prog="generate.py", description="Samples from a model and streams the text."
+    )
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("--prompt", default="", help="how the document begins (default: nothing)")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling; 0 is greedy")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token; no sampling")
     parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",

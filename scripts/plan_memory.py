@@ -13,8 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import memory_formulas
-from memory_formulas import (
+from help_formatter import ShowDefaults
+from planning import memory_formulas
+from planning.memory_formulas import (
     AUTOCAST,
     FUSED_AUTOCAST,
     FUSED_BFLOAT16,
@@ -267,12 +268,13 @@ A cell is what a GPU holds / what it sends a step, in GB. Held: weights, gradien
 logits, and what the engine itself keeps. No mark: at most {headroom:.0%} of {small} GB; `*`: at most {headroom:.0%}
 of {large} GB; in brackets: neither.
 
-**Compared with real runs** by tests/test_plan_memory.py. On a CPU: the parameters of every model; bytes of weights,
-gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins and Hawks of several widths,
+**Compared with real runs** by tests/scripts/test_plan_memory.py. On a CPU: the parameters of every model; bytes of
+weights, gradients and AdamW after a step; what autograd keeps, to the byte, for Griffins and Hawks of several widths,
 lengths and batches, in float32, under autocast and in bfloat16, with and without checkpointing; the peak of memory,
 where the logits make it, within {tolerance:.1%}; the collectives of DDP, FSDP2 and tensor parallelism between two
 processes, to the byte, and the shards. On a GPU what autograd keeps there, to the byte. On H100s the peaks of
-griffin-1b3 (results/distributed_h100*.md): the plan is above them by at most {measured_tolerance:.1%}, by 1% for DDP.
+griffin-1b3 (results/distributed/distributed_h100*.md): the plan is above them by at most {measured_tolerance:.1%}, by
+1% for DDP.
 **Not compared**: other models' peaks on a GPU; the activations of tensor parallelism. Not counted: workspaces of
 single operators other than the loss, such as the float32 temporaries of PyTorch's scan on a CPU.
 
@@ -318,7 +320,7 @@ def page(rows: int, length: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4, help="rows on each GPU")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
     parser.add_argument("--print", action="store_true", help="print the page, leave configuration/PLANNING.md alone")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from birth_certificate import birth_certificate, birth_lines
+from benchmarks.birth_certificate import birth_certificate, birth_lines
 
 from modeling_griffin import LAMBDA_INITS
 from modeling_griffin.rg_lru import Decay
@@ -228,7 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="plot_lambda_init.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", default=None, help="a trained model, folder or Hub id: a row for each layer")
-    parser.add_argument("--output", type=Path, default=Path("results/lambda_init"), help="path without suffix")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/lambda_init/lambda_init"), help="path without suffix"
+    )
     parser.add_argument("--c", type=float, default=8.0, help="the exponent c (default: 8)")
     parser.add_argument("--bounds", type=float, nargs=2, default=(0.9, 0.999), metavar=("LOW", "HIGH"))
     arguments = parser.parse_args(argv)

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _step
-from birth_certificate import birth_certificate, birth_lines, short_device_name
+from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
+from help_formatter import ShowDefaults
 from tqdm import tqdm
 
 from modeling_griffin import rg_lru_scan
@@ -44,16 +45,21 @@ class Part(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=SIZES, default="2b")
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where it runs",
+    )
+    parser.add_argument("--size", choices=SIZES, default="2b", help="of the table of sizes")
     parser.add_argument("--cell", type=_cell, default=(8, 2048), metavar="BxT", help="batch x tokens")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="timed repetitions")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     device, name = arguments.device, short_device_name(arguments.device)
-    output = arguments.output or Path("results") / f"training_profile_{name}"
+    output = arguments.output or Path("results") / "training" / f"training_profile_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     peak, copy = PEAK_FLOPS.get(name, math.inf), copy_rate(device)
     model = _make(OWN, arguments.size, device, torch.bfloat16)

@@ -8,7 +8,6 @@ The token is the one of `hf auth login` or of HF_TOKEN.
 import argparse
 import filecmp
 import fnmatch
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from help_formatter import ShowDefaults
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -26,29 +26,24 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
+from publishing.push_files import check_no_token, content, find_auto_class, list_files, read_config
 from safetensors.torch import load_file, save_file
-from transformers.dynamic_module_utils import get_relative_import_files
-from yaml import YAMLError
 
 import modeling_griffin
-from modeling_griffin.saving.card import is_generated, make_card, read_metadata
-from modeling_griffin.saving.save import AUTO_MAP, STALE_ON_HUB, code_files
+from modeling_griffin.saving.card import is_generated, load_card, make_card, read_metadata
+from modeling_griffin.saving.save import STALE_ON_HUB
+from modeling_griffin.saving.saved_files import read_json_object
 
 
-# What a model consists of. Everything else in the folder stays at home: checkpoints, optimizer states, pickles.
-UPLOADED = [
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-    *("metrics.json", "loss_curve.png", "LICENSE*"),
-]
 CARD_FACTS = ("license", "language", "datasets", "base_model")
 # Two models with another value in one of these fields are not versions of one model.
 IDENTITY = ("model_type", "architectures", "vocab_size", "hidden_size", "layer_types")
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="push_to_hub.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, prog="push_to_hub.py", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", type=Path, help="a folder that save_pretrained wrote")
     parser.add_argument("repo", help="NAME or OWNER/NAME on the Hub")
     parser.add_argument("--private", action="store_true", help="of a new repository: only its owner sees it")
@@ -66,83 +61,16 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def list_files(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[str]]:
-    """(what is uploaded, what is left out). Raises ValueError for a folder that the Hub could not load."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: allowed are folders that save_pretrained wrote")
-    auto_map = read_config(folder).get("auto_map", {})
-    if missing := sorted(set(AUTO_MAP) - set(auto_map)):
-        raise ValueError(f"the auto_map in {folder}/config.json lacks {', '.join(missing)}: save the model again")
-    find_auto_class(folder)
-    code = list_code(folder, auto_map)
-    if not trust_remote_code and (foreign := code_that_differs(folder, code)):
-        raise ValueError(
-            f"{', '.join(foreign)} in {folder} differ from the installed package: save the model again, or pass "
-            "--trust-remote-code to run them as they are"
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    check_weights(folder, fnmatch.filter(names, "model*.safetensors"))
-    uploaded = [name for name in names if name in code or any(fnmatch.fnmatch(name, p) for p in UPLOADED)]
-    return uploaded, [name for name in names if name not in (*uploaded, "README.md")]
-
-
-def list_code(folder: Path, auto_map: dict) -> list[str]:
-    """Names of the Python files that the loader will look for; all of them are there."""
-    roots = {folder / f"{reference.split('.')[0]}.py" for reference in auto_map.values() if isinstance(reference, str)}
-    try:
-        paths = {Path(path) for root in roots for path in (root, *get_relative_import_files(root))}
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing: save the model again") from error
-    return sorted(path.name for path in paths)
-
-
-def code_that_differs(folder: Path, names: list[str]) -> list[str]:
-    ours = {path.name: path.read_bytes() for path in code_files()}
-    return [name for name in names if (folder / name).read_bytes() != ours.get(name)]
-
-
-def check_weights(folder: Path, names: list[str]) -> None:
-    """Raises ValueError where there are none, or where a file is cut off; only the files' headers are read."""
-    if not names:
-        raise ValueError(f"{folder} holds no model*.safetensors: other formats of weights are not uploaded")
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged ({error}): save the model again") from error
-
-
-def read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/config.json is not JSON ({error}): save the model again") from error
-
-
-def find_auto_class(folder: Path) -> tuple[str, str]:
-    """(the model's class, the Auto class that loads it), by config.json."""
-    config = read_config(folder)
-    names = config.get("architectures") or []
-    for auto_class, reference in config["auto_map"].items():
-        if names and str(reference).endswith(f".{names[0]}"):
-            return names[0], auto_class
-    known = ", ".join(sorted(str(reference).split(".")[-1] for reference in config["auto_map"].values()))
-    raise ValueError(f"architectures = {names} in {folder}/config.json: allowed is a class of its auto_map ({known})")
-
-
 def prepare_card(folder: Path, repo_id: str, given: dict) -> ModelCard:
     """The card to upload: a generated one anew, with the repository's name; one that a person wrote as it is."""
     path = folder / "README.md"
-    written = path.exists() and not is_generated(path.read_text(encoding="utf-8"))
+    written = path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace"))
     if not written:
         return make_card(folder, folder, repo_id, read_metadata(path), given)
     if given:
         raise ValueError(f"{path} was written by a person: say {', '.join(given)} there, not on the command line")
-    try:
-        return ModelCard.load(path)
-    except YAMLError as error:
-        raise ValueError(f"the metadata at the top of {path} is not YAML ({error})") from error
+    check_no_token(path)
+    return load_card(path)
 
 
 def check_shipped_code(folder: Path, model: str, environment: dict, revision: str | None = None) -> float:
@@ -158,12 +86,19 @@ def check_shipped_code(folder: Path, model: str, environment: dict, revision: st
         command += ["--revision", revision] if revision else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"{model} does not run by the code that it ships: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise ValueError(f"{model} does not run by the code that it ships: {said[-1]}")
         theirs = load_file(outputs)["outputs"].float()
     package_class = getattr(modeling_griffin, architecture, None)
     if package_class is None:  # a user's own class: nothing to compare with
         return 0.0
-    package_model = package_class.from_pretrained(folder, use_safetensors=True, dtype="auto").eval()
+    package_model, loaded = package_class.from_pretrained(
+        folder, use_safetensors=True, dtype="auto", output_loading_info=True
+    )
+    for what, key in (("lack", "missing_keys"), ("hold what is not the model's:", "unexpected_keys")):
+        if names := ", ".join(sorted(loaded[key])[:3]):
+            raise ValueError(f"the weights in {folder} {what} {names}: save the model again")
+    package_model.eval()
     with torch.no_grad():
         ours = package_model(input_ids=ids, use_cache=False)[0].float()
     difference = ((ours - theirs).abs().max() / ours.abs().max()).item()
@@ -207,7 +142,7 @@ def check_same_model(api: HfApi, repo_id: str, folder: Path, revision: str | Non
                 f"{repo_id} holds other files ({', '.join(others[:3])}): pass another name, or --overwrite"
             )
         return names
-    there = json.loads(Path(hf_hub_download(repo_id, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    there = read_json_object(Path(hf_hub_download(repo_id, "config.json", revision=revision)))
     here = read_config(folder)
     if differs := [field for field in IDENTITY if there.get(field) != here.get(field)]:
         field = differs[0]
@@ -225,7 +160,7 @@ def upload(api: HfApi, repo_id: str, folder: Path, names: list[str], card: Model
         api.create_branch(repo_id, branch=arguments.revision, exist_ok=True)
     there = api.list_repo_files(repo_id, revision=arguments.revision)
     stale = [name for name in there if name not in names and any(fnmatch.fnmatch(name, p) for p in STALE_ON_HUB)]
-    operations = [CommitOperationAdd(name, folder / name) for name in names]
+    operations = [CommitOperationAdd(name, content(folder, name)) for name in names]
     operations += [CommitOperationAdd("README.md", str(card).encode()), *map(CommitOperationDelete, stale)]
     return api.create_commit(repo_id, operations, commit_message=arguments.message, revision=arguments.revision).oid
 
@@ -234,12 +169,19 @@ def verify(repo_id: str, commit: str, folder: Path, names: list[str], card: Mode
     """Pulls the commit into an empty cache, compares every file, runs it; returns the difference of the outputs."""
     with tempfile.TemporaryDirectory() as cache:
         pulled = Path(snapshot_download(repo_id, revision=commit, cache_dir=cache))
-        spoiled = [name for name in names if not filecmp.cmp(pulled / name, folder / name, shallow=False)]
+        spoiled = [name for name in names if not came_back(pulled / name, content(folder, name))]
         if (pulled / "README.md").read_text(encoding="utf-8") != str(card):
             spoiled.append("README.md")
         if spoiled:
             raise ValueError(f"{', '.join(spoiled)} came back from {repo_id} other than sent: do not use {commit}")
         return check_shipped_code(folder, repo_id, {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}, commit)
+
+
+def came_back(pulled: Path, sent: Path | bytes) -> bool:
+    """Whether a pulled file is the one that was sent, byte for byte."""
+    if isinstance(sent, bytes):
+        return pulled.read_bytes() == sent
+    return filecmp.cmp(pulled, sent, shallow=False)
 
 
 def push(arguments: argparse.Namespace) -> None:
@@ -258,8 +200,12 @@ def push(arguments: argparse.Namespace) -> None:
         f"card: license {card.data.license or 'not given (--license)'}, {card.data.pipeline_tag}, tags {card.data.tags}"
     )
     for name in names:
-        print(f"  {(folder / name).stat().st_size:>14,}  {name}")
+        sent = content(folder, name)
+        size = len(sent) if isinstance(sent, bytes) else sent.stat().st_size
+        print(f"  {size:>14,}  {name}")
     print(f"  {len(str(card).encode()):>14,}  README.md")
+    if masked := [name for name in names if isinstance(content(folder, name), bytes)]:
+        print(f"sent with its secrets masked, revoke them where others could read the file: {', '.join(masked)}")
     if left_out:
         print(f"left out: {', '.join(left_out)}")
     if arguments.dry_run:
@@ -284,6 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, HFValidationError) as error:
         fail(str(error))
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            fail(f"{error.filename}: {error.strerror}")
         # The client's HTTP library, and with it this class, is another one from release to release.
         if "TransportError" not in [cls.__name__ for cls in type(error).__mro__]:
             raise

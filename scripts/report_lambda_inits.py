@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from compare_lambda_inits import read_records
-from lambda_init_figures import draw_task
-from lambda_init_statistics import METRICS, Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
+from lambda_study.figures import draw_task
+from lambda_study.statistics import METRICS, Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
 
 
 KINDS = {

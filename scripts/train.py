@@ -5,6 +5,7 @@ launch` and `torchrun`. Leaves the model, its tokenizer, metrics.json and loss_c
 """
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -13,12 +14,21 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from griffin_trainer import GriffinTrainer
-from text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
-from text_tokenizer import check_fits, document_ends, load_tokenizer
-from train_arguments import TOKEN_IDS, DataArguments, ModelArguments, read_arguments
-from train_launch import check_checkpoint, check_launch, check_processes, describe, read_request
-from train_report import held_out_metrics, plot_losses, token_losses, write_metrics
+from training.arguments import DataArguments, ModelArguments, Resume, read_arguments
+from training.checkpoint import NotSaved, read_manifest, read_state, saving, write_final
+from training.fingerprint import check_same_rows, rows_of, settings_of
+from training.hub_ids import require_on_hub
+from training.launch import check_checkpoint, check_launch, check_processes, describe, read_request
+from training.masking import mask_secrets
+from training.ranks import check_same_on_all_ranks, decided_by_rank_0, explain_silence, leave_together
+from training.report import held_out_metrics, next_steps, plot_losses, token_losses, write_metrics
+from training.sequence import share_rows
+from training.start import check_same_model, end_of_complete_run, where_to_start
+from training.table import print_table
+from training.text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
+from training.text_files import DISK_ERRORS
+from training.text_tokenizer import check_fits, document_ends, load_tokenizer
+from training.trainer import GriffinTrainer
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -34,42 +44,18 @@ from modeling_griffin.saving.card import keep_model_card
 
 
 SECONDS_FOR_RANK_0 = 2
-# What a configuration may change between an interruption and --resume; the tokenizer gives the ids.
-CHANGEABLE = {"attention_dropout", "use_cache", "lambda_init", "lambda_init_bounds", *TOKEN_IDS}
+ALLOWED_MODEL = "a folder or Hub id with weights in safetensors"
+ALLOWED_CONFIG = "a JSON file, a folder with config.json, or a Hub id"
+# Of an OSError anywhere: the disk's fault or the user's, and no one's who would read a traceback.
+PLAIN_ERRORS = {*DISK_ERRORS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint to continue from, or None. Refuses to mix a new run with another run's checkpoints."""
-    # The state is written last: without it, or half of it, the run was interrupted while it saved.
-    complete = [path for path in Path(output_dir).glob("checkpoint-*") if read_state(path) is not None]
-    if resume is None and complete:
-        raise ValueError(
-            f"output_dir = {output_dir!r} holds checkpoints of another run: pass --resume to continue it, or another "
-            "output_dir"
-        )
-    if resume is True:
-        if not complete:
-            raise ValueError(f"--resume: output_dir = {output_dir!r} holds no complete checkpoint")
-        return str(max(complete, key=lambda path: int(path.name.split("-")[-1])))
-    if resume is not None and read_state(resume) is None:
-        raise ValueError(f"--resume {resume}: allowed are checkpoint folders, which hold a trainer_state.json")
-    return resume
-
-
-def read_state(checkpoint: str | Path) -> dict | None:
-    """The trainer's state in a checkpoint folder; None where there is none, or not all of it."""
-    try:
-        return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
-def is_complete(checkpoint: str, arguments) -> bool:
-    """Whether nothing is left to train. Stock Trainer would take one step more, since it looks after each step."""
-    state = read_state(checkpoint)
-    if arguments.max_steps > 0:
-        return state["global_step"] >= arguments.max_steps
-    return state["epoch"] >= arguments.num_train_epochs
+def check_names(arguments: ModelArguments) -> None:
+    """Raises ValueError, before any text is read, where there is no such model or configuration."""
+    for field, allowed in (("config_name", ALLOWED_CONFIG), ("model_name_or_path", ALLOWED_MODEL)):
+        name = getattr(arguments, field)
+        if name is not None and not Path(name).exists():
+            require_on_hub(field, name, "model", allowed)
 
 
 def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -86,9 +72,7 @@ def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         )
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"model_name_or_path = {name!r}: allowed are a folder or Hub id with weights in safetensors ({reason})"
-        ) from error
+        raise ValueError(f"model_name_or_path = {name!r}: allowed are {ALLOWED_MODEL} ({reason})") from error
     check_fits(tokenizer, model.get_input_embeddings().num_embeddings)
     return model
 
@@ -98,9 +82,8 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     try:
         settings, _ = GriffinConfig.get_config_dict(arguments.config_name)
     except OSError as error:
-        raise ValueError(
-            f"config_name = {arguments.config_name!r}: allowed are a JSON file, a folder with config.json, or a Hub id"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config_name = {arguments.config_name!r}: allowed are {ALLOWED_CONFIG} ({reason})") from error
     overrides = json.loads(arguments.config_overrides or "{}")
     if unknown := sorted(set(overrides) - {field.name for field in dataclasses.fields(GriffinConfig)}):
         raise ValueError(f"config_overrides has the unknown fields {unknown}: allowed are those of GriffinConfig")
@@ -109,19 +92,6 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     first, last = document_ends(tokenizer)
     ids = {"bos_token_id": first, "eos_token_id": last, "pad_token_id": tokenizer.pad_token_id}
     return GriffinConfig(**{**settings, **ids})
-
-
-def check_same_model(checkpoint: str, config: GriffinConfig) -> None:
-    """Raises ValueError where the interrupted run trained a model of other sizes or another recurrence."""
-    before = GriffinConfig.from_pretrained(checkpoint)
-    values = {name: (getattr(before, name), getattr(config, name)) for name in GriffinConfig.__annotations__}
-    changed = [
-        f"{name} = {old!r} there, {new!r} now"
-        for name, (old, new) in values.items()
-        if old != new and name not in CHANGEABLE
-    ]
-    if changed:
-        raise ValueError(f"--resume: the checkpoint {checkpoint} is of another model: {'; '.join(changed)}")
 
 
 def check_enough_rows(rows: PackedRows, arguments) -> None:
@@ -151,53 +121,67 @@ def make_documents(arguments: DataArguments):
     return train, load_documents(arguments.eval_data, column, arguments.eval_split, subset)
 
 
-def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint) -> tuple[GriffinTrainer, dict]:
-    """The trainer, and what metrics.json says about its model and data."""
+def make_rows(model_name: str | None, data_arguments: DataArguments, training_arguments, checkpoint: str | None):
+    """(tokenizer, {"train_data": PackedRows, "eval_data": PackedRows}, (training, held-out) documents)."""
     with training_arguments.main_process_first(desc="reading the data"):
-        train, held_out = make_documents(data_arguments)
-        tokenizer = make_tokenizer(
-            data_arguments, model_arguments.model_name_or_path, checkpoint, (record["text"] for record in train)
-        )
-        filler = document_ends(tokenizer)[1]
-        train_rows, eval_rows = (
-            PackedRows(
-                tokenize(documents, tokenizer, data_arguments.preprocessing_num_proc),
-                data_arguments.sequence_length,
-                filler,
-            )
-            for documents in (train, held_out)
-        )
+        documents = make_documents(data_arguments)
+        texts = (record["text"] for record in documents[0])
+        tokenizer = make_tokenizer(data_arguments, model_name, checkpoint, texts)
+        filler, length = document_ends(tokenizer)[1], data_arguments.sequence_length
+        rows = {
+            name: PackedRows(tokenize(each, tokenizer, data_arguments.preprocessing_num_proc), length, filler)
+            for name, each in zip(("train_data", "eval_data"), documents)
+        }
+    return tokenizer, rows, documents
+
+
+def make_trainer(model_arguments, data_arguments, training_arguments, resume: Resume) -> tuple[GriffinTrainer, dict]:
+    """The trainer, and what metrics.json says about its model and data.
+
+    Raises ValueError where the ranks, or the checkpoint `resume.checkpoint`, have other settings, data or models.
+    """
+    checkpoint = resume.checkpoint
+    settings = settings_of(data_arguments, training_arguments)
+    check_same_on_all_ranks({"settings": settings})
+    name = model_arguments.model_name_or_path
+    tokenizer, rows, (train, held_out) = make_rows(name, data_arguments, training_arguments, checkpoint)
+    sources = {"train_data": data_arguments.train_data, "eval_data": data_arguments.eval_data}
+    data = rows_of(sources, rows)
     set_seed(training_arguments.seed)
     model = make_model(model_arguments, tokenizer)  # all processes at once: DeepSpeed shards weights as they are made
     if checkpoint is not None:
-        check_same_model(checkpoint, model.config)
-    check_enough_rows(train_rows, training_arguments)
+        check_same_rows(checkpoint, read_manifest(checkpoint).get("data", {}), data)
+        check_same_model(checkpoint, model.config, resume.allow_changed)
+    contents = {key: f"{each['tokens']:,} tokens, sha256 {each['sha256'][:12]}" for key, each in data.items()}
+    check_same_on_all_ranks({"data": contents, "model": model.config.to_dict()})
+    check_enough_rows(rows["train_data"], training_arguments)
     facts = {
-        "train_data": data_arguments.train_data,
-        "eval_data": data_arguments.eval_data,
+        **sources,
         "sequence_length": data_arguments.sequence_length,
         "scan": describe_backend(training_arguments.device),
         "device": str(training_arguments.device),
         "parameters": get_model_param_count(model),
         "train_documents": len(train),
-        "train_tokens": train_rows.num_tokens,
+        "train_tokens": rows["train_data"].num_tokens,
         "eval_documents": len(held_out),
-        "eval_tokens": eval_rows.num_tokens,
+        "eval_tokens": rows["eval_data"].num_tokens,
         "eval_bytes": count_bytes(held_out),
     }
     trainer = GriffinTrainer(
         model=model,
         args=training_arguments,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=rows["train_data"],
+        eval_dataset=rows["eval_data"],
         data_collator=default_data_collator,
         processing_class=tokenizer,
         compute_metrics=held_out_metrics(facts["eval_bytes"]),
         preprocess_logits_for_metrics=token_losses,
     )
+    trainer.fingerprint = {"settings": settings, "data": data}
+    print_table(trainer, facts["eval_bytes"] / max(rows["eval_data"].num_predicted, 1))
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
-    name = model_arguments.model_name_or_path
+    share_rows(trainer, model_arguments.sequence_parallel_size)
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one
     facts["launch"] = describe(trainer.accelerator)
@@ -205,20 +189,32 @@ def make_trainer(model_arguments, data_arguments, training_arguments, checkpoint
 
 
 def train(trainer: GriffinTrainer, facts: dict, checkpoint: str | None) -> dict:
-    """Trains, evaluates and saves into output_dir; returns what it writes to metrics.json (on rank 0)."""
-    before = {"num_input_tokens_seen": 0, "log_history": []}
+    """Trains, evaluates and saves into output_dir; returns what it writes to metrics.json (on rank 0).
+
+    Trains nothing where the checkpoint is the run's end, and was killed before all of the rest was done.
+    """
+    before = {"num_input_tokens_seen": 0}
     if checkpoint is not None:
         before = read_state(checkpoint)
+    begun = len(before.get("log_history", []))
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    logged = trainer.state.log_history[len(before["log_history"]) :]
-    seconds = result.metrics["train_runtime"] - sum(entry.get("eval_runtime", 0) for entry in logged)
+    history = trainer.state.log_history
+    seconds = result.metrics["train_runtime"] - sum(entry.get("eval_runtime", 0) for entry in history[begun:])
     tokens = trainer.state.num_input_tokens_seen - before["num_input_tokens_seen"]
-    evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in logged)
+    evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
     if not evaluated or trainer.args.load_best_model_at_end:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switches it off; who loads the model wants it
-    trainer.save_model()
-    return report(trainer, facts, tokens / seconds) if trainer.is_world_process_zero() else {}
+    with saving(Path(trainer.args.output_dir)):
+        trainer.save_model()
+        if not trainer.is_world_process_zero():
+            return {}
+        return report(trainer, facts, tokens / seconds if tokens else logged_speed(history))
+
+
+def logged_speed(history: list[dict]) -> float:
+    """Tokens per second as an earlier session of this run has logged them."""
+    return next((entry["train_tokens_per_second"] for entry in reversed(history) if entry.get("loss")), 0.0)
 
 
 def report(trainer: GriffinTrainer, facts: dict, tokens_per_second: float) -> dict:
@@ -238,6 +234,9 @@ def report(trainer: GriffinTrainer, facts: dict, tokens_per_second: float) -> di
     )
     plot_losses(output_dir / "loss_curve.png", metrics)
     trainer.create_model_card()  # again, now that metrics and curve are there
+    last = output_dir / f"checkpoint-{metrics['steps']}"
+    if read_manifest(last) is not None:
+        write_final(last, output_dir)
     print(
         f"{metrics['steps']} steps, {metrics['tokens_seen']:,} tokens, {metrics['tokens_per_second']:,.0f} tokens/s; "
         f"held-out: loss {metrics['eval_loss']:.4f}, {metrics['bits_per_byte']:.4f} bits per byte; in {output_dir}"
@@ -250,14 +249,17 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
     try:
         model_arguments, data_arguments, training_arguments, resume = read_arguments(argv)
         check_processes(training_arguments.distributed_state, read_request())
-        checkpoint = find_checkpoint(resume, training_arguments.output_dir)
-        if checkpoint is not None and is_complete(checkpoint, training_arguments):
-            print(f"the run is complete, {checkpoint} is its end: raise max_steps or num_train_epochs to go on")
-            raise SystemExit(0)
-        trainer, facts = make_trainer(model_arguments, data_arguments, training_arguments, checkpoint)
+        start = decided_by_rank_0(lambda: where_to_start(data_arguments, training_arguments, resume))
+        resume.checkpoint, is_over = start
+        if is_over:
+            end_of_complete_run(resume.checkpoint, training_arguments)
+        check_names(model_arguments)
+        if training_arguments.process_index == 0:
+            print(f"reading {mask_secrets(data_arguments.train_data)}", flush=True)
+        trainer, facts = make_trainer(model_arguments, data_arguments, training_arguments, resume)
         check_launch(trainer.accelerator)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, trainer.accelerator)
+        if resume.checkpoint is not None:
+            check_checkpoint(resume.checkpoint, trainer.accelerator)
     except ValueError as error:
         stop(error)
     if trainer.is_world_process_zero():
@@ -266,9 +268,10 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
         print(
             f"{facts['parameters']:,} parameters; {facts['train_tokens']:,} training tokens in "
             f"{len(trainer.train_dataset):,} rows of {data_arguments.sequence_length}; held out: "
-            f"{facts['eval_tokens']:,} tokens, {facts['eval_bytes']:,} bytes"
+            f"{facts['eval_tokens']:,} tokens, {facts['eval_bytes']:,} bytes",
+            flush=True,
         )
-    return trainer, train(trainer, facts, checkpoint)
+    return trainer, train(trainer, facts, resume.checkpoint)
 
 
 def stop(error: Exception) -> NoReturn:
@@ -276,14 +279,27 @@ def stop(error: Exception) -> NoReturn:
     rank, of = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         time.sleep(SECONDS_FOR_RANK_0)  # by then the launcher has ended this process, if rank 0 has failed too
-    raise SystemExit(f"train.py: error{f' (rank {rank} of {of})' if of > 1 else ''}: {error}") from error
+    line = " ".join(str(error).split())
+    raise SystemExit(f"train.py: error{f' (rank {rank} of {of})' if of > 1 else ''}: {line}") from error
 
 
 def main() -> None:
     try:
-        run(sys.argv[1:])
-    except FloatingPointError as error:
+        trainer, metrics = run(sys.argv[1:])
+        if metrics:
+            print(next_steps(trainer.args.output_dir, metrics["eval_data"]))
+        leave_together()
+    except (FloatingPointError, NotSaved) as error:
         stop(error)
+    except OSError as error:
+        if error.errno not in PLAIN_ERRORS:
+            raise
+        stop(error)
+    except RuntimeError as error:
+        line = explain_silence(error)
+        if line is None:
+            raise
+        stop(RuntimeError(line))
     except KeyboardInterrupt:
         print("\ninterrupted; --resume continues from the newest checkpoint in output_dir, if there is one")
         raise SystemExit(130) from None

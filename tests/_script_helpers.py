@@ -94,7 +94,7 @@ def run_to_end(command: list[str], timeout: float, **options) -> subprocess.Comp
 
 def save_model(folder: Path, **changes) -> GriffinForCausalLM:
     """A random model and a byte tokenizer in `folder`, as train.py leaves them."""
-    from text_tokenizer import byte_tokenizer
+    from training.text_tokenizer import byte_tokenizer
 
     torch.manual_seed(1)
     config = GriffinConfig(**{**MODEL, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257, **changes})

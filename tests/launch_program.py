@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from train_launch import check_launch, check_processes, choose_device, describe, read_request  # noqa: E402
+from training.launch import check_launch, check_processes, choose_device, describe, read_request  # noqa: E402
 
 
 if "--stand-in" in sys.argv:

@@ -1,7 +1,7 @@
 """Agreement with RecurrentGemma in Transformers where that is right: one document, no padding, within its window.
 
 Where it is wrong there is one test each that records it. When one of those fails, Transformers has been mended: turn it
-into a test of agreement, and correct the README.
+into a test of agreement, and correct docs/recurrent_gemma.md.
 """
 
 import pytest

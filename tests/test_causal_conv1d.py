@@ -138,7 +138,7 @@ def test_half_precision(dtype):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_kernels_in_the_interpreter():
     """Triton decides when it is imported, hence another process."""
-    file = Path(__file__).with_name("test_causal_conv1d_triton.py")
+    file = Path(__file__).parent / "kernels" / "test_convolution.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not gpu and not common", str(file)]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout + run.stderr

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 from transformers import AutoConfig, AutoModel
@@ -63,7 +64,24 @@ BAD_VALUES = {
     "rope_theta": ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta.*-1.0"),
     "rotary factor of 0": ({"rope_parameters": {"partial_rotary_factor": 0.0}}, "partial_rotary_factor.* = 0.0"),
     "rotary factor of 2": ({"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor.* = 2.0"),
-    "no rotary factor": ({"rope_parameters": {"partial_rotary_factor": None}}, "partial_rotary_factor.* = None"),
+    "rotary factor that is no number": (
+        {"rope_parameters": {"partial_rotary_factor": "a"}},
+        "partial_rotary_factor.* = 'a'",
+    ),
+    "scaled rotation by an older name": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type.*'linear'"),
+    # extremes: of tensors, of float32, of the vocabulary
+    "vocab_size of 2^63": ({"vocab_size": 2**63}, "vocab_size = 9223372036854775808: allowed"),
+    "hidden_size of 2^70": ({"hidden_size": 2**70}, "hidden_size = .*allowed"),
+    "a million layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000: allowed"),
+    "huge rg_lru_c": ({"rg_lru_c": 1e300}, r"rg_lru_c = 1e\+300: allowed"),
+    "tiny rg_lru_c": ({"rg_lru_c": 1e-300}, "rg_lru_c = 1e-300: allowed"),
+    "huge softcapping": ({"final_logit_softcapping": 1e300}, r"final_logit_softcapping = 1e\+300: allowed"),
+    "tiny rope_theta": ({"rope_theta": 1e-300}, "rope_theta.* = 1e-300: allowed"),
+    "tiny rms_norm_eps": ({"rms_norm_eps": 1e-300}, "rms_norm_eps = 1e-300: allowed"),
+    "bound that rounds to 1": ({"lambda_init_bounds": (0.9, 1 - 1e-9)}, "lambda_init_bounds"),
+    "negative eos_token_id": ({"eos_token_id": -1}, "eos_token_id = -1: allowed"),
+    "one of several eos_token_id": ({"eos_token_id": [2, 32000]}, r"eos_token_id = \[2, 32000\]: allowed"),
+    "bos_token_id": ({"bos_token_id": 32000}, "bos_token_id = 32000: allowed"),
     "odd rotary width": ({"head_dim": 6}, "partial_rotary_factor.*head_dim = 6"),
 }
 WRONG_TYPES = {
@@ -144,13 +162,17 @@ def test_bad_values_are_refused_when_saving_and_loading_too(tmp_path):
 
 
 def test_bad_values_are_refused_where_a_model_is_made(tmp_path, small_config):
-    """from_pretrained sets the fields that it is given one by one, after construction."""
+    """Loading with other fields, and fields set after construction."""
     small_config().save_pretrained(tmp_path)
     GriffinForCausalLM(small_config()).save_pretrained(tmp_path)
     for fields in ({"attention_window_size": 1}, {"num_gate_blocks": 7}, {"lambda_init_bounds": (0.9, 0.8)}):
         with pytest.raises(ValueError, match=f"{next(iter(fields))} = .*allowed"):
             GriffinForCausalLM.from_pretrained(tmp_path, **fields)
-        config = AutoConfig.from_pretrained(tmp_path, **fields)
+        with pytest.raises(ValueError, match=f"{next(iter(fields))} = .*allowed"):
+            AutoConfig.from_pretrained(tmp_path, **fields)
+        config = AutoConfig.from_pretrained(tmp_path)
+        for name, value in fields.items():
+            setattr(config, name, value)
         with pytest.raises(ValueError, match=f"{next(iter(fields))} = .*allowed"):
             AutoModel.from_config(config)
     assert GriffinForCausalLM.from_pretrained(tmp_path, attention_window_size=3).config.sliding_window == 3
@@ -236,3 +258,45 @@ def test_registered():
 def test_rotary_keywords_are_not_lost():
     rotary = GriffinConfig(rope_theta=500.0, partial_rotary_factor=1.0).rope_parameters
     assert (rotary["rope_theta"], rotary["partial_rotary_factor"]) == (500.0, 1.0)
+
+
+def test_none_means_the_default():
+    config = GriffinConfig(rope_parameters={"rope_theta": None}, partial_rotary_factor=None, num_key_value_heads=None)
+    assert config.rope_parameters == GriffinConfig().rope_parameters
+    assert config.num_key_value_heads == config.num_attention_heads == 8  # as in Transformers' models
+
+
+def test_older_rotary_names(tmp_path):
+    given = {"type": "default", "rope_theta": 7.0}
+    for fields in (
+        {"rope_scaling": given},
+        {"rope_parameters": given},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 7.0},
+    ):
+        config = GriffinConfig(**fields)
+        assert config.rope_parameters == {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}
+    assert given == {"type": "default", "rope_theta": 7.0}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "griffin", "rope_theta": 500, "rope_scaling": None})
+    )
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 500
+
+
+def test_fields_given_to_from_pretrained(tmp_path, small_config):
+    """A field that other fields were made from, and None for what is made from others."""
+    kinds = ["linear_attention", "linear_attention", "sliding_attention"] * 2
+    GriffinForCausalLM(small_config(layer_types=kinds)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer_types has 6 entries: .* or None for the repeated pattern"):
+        GriffinForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+    model = GriffinForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3, layer_types=None, rope_theta=500.0)
+    assert len(model.model.layers) == 3 and model.config.layer_types == kinds[:3]
+    assert model.model.rotary_emb.theta == 500.0 and model.config.rope_parameters["partial_rotary_factor"] == 0.5
+    config, unused = AutoConfig.from_pretrained(tmp_path, sliding_window=5, foo=1, return_unused_kwargs=True)
+    assert config.attention_window_size == 5 and unused == {"foo": 1}
+
+
+def test_many_layers_are_configured_at_once():
+    """Each assignment checks types: of a list of strings, every entry again."""
+    begin = time.perf_counter()
+    assert len(GriffinConfig(num_hidden_layers=2**16).layer_types) == 2**16
+    assert time.perf_counter() - begin < 2  # 0.2 s; 8 s with every entry's type checked at each assignment

@@ -11,8 +11,8 @@ from datasets import Dataset
 from fine_tuning_runs import VOCABULARY, arguments, assert_step_equals_documents_alone, losses, make_documents
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from text_tokenizer import byte_tokenizer
 from tolerances import assert_close
+from training.text_tokenizer import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,

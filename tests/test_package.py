@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -115,34 +116,48 @@ import modeling_griffin
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("griffin", vocab_size=8, hidden_size=32, num_hidden_layers=3, num_gate_blocks=2)
 assert type(AutoModelForCausalLM.from_config(config)) is modeling_griffin.GriffinForCausalLM
-print(modeling_griffin.__file__)
+print(modeling_griffin.__version__, modeling_griffin.__file__)
 """
 
 
+def what_a_wheel_holds() -> set[str]:
+    """The package with its folders, the scripts and the ready-made configurations under names of their own."""
+    names = {"scripts": "griffin_scripts", "configuration": "griffin_configuration"}
+    kinds = {"modeling_griffin": (".py", ".md", ".typed"), "scripts": (".py", ".txt")}
+    kinds["configuration"] = (".json", ".yaml", ".md")
+    return {
+        str(Path(names.get(folder, folder)) / path.relative_to(ROOT / folder))
+        for folder, suffixes in kinds.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    }
+
+
 def test_wheel(tmp_path):
-    """Holds modeling_griffin with its folders only, and imports from a fresh folder without the repository."""
+    """Complete and no more, and it imports from a fresh folder without the repository."""
     copy = tmp_path / "source"
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         copy.mkdir(exist_ok=True)
-        (copy / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
+        (copy / name).write_text((ROOT / name).read_text())
     for folder in ("modeling_griffin", "scripts", "configuration", "tests"):  # all that could slip in
-        for path in (ROOT / folder).rglob("*.py" if folder != "configuration" else "*.json"):
-            target = copy / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(path.read_text())
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     run([*build, str(tmp_path), str(copy)])
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if ".dist-info/" not in name} == {
-        str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")
-    }
+    assert {name for name in names if ".dist-info/" not in name} == what_a_wheel_holds()
+    (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+    said = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert re.search(r"^License-Expression: Apache-2.0$", said, flags=re.M)
+    assert {"LICENSE", "NOTICE"} <= {name.rpartition("/")[2] for name in names}
 
     target = tmp_path / "installed"
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)])
     environment = os.environ | {"PYTHONPATH": str(target) + os.pathsep + _other_paths(), "PYTHONSAFEPATH": "1"}
     printed = run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment)
-    assert Path(printed.split()[-1]).parent == target / "modeling_griffin"
+    version, file = printed.split()[-2:]
+    assert Path(file).parent == target / "modeling_griffin"
+    assert re.search(rf"^Version: {re.escape(version)}$", said, flags=re.M)
 
 
 def _other_paths():

@@ -12,8 +12,8 @@ from datasets import Dataset
 from fine_tuning_runs import VOCABULARY, alone, arguments, assert_step_equals_documents_alone, losses, make_documents
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from text_tokenizer import byte_tokenizer
 from tolerances import assert_close
+from training.text_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 

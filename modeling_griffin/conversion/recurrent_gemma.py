@@ -52,6 +52,8 @@ DEEPMIND_NAMES = {
     "mlp_block.ffw_down.weight": "mlp_block.down_proj.weight",
     "mlp_block.ffw_down.bias": "mlp_block.down_proj.bias",
 }
+# What is taken apart here: how many dimensions it has, and how many branches of an MLP, if it holds them.
+STACKED = {"mlp_block.ffw_up.w": (3, 2), "mlp_block.ffw_up.b": (4, 2), "recurrent_block.conv_1d.w": (2, None)}
 
 
 def griffin_name(name: str) -> str:
@@ -140,6 +142,16 @@ def _shortest_pattern(blocks: list[str]) -> list[str]:
     return blocks
 
 
+def check_weight(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a tensor that is no weight: integers, booleans, 8 bits without their scales, NaN."""
+    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if tensor.dtype not in allowed or tensor.layout != torch.strided:
+        what = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise ValueError(f"{name} is {what}: allowed are dense tensors of float32, bfloat16, float16 or float64")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity: allowed are finite weights")
+
+
 def griffin_tensors_from_recurrent_gemma(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """An entry of RecurrentGemma's state dict as ours: the same bits, Λ in float32."""
     name = griffin_name(name)
@@ -165,10 +177,11 @@ def griffin_tensors_from_deepmind(name: str, tensor: torch.Tensor) -> dict[str, 
     if name == "final_norm.scale":
         return {"model.final_norm.weight": tensor}
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    known = (*DEEPMIND_NAMES, "mlp_block.ffw_up.w", "mlp_block.ffw_up.b")
-    if block is None or block[2] not in known:
+    if block is None or block[2] not in (*DEEPMIND_NAMES, "mlp_block.ffw_up.w", "mlp_block.ffw_up.b"):
         raise KeyError(f"{name}: not a parameter of DeepMind's recurrentgemma")
     layer, inside = f"model.layers.{block[1]}.", block[2]
+    if inside in STACKED:
+        _shape(name, tensor, STACKED[inside])
     if inside in ("mlp_block.ffw_up.w", "mlp_block.ffw_up.b"):  # (2, D, E) and (2, 1, 1, E), gate first
         kind, branches = ("weight", tensor.mT) if inside.endswith("w") else ("bias", tensor.flatten(1))
         return {
@@ -192,29 +205,37 @@ def griffin_config_from_deepmind(
     """A `config_class` (GriffinConfig) for the state dict of DeepMind's torch `Griffin`; only its shapes are read.
 
     What shapes do not tell are arguments, in DeepMind's sense; the defaults are those of RecurrentGemma 2B and 9B.
+
+    Raises:
+        KeyError: for a tensor that is missing.
+        ValueError: for an entry that is not a tensor, or not one of its dimensions, and for blocks with gaps.
     """
     if "embedder.input_embedding" not in tensors:
         raise ValueError("embedder.input_embedding is missing: allowed are state dicts of DeepMind's torch Griffin")
-    vocab_size, hidden_size = tensors["embedder.input_embedding"].shape
-    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+
+    def shape(name: str, dimensions: int) -> torch.Size:
+        return _shape(name, tensors[name], (dimensions, None))
+
+    vocab_size, hidden_size = shape("embedder.input_embedding", 2)
+    layers = _count_layers(tensors)
     recurrent = [f"blocks.{i}.recurrent_block.rg_lru.a_gate.w" in tensors for i in range(layers)]
-    gates = tensors.get(f"blocks.{recurrent.index(True)}.recurrent_block.rg_lru.a_gate.w") if any(recurrent) else None
-    heads = gates.shape[0] if gates is not None else None
+    first = f"blocks.{recurrent.index(True)}.recurrent_block" if any(recurrent) else None
+    gates = shape(f"{first}.rg_lru.a_gate.w", 3) if first else None
+    heads = gates[0] if first else None
     if not all(recurrent):
-        heads = hidden_size // tensors[f"blocks.{recurrent.index(False)}.attention_block.proj_k.weight"].shape[0]
-    taps = tensors[f"blocks.{recurrent.index(True)}.recurrent_block.conv_1d.w"].shape[0] if any(recurrent) else 4
+        heads = hidden_size // shape(f"blocks.{recurrent.index(False)}.attention_block.proj_k.weight", 2)[0]
     return config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=tensors["blocks.0.mlp_block.ffw_down.weight"].shape[1],
+        intermediate_size=shape("blocks.0.mlp_block.ffw_down.weight", 2)[1],
         num_hidden_layers=layers,
         layer_types=[LAYER_TYPES["recurrent" if r else "attention"] for r in recurrent],
         num_attention_heads=heads,
         num_key_value_heads=1,
         attention_window_size=attention_window_size + 1,
-        lru_width=gates.shape[0] * gates.shape[1] if gates is not None else hidden_size,
-        num_gate_blocks=gates.shape[0] if gates is not None else heads,
-        conv1d_width=taps,
+        lru_width=gates[0] * gates[1] if first else hidden_size,
+        num_gate_blocks=gates[0] if first else heads,
+        conv1d_width=shape(f"{first}.conv_1d.w", 2)[0] if first else 4,
         final_logit_softcapping=logits_soft_cap or None,
         scale_embeddings=scale_embeddings,
         lambda_init="recurrent_gemma",
@@ -223,6 +244,29 @@ def griffin_config_from_deepmind(
         bos_token_id=2,
         dtype=tensors["embedder.input_embedding"].dtype,
     )
+
+
+def _count_layers(tensors: dict) -> int:
+    """How many blocks there are; every entry is a tensor under a name."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} = {tensor!r:.60}: allowed are tensors, under the names of a state dict")
+    found = {int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d{1,6})\.", name))}
+    if not found or max(found) + 1 != len(found):
+        numbers = ", ".join(map(str, sorted(found)[:8])) or "none"
+        raise ValueError(f"blocks {numbers}: allowed are blocks from 0 on without a gap")
+    return len(found)
+
+
+def _shape(name: str, tensor, allowed: tuple[int, int | None]) -> torch.Size:
+    """The shape of a tensor with so many dimensions, none of them empty, the first of them of the size allowed."""
+    dimensions, first = allowed
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} = {tensor!r:.60}: allowed is a tensor")
+    if tensor.ndim != dimensions or 0 in tensor.shape or (first is not None and tensor.shape[0] != first):
+        size = "" if first is None else f", {first} of the first"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: allowed are {dimensions} dimensions{size}")
+    return tensor.shape
 
 
 def load_recurrent_gemma(source, model_class, **kwargs):
@@ -254,6 +298,7 @@ def load_recurrent_gemma(source, model_class, **kwargs):
 
 
 __all__ = [
+    "check_weight",
     "griffin_config_from_deepmind",
     "griffin_config_from_recurrent_gemma",
     "griffin_name",

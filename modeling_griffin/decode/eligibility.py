@@ -91,7 +91,7 @@ def decide(
 ) -> Path:
     """The path of a request. Arguments of `_sample` and `_beam_search`."""
     cached = kwargs.get("use_cache", True)
-    if cached and (obstacle := shared_places(model) or _checkpoints(model)) is not None:
+    if cached and (obstacle := shared_places(model)) is not None:
         return Path("uncached", False, obstacle)
     obstacle = next(_in_request(model, generation_config, synced_gpus, kwargs), None)
     if obstacle is None and input_ids.device != model.device:
@@ -138,7 +138,7 @@ def ineligible_model_reasons(model) -> Iterator[str]:
 
 
 def shared_places(model) -> Obstacle | None:
-    """Layers that a cache has no places for: two in the same, one in another kind's, none in that of the first.
+    """Layers that a cache has no places for: two in the same, or one in another kind's.
 
     A cache has a place for each entry of config.layer_types, and a block knows its own by its number.
     """
@@ -150,17 +150,6 @@ def shared_places(model) -> Obstacle | None:
     for place, kind in used:
         if place >= len(kinds) or kinds[place] != kind:
             return Obstacle(f"a {kind} layer has place {place} of the cache, which is another kind's", PLACES)
-    # The first attention layer, or in a Hawk every layer, tells how many tokens a cache has seen.
-    needed = [kinds.index("sliding_attention")] if "sliding_attention" in kinds else range(len(kinds))
-    missing = [place for place in needed if place not in places]
-    if missing and places:
-        return Obstacle(f"no layer uses place {missing[0]} of the cache, which counts its tokens", PLACES)
-    return None
-
-
-def _checkpoints(model) -> Obstacle | None:
-    if model.training and model.model.gradient_checkpointing:  # where the model refuses a cache
-        return Obstacle("gradient checkpointing in training mode", "call model.eval() before")
     return None
 
 

@@ -21,7 +21,7 @@ from .state import put_ring
 class Ring:
     """Keys and values (B, H_kv, S, K) of a layer that attends."""
 
-    is_sliding, is_compileable = True, False
+    is_sliding, is_compileable, is_initialized = True, False, True
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.keys, self.values = keys, values
@@ -34,6 +34,15 @@ class Memory:
 
     def __init__(self, conv_state: torch.Tensor, state: torch.Tensor):
         self.conv_states, self.recurrent_states = {0: conv_state}, {0: state}
+
+
+class Nothing:
+    """Of a place that no layer uses."""
+
+    is_compileable = is_initialized = False
+
+    def __init__(self, is_sliding: bool):
+        self.is_sliding = is_sliding
 
 
 class FixedCache(Cache):
@@ -112,7 +121,8 @@ class ForwardStep(Recording, Lease):
         views = {key: iter(buffer) for key, buffer in self.buffers.items()}
         pairs = [[next(views[tuple(x.shape), x.dtype]) for x in pair] for pair in like]
         layers = [
-            (Ring if _attends(layer) else Memory)(*pair) if pair else None for layer, pair in zip(cache.layers, pairs)
+            (Ring if _attends(layer) else Memory)(*pair) if pair else Nothing(_attends(layer))
+            for layer, pair in zip(cache.layers, pairs)
         ]
         self.cache = FixedCache(layers, self.slot)
 
@@ -135,7 +145,7 @@ class ForwardStep(Recording, Lease):
                 slots = (time - kept + torch.arange(kept, device=self.device)) % self.slots
                 buffer.keys[rows[:, None], :, slots] = layer.keys.transpose(1, 2)
                 buffer.values[rows[:, None], :, slots] = layer.values.transpose(1, 2)
-            elif buffer is not None:
+            elif isinstance(buffer, Memory):
                 buffer.conv_states[0][rows] = layer.conv_states[0]
                 buffer.recurrent_states[0][rows] = layer.recurrent_states[0]
 
@@ -153,7 +163,7 @@ class ForwardStep(Recording, Lease):
         for index, buffer in enumerate(self.cache.layers):
             if isinstance(buffer, Ring):
                 put_ring(cache, index, buffer.keys, buffer.values, length)
-            elif buffer is not None:
+            elif isinstance(buffer, Memory):
                 cache.update_conv_state(buffer.conv_states[0], index)
                 cache.update_recurrent_state(buffer.recurrent_states[0], index)
         return cache

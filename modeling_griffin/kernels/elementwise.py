@@ -19,7 +19,7 @@ except ImportError:
     triton = None
 
 LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
-# Chosen on an H100, see results/training_designs.md.
+# Chosen on an H100, see docs/designs/training.md.
 NORM_BACKWARD = (4, 64)  # programs for each multiprocessor, which walk over rows; registers of a thread
 NORM_ELEMENTS = 1024  # a program of the norm takes several rows where they have fewer columns
 ROTATED_ROWS = 32  # heads of tokens a program rotates

@@ -2,10 +2,10 @@
 
 Numbers come from config.json and from the weights, the training from metrics.json and loss_curve.png where train.py
 left them; what a person adds (license, language, datasets, base_model, results, tags) is kept in the card's metadata,
-and read from there when the card is written again. What is not known is left out.
+and read from there when the card is written again. What is not known is left out. Secrets in metrics.json are masked,
+in the file too where the card is written into its folder, because uploads take both.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -16,18 +16,24 @@ from transformers.utils import logging
 from .card_facts import (
     HELD_OUT,
     architecture,
+    command,
     is_hawk,
     lambda_text,
     limits,
     measured,
+    read_config,
+    results_table,
     summary,
+    title,
     training,
-    without_folders,
 )
-from .card_template import TEMPLATE
+from .card_text import inline, literal
+from .mask_secrets import mask_file, mask_secrets
+from .saved_files import read_json_object
 
 
 logger = logging.get_logger(__name__)
+TEMPLATE = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
 
 MARKER = "Generated from the files of this model; saving it again writes it anew. To keep your edits, delete this line."
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "base_model", "tags", "eval_results")
@@ -42,13 +48,13 @@ TASKS = {
 LOAD_CODE = """\
 from transformers import {auto_class}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
+model = {auto_class}.from_pretrained({name}, trust_remote_code=True, dtype="auto")
 """
 NO_TOKENIZER_CODE = """\
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
+model = {auto_class}.from_pretrained({name}, trust_remote_code=True, dtype="auto")
 """
 GENERATE_CODE = """
 inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
@@ -58,7 +64,7 @@ TUNE_CODE = """\
 import torch
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, dtype=torch.float32)
+model = {auto_class}.from_pretrained({name}, trust_remote_code=True, dtype=torch.float32)
 model.train()
 """
 
@@ -74,9 +80,10 @@ def write_model_card(folder: str | os.PathLike, *, repo_id: str | None = None, *
             the card that is there has them; results also come from metrics.json.
 
     Raises:
-        ValueError: for a name that is none of these.
+        ValueError: for a name that is none of these, and for files that are damaged or not a Griffin's.
     """
     folder = Path(folder)
+    mask_file(folder / "metrics.json")
     card = make_card(folder, folder, repo_id or folder.resolve().name, read_metadata(folder / "README.md"), given)
     card.save(folder / "README.md")
     return card
@@ -108,6 +115,7 @@ def refresh_card(saved: Path, facts: Path, target: Path | None = None) -> None:
     """
     existing = facts / "README.md"
     try:
+        mask_file(facts / "metrics.json")
         if existing.exists() and not is_generated(existing.read_text(encoding="utf-8")):
             return
         card = make_card(saved, facts, facts.resolve().name, read_metadata(existing), {})
@@ -140,29 +148,30 @@ def make_card(saved: Path, facts: Path, name: str, kept: dict, given: dict) -> M
     """The card of the weights in `saved`; `facts` holds metrics.json, `kept` the metadata of an earlier card."""
     if unknown := sorted(set(given) - set(KEPT)):
         raise ValueError(f"the model card has no {', '.join(unknown)}: allowed are {', '.join(KEPT)}")
-    config, metrics = _read_json(saved / "config.json"), _read_json(facts / "metrics.json")
+    config, metrics = read_config(saved / "config.json"), _read_metrics(facts / "metrics.json")
     data = {**kept, **{key: value for key, value in given.items() if value}}
     results = given.get("eval_results") or measured(metrics) or kept.get("eval_results")
     tags = ["griffin", "rg-lru", *["hawk"] * is_hawk(config), *_as_list(kept.get("tags")), *_as_list(given.get("tags"))]
     data |= {"tags": list(dict.fromkeys(tags)), "eval_results": results}
     pipeline_tag, auto_class, peft_task = _task(config)
-    title = name.split("/")[-1]
+    heading = title(name, config, saved)
     return ModelCard.from_template(
         ModelCardData(
-            **data, library_name="transformers", pipeline_tag=pipeline_tag, model_name=title if results else None
+            **data, library_name="transformers", pipeline_tag=pipeline_tag, model_name=heading if results else None
         ),
         template_str=TEMPLATE,
-        title=title,
+        title=inline(heading),
         summary=summary(config),
-        base_models=", ".join(_as_list(data.get("base_model"))),
+        base_models=", ".join(map(inline, _as_list(data.get("base_model")))),
+        licence=", ".join(map(inline, _as_list(data.get("license_name") or data.get("license")))),
         architecture=architecture(config, saved),
         lambda_text=lambda_text(config, saved),
         training=training(metrics),
-        command=without_folders(metrics.get("command")),
+        command=command(metrics),
         loss_curve="loss_curve.png" if (facts / "loss_curve.png").exists() else None,
-        results=results or [],
+        results=results_table(results or []),
         load_code=_load_code(name, auto_class, pipeline_tag, (facts / "tokenizer_config.json").exists()),
-        tune_code=TUNE_CODE.format(name=name, auto_class=auto_class).rstrip(),
+        tune_code=TUNE_CODE.format(name=literal(name), auto_class=auto_class).rstrip(),
         peft_task=peft_task,
         limits=limits(config),
         marker=MARKER,
@@ -177,11 +186,19 @@ def _task(config: dict) -> tuple[str, str, str]:
 def _load_code(name: str, auto_class: str, pipeline_tag: str, tokenizer: bool) -> str:
     code = LOAD_CODE if tokenizer else NO_TOKENIZER_CODE
     generate = GENERATE_CODE if tokenizer and pipeline_tag == "text-generation" else ""
-    return (code.format(name=name, auto_class=auto_class) + generate).rstrip()
+    return (code.format(name=literal(name), auto_class=auto_class) + generate).rstrip()
 
 
 def read_metadata(path: Path) -> dict:
-    return _metadata(ModelCard.load(path)) if path.exists() else {}
+    return _metadata(load_card(path)) if path.exists() else {}
+
+
+def load_card(path: Path) -> ModelCard:
+    """The card in a file. Raises ValueError, with the file's name, where its metadata cannot be read."""
+    try:
+        return ModelCard.load(path)
+    except Exception as error:  # the YAML reader's own, or what the Hub's client makes of what it read
+        raise ValueError(f"the metadata at the top of {path} cannot be read ({error})") from error
 
 
 def _metadata(card: ModelCard) -> dict:
@@ -191,8 +208,8 @@ def _metadata(card: ModelCard) -> dict:
     return {**told, "eval_results": results} if results else told
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _read_metrics(path: Path) -> dict:
+    return mask_secrets(read_json_object(path)) if path.exists() else {}
 
 
 def _as_list(value) -> list:

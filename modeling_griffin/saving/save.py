@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..configuration_griffin import AUTO_MAP, OUR_CLASSES
 from .card import card_for_hub, refresh_card
+from .saved_files import TOKENIZER_FILES
 from .sharded import all_ranks_or_none, gather, is_sharded
 
 
@@ -37,10 +38,6 @@ logger = logging.get_logger(__name__)
 STAGE_PREFIX = "_unfinished_save_"
 # Weights of an earlier push, which would win over the new ones: removed in the same commit.
 STALE_ON_HUB = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
-)
 CARD_FILES = ("README.md", "metrics.json", "loss_curve.png")  # of these, what the folder holds
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 

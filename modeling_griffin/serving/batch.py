@@ -2,7 +2,7 @@
 
 A row of a Griffin's state has the same size whatever its length, so that a batch is put together anew as soon as a row
 ends, and no step is spent on a row that has ended. Each row finds the tokens that it would find alone. Behind a cache
-(`running_batch`) prompts are read one by one, unpadded; on a recorded step of a GPU (`recorded_batch`) those of similar
+(`cached_rows`) prompts are read one by one, unpadded; on a recorded step of a GPU (`recorded_rows`) those of similar
 lengths together, padded to the longest.
 
 Legend: B rows, T new tokens, V vocabulary.
@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -24,60 +23,18 @@ from transformers.generation import (
 )
 
 from ..decode.eligibility import check_places
-from .cached_rows import RunningBatch
+from .cached_rows import RunningBatch, check_whole
 from .recorded_rows import recorded_batch
-from .state import GenerationState
+from .request import GenerationRequest, as_request
 
 
-@dataclass
-class GenerationRequest:
-    """One generation.
-
-    prompt: token ids. state: what was read before the prompt, one row; with it the prompt may be empty.
-    max_new_tokens: from 0. temperature: 0 takes the likeliest token, above 0 samples.
-    top_k (0: all) and top_p (1: all): what to sample from, as in Transformers, in this order after the temperature.
-    seed: of this generation's own random numbers; the same seed draws the same tokens in any batch.
-    eos_token_id: one id or several that end it; None: those of the model's generation configuration; () for none.
-    stop: strings that end it when they appear in its new text; they need `tokenizer` in the call.
-    """
-
-    prompt: Sequence[int] | torch.Tensor = ()
-    state: GenerationState | None = None
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    eos_token_id: int | Sequence[int] | None = None
-    stop: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.prompt, torch.Tensor):
-            if self.prompt.dim() != 1:
-                raise ValueError(f"prompt has shape {tuple(self.prompt.shape)}: allowed is (tokens,)")
-            self.prompt = self.prompt.tolist()
-        self.prompt = list(self.prompt)
-        if not self.prompt and self.state is None:
-            raise ValueError("prompt is empty: allowed is at least one token, or a state")
-        if self.state is not None and len(self.state) != 1:
-            raise ValueError(f"state has {len(self.state)} rows: allowed is one, for example state[0]")
-        if isinstance(self.stop, str):
-            self.stop = (self.stop,)
-        for name, allowed, holds in (
-            ("max_new_tokens", "whole numbers from 0", _is_whole(self.max_new_tokens)),
-            ("temperature", "numbers from 0", self.temperature >= 0),
-            ("top_k", "whole numbers from 0", _is_whole(self.top_k)),
-            ("top_p", "numbers above 0 up to 1", 0 < self.top_p <= 1),
-            ("stop", "strings that are not empty", all(self.stop)),
-        ):
-            if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+OPTIONS = ("max_rows", "prefill_chunk_size", "tokenizer")  # of `stream_batch`
 
 
 class GeneratedToken(NamedTuple):
-    """index: the generation's number in the order given. token: None for a generation of no tokens.
+    """index: the generation's number in the order given. token: None for a generation of no tokens, or an error.
 
-    finish_reason: None while it goes on, else "eos", "stop" or "length".
+    finish_reason: None while it goes on, else "eos", "stop", "length", or "error: " and what was wrong with it.
     """
 
     index: int
@@ -87,14 +44,24 @@ class GeneratedToken(NamedTuple):
 
 @dataclass
 class GenerationResult:
-    """tokens: the new ones, with the one that ended it. finish_reason: "eos", "stop" or "length"."""
+    """tokens: the new ones, with the one that ended it. finish_reason: as of `GeneratedToken`."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
 
-def generate_batch(model, queue: Iterable[GenerationRequest], **options) -> list[GenerationResult]:
-    """Runs all generations and returns their results in the order given. Options as for `stream_batch`."""
+def generate_batch(model, queue: Iterable[GenerationRequest] | None = None, **options) -> list[GenerationResult]:
+    """Runs all generations and returns their results in the order given. Options as for `stream_batch`.
+
+    Raises ValueError for the arguments of Transformers' method of that name, which serves attention's paged caches.
+    """
+    unknown = options.keys() - OPTIONS
+    if queue is None or unknown:
+        given = ", ".join(sorted(unknown)) or "no queue"
+        raise ValueError(
+            f"generate_batch was given {given}: allowed are a queue of GenerationRequest, {OPTIONS}. "
+            "Transformers' paged caches are for attention alone, so leave out cache_implementation = 'paged'"
+        )
     results: dict[int, GenerationResult] = {}
     for index, token, finish_reason in stream_batch(model, queue, **options):
         result = results.setdefault(index, GenerationResult())
@@ -114,16 +81,20 @@ def stream_batch(
     """Runs generations side by side and yields each token as soon as it is known.
 
     Args:
-        queue: the generations; any iterable. It is asked for the next one when a row is free; on a recorded step,
-            for several when an eighth of the rows are.
+        queue: the generations, each a `GenerationRequest`, a dict of its fields or token ids; any iterable. It is
+            asked for the next one when a row is free; on a recorded step, for several when an eighth of the rows
+            are.
         max_rows: at most so many at once; the others wait.
         prefill_chunk_size: tokens of a prompt read in one forward pass.
         tokenizer: for those with `stop`.
 
-    Raises ValueError for a generation that cannot run, when its turn comes; that ends the whole stream.
+    A generation that cannot run, or whose stop strings raise, ends with "error: " and why; the others go on.
+    Raises ValueError for options that are not allowed.
     """
-    if max_rows < 1:
-        raise ValueError(f"max_rows = {max_rows}: allowed are whole numbers from 1")
+    check_whole("max_rows", max_rows)
+    check_whole("prefill_chunk_size", prefill_chunk_size)
+    if isinstance(queue, torch.Tensor) or not isinstance(queue, Iterable):
+        raise ValueError(f"queue is a {type(queue).__name__}: allowed are iterables of GenerationRequest")
     check_places(model)
     if isinstance(queue, Sequence):
         max_rows = min(max_rows, max(1, len(queue)))
@@ -139,9 +110,17 @@ def _run(model, batch, waiting: Iterator, chunk_size: int, tokenizer) -> Iterato
     while True:
         rows = _running(batch, rows)
         while (room := batch.room(len(rows))) and (taken := list(islice(waiting, room))):
-            new = [_Row(model, *entry, tokenizer) for entry in taken]
-            yield from (GeneratedToken(row.index, None, "length") for row in new if row.asks_for_nothing)
-            new = [row for row in new if not row.asks_for_nothing]
+            new = []
+            for index, entry in taken:
+                try:
+                    row = _Row(model, index, as_request(entry), tokenizer)
+                except Exception as error:
+                    yield GeneratedToken(index, None, _error(error))
+                    continue
+                if row.asks_for_nothing:
+                    yield GeneratedToken(index, None, "length")
+                else:
+                    new.append(row)
             if new:
                 logits = batch.add([row.request for row in new], chunk_size)
                 yield from (row.append(token) for row, token in zip(new, _choose(logits, new)))
@@ -163,9 +142,11 @@ class _Row:
         eos = model.generation_config.eos_token_id if request.eos_token_id is None else request.eos_token_id
         self.eos = {eos} if isinstance(eos, int) else set(() if eos is None else eos)
         largest = model.config.vocab_size - 1
-        outside = [token for token in request.prompt if not (_is_whole(token) and token <= largest)]
+        outside = [token for token in request.prompt if not 0 <= token <= largest]
         if outside:
             raise ValueError(f"prompt of generation {index} has the token {outside[0]!r}: allowed are 0 to {largest}")
+        if request.state is not None:
+            request.state.check(model)
         self.stop = None
         if request.stop:
             if tokenizer is None:
@@ -181,12 +162,18 @@ class _Row:
         reason = None
         if token in self.eos:
             reason = "eos"
-        elif self.stop is not None and bool(self.stop(torch.tensor([self.tokens]), None)):
-            reason = "stop"
+        elif self.stop is not None and (stopped := self._stops()):
+            reason = stopped
         elif len(self.tokens) == self.request.max_new_tokens:
             reason = "length"
         self.ended = reason is not None
         return GeneratedToken(self.index, token, reason)
+
+    def _stops(self) -> str | None:
+        try:
+            return "stop" if bool(self.stop(torch.tensor([self.tokens]), None)) else None
+        except Exception as error:  # of the user's tokenizer
+            return _error(error)
 
 
 def _running(batch, rows: list[_Row]) -> list[_Row]:
@@ -196,8 +183,8 @@ def _running(batch, rows: list[_Row]) -> list[_Row]:
     return [rows[number] for number in numbers]
 
 
-def _is_whole(number) -> bool:
-    return isinstance(number, Integral) and number >= 0
+def _error(error: Exception) -> str:
+    return f"error: {type(error).__name__}: {error}"
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:

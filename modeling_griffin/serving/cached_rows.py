@@ -98,13 +98,13 @@ def prefill(
     input_ids: (B, T) without padding; rows of other lengths are read apart and joined by
     `GenerationState.concatenate`. chunk_size: tokens a forward pass, which bounds the memory.
     """
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: allowed is (rows, tokens), 1 token or more")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size = {chunk_size}: allowed are whole numbers from 1")
+    _check_prompt(input_ids, model.config.vocab_size)
+    check_whole("chunk_size", chunk_size)
     check_places(model)
     batch = RunningBatch(model)
     if state is not None:
+        if type(state).__name__ != GenerationState.__name__:
+            raise ValueError(f"state is a {type(state).__name__}: allowed are a GenerationState and None")
         state.check(model)
         if len(state) != input_ids.shape[0]:
             raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
@@ -119,3 +119,20 @@ def read_request(model, request, chunk_size: int) -> GenerationState:
         request.state.check(model)
         return request.state
     return prefill(model, torch.tensor([request.prompt]), request.state, chunk_size)
+
+
+def check_whole(name: str, number) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} = {number!r}: allowed are whole numbers from 1")
+
+
+def _check_prompt(input_ids, vocab_size: int) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        found = f"{input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {found}: allowed is a tensor of token ids")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids has shape {shape}: allowed is (rows, tokens), 1 row and 1 token or more")
+    low, high = (int(end) for end in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids has ids from {low} to {high}: allowed are 0 to vocab_size - 1 = {vocab_size - 1}")

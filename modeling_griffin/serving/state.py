@@ -42,6 +42,7 @@ FIELDS = (
     "rms_norm_eps",
 )
 SAMPLED_WEIGHTS = 256  # of each parameter, for the fingerprint
+MOST_TOKENS = 2**53  # of a row; positions beyond are no longer counted exactly by all that reads them
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,7 @@ class GenerationState:
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> "GenerationState":
         """One row by its number, or several by a slice or a list of numbers, each as often as it is named."""
-        numbers = [rows] if isinstance(rows, Integral) else rows
-        numbers = range(len(self))[numbers] if isinstance(numbers, slice) else [range(len(self))[n] for n in numbers]
+        numbers = _row_numbers(rows, len(self))
         index = torch.tensor(list(numbers), dtype=torch.long, device=self.logits.device)
         lengths = tuple(self.lengths[n] for n in numbers)
         layers = [tuple(tensor[index] for tensor in pair) for pair in self.layers]
@@ -83,6 +83,7 @@ class GenerationState:
             raise ValueError("states is empty: allowed is at least one")
         for state in states[1:]:
             check_same_model(states[0].config, state.config, "states")
+            _check_same_tensors(states[0], state)
         config = states[0].config
         layers = []
         for kind, pairs in zip(config.layer_types, zip(*(state.layers for state in states))):
@@ -175,12 +176,69 @@ def load_state(model, path: str | os.PathLike) -> GenerationState:
             raise ValueError(f"{path}: {field} = {found}: allowed is this model's, {expected}")
     if _checksum(tensors) != metadata.get("checksum"):
         raise ValueError(f"{path}: the checksum is not that of the contents: the file is damaged")
+    lengths = _checked_lengths(path, model.config, tensors)
     layers = tuple(
         (tensors[f"layers.{index}.0"].to(model.device), tensors[f"layers.{index}.1"].to(model.device))
         for index in range(model.config.num_hidden_layers)
     )
-    lengths = tuple(tensors["lengths"].tolist())
     return GenerationState(model.config, lengths, tensors["logits"].to(model.device), layers)
+
+
+def _checked_lengths(path, config, tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """The lengths of a file's rows. A right checksum does not make a right state: whoever wrote the file made both.
+
+    Raises ValueError for tensors that are not those of so many rows of such lengths.
+    """
+    lengths = tensors.get("lengths")
+    if lengths is None or lengths.dim() != 1 or lengths.dtype != torch.long:
+        raise ValueError(f"{path}: lengths is {lengths}: allowed are whole numbers, one a row")
+    lengths = tuple(lengths.tolist())
+    if not all(0 < length <= MOST_TOKENS for length in lengths):
+        raise ValueError(f"{path}: lengths = {lengths}: allowed are 1 to {MOST_TOKENS} tokens a row")
+    for name, shape in _shapes(config, lengths).items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise ValueError(f"{path}: {name} has shape {found}: allowed is {shape} for lengths {lengths}")
+    if unknown := tensors.keys() - _shapes(config, lengths).keys():
+        raise ValueError(f"{path}: {min(unknown)}: allowed are logits, lengths and those of the model's layers")
+    return lengths
+
+
+def _shapes(config, lengths: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of each tensor in the file of a state."""
+    rows, slots = len(lengths), min(max(lengths, default=0), config.attention_window_size - 1)
+    keys = (rows, config.num_key_value_heads, slots, config.head_dim)
+    shapes = {"lengths": (rows,), "logits": (rows, config.vocab_size)}
+    for index, kind in enumerate(config.layer_types):
+        recurrent = ((rows, config.lru_width, config.conv1d_width), (rows, config.lru_width))
+        pair = (keys, keys) if kind == "sliding_attention" else recurrent
+        shapes |= {f"layers.{index}.{number}": shape for number, shape in enumerate(pair)}
+    return shapes
+
+
+def _row_numbers(rows, count: int) -> Sequence[int]:
+    """Of an index into `count` rows. Raises IndexError for a row that is not there, TypeError for what names none."""
+    if isinstance(rows, slice):
+        return range(count)[rows]
+    if isinstance(rows, torch.Tensor):
+        rows = rows.tolist()
+    rows = [rows] if isinstance(rows, Integral) else list(rows)
+    for row in rows:
+        if isinstance(row, bool) or not isinstance(row, Integral):
+            raise TypeError(f"rows has {row!r}: allowed are numbers of rows, from 0 to {count - 1}, and slices")
+        if not -count <= row < count:
+            raise IndexError(f"rows has {row}: allowed are -{count} to {count - 1}")
+    return [range(count)[row] for row in rows]
+
+
+def _check_same_tensors(one: "GenerationState", other: "GenerationState") -> None:
+    """Logits too: those of rows that go on are empty and take the dtype of the states."""
+    for first, second in zip((one.logits, *sum(one.layers, ())), (other.logits, *sum(other.layers, ()))):
+        if (first.dtype, first.device) != (second.dtype, second.device):
+            raise ValueError(
+                f"states has {second.dtype} on {second.device}: allowed is that of the first, {first.dtype} on "
+                f"{first.device}"
+            )
 
 
 def check_same_model(expected, found, name: str) -> None:

@@ -138,7 +138,7 @@ def test_no_generation_tests_are_claimed():
 def test_the_pipeline_tests_cannot_run_from_the_sdist():
     """Their mixin reads a list of tiny models on the Hub, and calls `tests/pipelines`: the sdist lacks both.
 
-    `tests/test_generation.py` and `tests/test_hub.py` run the text-generation pipeline.
+    `tests/test_generation.py` and `tests/saving/test_hub.py` run the text-generation pipeline.
     """
     with pytest.raises(FileNotFoundError, match="tiny_model_summary.json"):
         importlib.import_module("transformers_tests.test_pipeline_mixin")

@@ -265,14 +265,13 @@ def test_what_is_slow_says_so_once_with_reason_and_remedy(small_model, monkeypat
 
 
 def test_in_the_middle_of_a_training_with_checkpointing(small_model, paths):
-    """As a callback that samples: without a cache, and on the step again when the model no longer trains."""
+    """As a callback that samples: nothing is computed again where there are no gradients."""
     model, ids = small_model(), random_ids(2, 5)
     expected = run(model, ids)
     model.gradient_checkpointing_enable()
     assert torch.equal(run(model.train(), ids), expected)
-    assert torch.equal(run(model, ids[:1], prompt_lookup_num_tokens=2), expected[:1])
     assert torch.equal(run(model.eval(), ids), expected)
-    assert [each.step for each in paths] == ["fused", "uncached", "uncached", "fused"]
+    assert [each.step for each in paths] == ["fused"] * 3
 
 
 def on_a_gpu(model, **options):

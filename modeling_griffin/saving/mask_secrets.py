@@ -1,0 +1,145 @@
+"""Secrets in what a card is made of: values of tokens, keys and passwords in commands, settings and URLs, masked.
+
+A name decides (`--hub_token X`, `HF_TOKEN=X`, {"api_key": "X"}), or the value's own shape (`hf_...`, a URL with
+credentials). Rather too much is masked than too little: a masked command is still read, a token that got out is not
+taken back.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import tempfile
+from pathlib import Path
+
+from transformers.utils import logging
+
+from .saved_files import read_json_object
+
+
+logger = logging.get_logger(__name__)
+
+MASK = "HIDDEN"  # needs no quotes in a shell and no escapes in a card
+SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
+SECRET_WORDS |= {"authorization", "signature", "sig"}
+SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd"}
+SECRET_ENDINGS = ("token", "apikey", "accesskey", "secretkey", "password", "secret")  # words written as one
+# `eos_token` and `text_key` are settings.
+SETTINGS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "special", "stop", "per"}
+SETTINGS |= {"text", "label", "column", "sort", "metric"}
+
+VALUE = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\,])+"""
+HIDDEN = rf"""["']?{MASK}(?:[\s"'&;,}}\])]|$)"""  # masked already
+NAMED = re.compile(
+    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:token|key|pass|pwd|secret|credential|auth|bearer|cookie|pat|sig))[a-z_][\w.-]*)"
+    rf"""(?P<between>["'\]]*\s*[=:]\s*|(?<=\w)\s+)(?!--|{HIDDEN})(?P<value>{VALUE})""",
+    re.IGNORECASE,
+)
+IN_QUERY = re.compile(r"(?P<between>[?&;](?P<name>[\w.-]+)=)[^\s&;#'\"]+")
+IN_HEADER = re.compile(r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+)[^\s\"']{4,}")
+IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?!HIDDEN@)[^\s/?#'\"<>]+@")
+# As the Hub, OpenAI, GitHub, GitLab, Slack, AWS and Google shape theirs; JSON web tokens; PEM.
+SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
+
+
+def mask_secrets(value):
+    """A copy of `value`, JSON of any depth, in which no secret is left.
+
+    Args:
+        value: dicts are masked by their keys, strings by what stands in them, lists of strings as the words of a
+            command; `command` as a whole command line. Numbers, booleans and None stay as they are, unless the key is
+            a secret's.
+    """
+    if isinstance(value, dict):
+        return {mask_text(key): _mask_entry(key, entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return mask_words(value) if all(isinstance(entry, str) for entry in value) else [*map(mask_secrets, value)]
+    return mask_text(value) if isinstance(value, str) else value
+
+
+def _mask_entry(key: str, entry):
+    if is_secret_name(key):
+        return entry if entry is None or isinstance(entry, bool) or entry == "" else MASK
+    return mask_command(entry) if key == "command" and isinstance(entry, str) else mask_secrets(entry)
+
+
+def mask_command(text: str) -> str:
+    """A command line without its secrets; word by word where a shell could read it."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return mask_text(text)
+    masked = mask_words(words)
+    return mask_text(text if masked == words else shlex.join(masked))
+
+
+def mask_words(words: list[str]) -> list[str]:
+    """The words of a command without their secrets: `--hub_token X`, `--hub_token=X`, `HF_TOKEN=X`."""
+    masked, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if hidden and not word.startswith("--"):  # an option may have several values
+            masked.append(MASK)
+            continue
+        secret = re.fullmatch(r"[\w.-]+", name) is not None and is_secret_name(name)
+        hidden = secret and not equals and word.startswith("-")
+        masked.append(f"{name}={MASK}" if secret and equals else word if hidden else mask_text(word))
+    return masked
+
+
+@functools.lru_cache(maxsize=10000)
+def mask_text(text: str) -> str:
+    """Any text without the secrets in it."""
+    text = SHAPES.sub(MASK, text)
+    text = IN_URL.sub(rf"\1{MASK}@", text)
+    text = IN_HEADER.sub(rf"\1{MASK}", text)
+    text = IN_QUERY.sub(lambda found: found["between"] + MASK if is_secret_name(found["name"]) else found[0], text)
+    return NAMED.sub(_mask_named, text)
+
+
+def _mask_named(found: re.Match) -> str:
+    """Without a sign between them, only an option has a value: prose may say "token" and go on."""
+    option = found["name"].startswith("-")
+    if is_secret_name(found["name"]) and (option or found["between"].strip()):
+        return found["name"] + found["between"] + MASK
+    return found["name"] + found["between"] + mask_text(found["value"])
+
+
+def holds_token(text: str) -> bool:
+    """Whether something in it has the shape of a token or private key, or is a URL with credentials."""
+    return SHAPES.search(text) is not None or IN_URL.search(text) is not None
+
+
+@functools.lru_cache(maxsize=10000)
+def is_secret_name(name: str) -> bool:
+    """Whether an option, variable or field of this name holds a secret: hub_token, AWS_SECRET_ACCESS_KEY, apiKey."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+    if not words or words[-1] in ("file", "path"):
+        return False
+    if SECRET_WORDS & set(words) or ({"key", "keys"} & set(words) and {"api", "access"} & set(words)):
+        return True
+    if len(words) > 1 and words[-2] in SETTINGS:
+        return False
+    return words[-1] in SECRET_LAST_WORDS or words[-1].endswith(SECRET_ENDINGS)
+
+
+def mask_file(path: Path) -> None:
+    """Masks the JSON object in a file, in one step. A file without secrets is not touched, and there need be none."""
+    if not path.is_file():
+        return
+    before = read_json_object(path)
+    after = mask_secrets(before)
+    if after == before:
+        return
+    logger.warning(f"{path} held a secret, which is masked now: revoke it where others could read this file")
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix="_masked_", delete=False) as beside:
+        json.dump(after, beside, indent=2)
+        beside.write("\n")
+    os.chmod(beside.name, path.stat().st_mode & 0o777)
+    os.replace(beside.name, path)

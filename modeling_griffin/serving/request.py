@@ -1,0 +1,108 @@
+"""What `generate_batch` is asked for, checked once: each value is taken, or refused by the name of its field."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+import torch
+
+from .state import GenerationState
+
+
+@dataclass
+class GenerationRequest:
+    """One generation.
+
+    prompt: token ids. state: what was read before the prompt, one row; with it the prompt may be empty.
+    max_new_tokens: from 0. temperature: 0 takes the likeliest token, above 0 samples.
+    top_k (0: all) and top_p (1: all): what to sample from, as in Transformers, in this order after the temperature.
+    seed: of this generation's own random numbers; the same seed draws the same tokens in any batch.
+    eos_token_id: one id or several that end it; None: those of the model's generation configuration; () for none.
+    stop: strings that end it when they appear in its new text; they need `tokenizer` in the call.
+
+    Numbers may be Python's, NumPy's or tensors of one; lists of them also arrays and tensors.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    prompt: Sequence[int] | torch.Tensor = ()
+    state: GenerationState | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.prompt = _whole_numbers("prompt", self.prompt)
+        if not self.prompt and self.state is None:
+            raise ValueError("prompt is empty: allowed is at least one token, or a state")
+        if self.state is not None:
+            # By name: a model from the Hub has a class of its own of that name.
+            if type(self.state).__name__ != GenerationState.__name__:
+                raise ValueError(f"state is a {type(self.state).__name__}: allowed are a GenerationState and None")
+            if len(self.state) != 1:
+                raise ValueError(f"state has {len(self.state)} rows: allowed is one, for example state[0]")
+        if self.eos_token_id is not None:
+            one = isinstance(_plain(self.eos_token_id), Integral)
+            self.eos_token_id = tuple(_whole_numbers("eos_token_id", [self.eos_token_id] if one else self.eos_token_id))
+        self.stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name in ("max_new_tokens", "top_k", "temperature", "top_p", "seed"):
+            setattr(self, name, _plain(getattr(self, name)))
+        for name, allowed, holds in (
+            ("max_new_tokens", "whole numbers from 0", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 0),
+            ("temperature", "numbers from 0", _is_number(self.temperature) and 0 <= self.temperature < float("inf")),
+            ("top_k", "whole numbers from 0", _is_whole(self.top_k) and self.top_k >= 0),
+            ("top_p", "numbers above 0 up to 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("seed", "whole numbers", _is_whole(self.seed)),
+            ("stop", "strings that are not empty", _are_strings(self.stop)),
+        ):
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+
+
+def as_request(entry) -> GenerationRequest:
+    """A request as it is, a dict of its fields, or a prompt alone."""
+    if type(entry).__name__ == GenerationRequest.__name__:  # by name: see `GenerationRequest.state`
+        return entry
+    if not isinstance(entry, Mapping):
+        return GenerationRequest(entry)
+    names = [field.name for field in fields(GenerationRequest)]
+    if unknown := [name for name in entry if name not in names]:
+        raise ValueError(f"request has the field {unknown[0]!r}: allowed are {names}")
+    return GenerationRequest(**entry)
+
+
+def _plain(value):
+    """Python's number for a tensor, an array or a scalar of one number; anything else as it is."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_strings(value) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(each, str) and each for each in value)
+
+
+def _whole_numbers(name: str, values) -> list[int]:
+    """A list of whole numbers; of one dimension where the values have a shape."""
+    shape = getattr(values, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise ValueError(f"{name} has shape {tuple(shape)}: allowed is (tokens,)")
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name} = {values!r}: allowed are lists of token ids")
+    values = [_plain(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    if wrong := [value for value in values if not _is_whole(value)]:
+        raise ValueError(f"{name} has {wrong[0]!r}: allowed are whole numbers")
+    return [int(value) for value in values]

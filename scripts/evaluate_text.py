@@ -1,0 +1,178 @@
+"""Loss and bits per byte by position: `python scripts/evaluate_text.py MODEL DATA --length 16384`.
+
+Rows of any length are read in chunks with the model's state in between, so memory does not grow with the length. How a
+model does beyond the length it was trained on shows in the last lines of the table.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from generate import load
+from help_formatter import ShowDefaults
+from training.report import bits_per_byte, versions
+from training.text_data import PackedRows, load_documents, tokenize
+from training.text_tokenizer import document_ends
+
+from modeling_griffin.cache_name import CACHE_NAME
+
+
+def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """How many bytes of `text` each token brings, by the tokens' spans of characters; the sum is all of its bytes.
+
+    A character that several tokens share counts for the first of them, and what no token covers for the next one.
+    """
+    bytes_up_to = np.concatenate([[0], np.cumsum([len(character.encode()) for character in text], dtype=np.int64)])
+    ends = np.maximum.accumulate([end for _, end in offsets])
+    ends[-1] = len(text)
+    return np.diff(bytes_up_to[ends], prepend=0).tolist()
+
+
+def count_token_bytes(documents, tokenizer) -> np.ndarray:
+    """For every token of `tokenize(documents)`, the documents' ends (no bytes) included."""
+    counts = []
+    for record in documents:
+        offsets = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        counts += [0, *token_bytes(record["text"], offsets), 0]
+    return np.array(counts)
+
+
+@torch.no_grad()
+def row_losses(model, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
+    """-log p (T - 1,) in nats of one row of `PackedRows`, `chunk` tokens at a time; 0 where nothing is predicted."""
+    input_ids, position_ids, labels = (
+        row[name][None].to(model.device) for name in ("input_ids", "position_ids", "labels")
+    )
+    cache, losses = None, []
+    for begin in range(0, input_ids.shape[1] - 1, chunk):
+        end = min(begin + chunk, input_ids.shape[1] - 1)
+        output = model(
+            input_ids=input_ids[:, begin:end],
+            position_ids=position_ids[:, begin:end],
+            use_cache=True,
+            **{CACHE_NAME: cache},
+        )
+        cache = output[CACHE_NAME]
+        next_tokens = labels[0, begin + 1 : end + 1]
+        losses.append(torch.nn.functional.cross_entropy(output.logits[0].float(), next_tokens, reduction="none"))
+    return torch.cat(losses).cpu()
+
+
+def bucket_losses(model, rows: PackedRows, num_bytes: np.ndarray, chunk: int, max_rows: int | None) -> list[dict]:
+    """One entry for the positions [1, 2), [2, 4), [4, 8), ...: tokens, bytes and summed loss (nats).
+
+    The position of a token is how many tokens of its document, the start included, stand before it in the row.
+    """
+    size = max(1, math.ceil(math.log2(rows.length)))
+    totals = {name: np.zeros(size) for name in ("tokens", "bytes", "nats")}
+    for index in range(min(len(rows), max_rows or len(rows))):
+        row = rows[index]
+        losses = row_losses(model, row, chunk).double().numpy()
+        predicted = row["labels"][1:].numpy() != -100
+        bucket = np.log2(row["position_ids"][1:].numpy()[predicted]).astype(int)
+        begin = index * (rows.length - 1) + 1
+        bytes_here = num_bytes[begin : begin + rows.length - 1]
+        bytes_here = np.pad(bytes_here, (0, rows.length - 1 - len(bytes_here)))[predicted]
+        for name, values in (("tokens", np.ones(len(bucket))), ("bytes", bytes_here), ("nats", losses[predicted])):
+            totals[name] += np.bincount(bucket, weights=values, minlength=size)
+    entries = [
+        {"from": 2**k, "to": min(2 ** (k + 1), rows.length) - 1, **{name: float(totals[name][k]) for name in totals}}
+        for k in range(size)
+    ]
+    return [entry for entry in entries if entry["tokens"]]
+
+
+def summarize(entries: list[dict]) -> dict:
+    """Loss and bits per byte of each entry and of all together."""
+    for entry in entries:
+        entry["loss"] = entry["nats"] / entry["tokens"]
+        entry["bits_per_byte"] = bits_per_byte(entry["nats"], entry["bytes"]) if entry["bytes"] else None
+    tokens, num_bytes, nats = (sum(entry[name] for entry in entries) for name in ("tokens", "bytes", "nats"))
+    return {
+        "tokens": int(tokens),
+        "bytes": int(num_bytes),
+        "loss": nats / tokens,
+        "bits_per_byte": bits_per_byte(nats, num_bytes),
+        "by_position": entries,
+    }
+
+
+def print_table(result: dict) -> None:
+    print(f"{'position':>17} {'tokens':>10} {'loss':>8} {'bits/byte':>10}")
+    for entry in [*result["by_position"], {**result, "from": "all", "to": ""}]:
+        span = f"{entry['from']} - {entry['to']}" if entry["to"] else entry["from"]
+        bits = "" if entry["bits_per_byte"] is None else f"{entry['bits_per_byte']:.4f}"
+        print(f"{span:>17} {int(entry['tokens']):>10,} {entry['loss']:>8.4f} {bits:>10}")
+
+
+def plot(path: Path, result: dict, window: int | None) -> None:
+    """Bits per byte against position, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [entry for entry in result["by_position"] if entry["bits_per_byte"] is not None]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    middle = [(entry["from"] * (entry["to"] + 1)) ** 0.5 for entry in entries]
+    axes.plot(middle, [entry["bits_per_byte"] for entry in entries], marker="o")
+    if window:
+        axes.axvline(window, color="gray", linestyle="--", linewidth=1, label=f"attention window, {window} tokens")
+        axes.legend()
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of the document before it in the row (geometric middle of each bucket)")
+    axes.set_ylabel("bits per byte")
+    axes.set_title(f"{result['bits_per_byte']:.3f} bits per byte over {result['bytes']:,} bytes", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def read_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        formatter_class=ShowDefaults, prog="evaluate_text.py", description="Loss and bits per byte by position."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
+    parser.add_argument("data", metavar="DATA", help="a text file, a folder, jsonl, parquet, or a Hub data set's id")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a row (default: 2048)")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens in one forward pass; bounds the memory")
+    parser.add_argument("--max_rows", type=int, default=None, help="read only so many rows")
+    parser.add_argument("--text_column", default="text", help="column of a record that holds its text")
+    parser.add_argument("--split", default="test", help="split of a Hub data set (default: test)")
+    parser.add_argument("--subset", default=None, help="subset of a Hub data set")
+    parser.add_argument("--output", type=Path, default=Path("build/evaluate"), help="folder for evaluation.json, .png")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the model's repository")
+    arguments = parser.parse_args(argv)
+    for name, least in (("length", 2), ("chunk", 1), ("max_rows", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value}: allowed are whole numbers from {least}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> dict:
+    arguments = read_arguments(sys.argv[1:] if argv is None else argv)
+    model, tokenizer = load(arguments.model, arguments.trust_remote_code, arguments.device)
+    try:
+        documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset)
+    except ValueError as error:
+        raise SystemExit(f"evaluate_text.py: error: {error}") from error
+    rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
+    entries = bucket_losses(model, rows, count_token_bytes(documents, tokenizer), arguments.chunk, arguments.max_rows)
+    facts = {"model": arguments.model, "data": arguments.data, "length": arguments.length, "device": str(model.device)}
+    result = {**facts, "versions": versions(), **summarize(entries)}
+    print_table(result)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(arguments.output / "evaluation.png", result, getattr(model.config, "attention_window_size", None))
+    print(f"written to {arguments.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

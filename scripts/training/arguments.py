@@ -1,0 +1,255 @@
+"""The arguments of train.py: one YAML file, overridden by `--key value`, read into dataclasses by HfArgumentParser."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+
+import torch
+import yaml
+from presets import find_preset
+from transformers import HfArgumentParser, TrainingArguments
+
+from training.fingerprint import ALLOWED, check_allowed
+from training.launch import choose_device, read_request, says_precision
+from training.ranks import join_in_time
+
+
+@dataclass
+class ModelArguments:
+    """Which model. Exactly one of `config_name` and `model_name_or_path`."""
+
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "train from scratch: a JSON file, a folder with config.json, or a ready-made one's name"},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'fields to change in it, a mapping, as JSON on the command line: {"lambda_init": ...}'},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "continue or fine-tune: a folder or Hub id with weights"}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa or flex_attention"})
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "processes that share each row; a divisor of their number"}
+    )
+
+    def __post_init__(self):
+        if self.sequence_parallel_size < 1:
+            raise ValueError(
+                f"sequence_parallel_size = {self.sequence_parallel_size}: allowed are whole numbers from 1"
+            )
+
+
+@dataclass
+class DataArguments:
+    """Which text, how it is turned into tokens and rows, and what is held out."""
+
+    train_data: str = field(
+        metadata={"help": "a text file, a folder of text or source files, jsonl, parquet (or a glob), or a Hub id"}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "held-out text, likewise; unset: held out of train_data by eval_fraction"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column of a record that holds its text"})
+    dataset_subset: str | None = field(default=None, metadata={"help": "subset (configuration) of a Hub data set"})
+    train_split: str = field(default="train", metadata={"help": "split of a Hub data set to train on"})
+    eval_split: str = field(default="validation", metadata={"help": "split of the Hub data set given as eval_data"})
+    eval_fraction: float = field(default=0.05, metadata={"help": "share of the documents held out, without eval_data"})
+    split_seed: int = field(default=0, metadata={"help": "which documents are held out; independent of seed"})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "bytes, bpe (trained on train_data), a folder or Hub id; unset: the model's own, or bytes"},
+    )
+    tokenizer_vocab_size: int = field(default=4096, metadata={"help": "entries of a bpe, special tokens included"})
+    sequence_length: int = field(default=1024, metadata={"help": "tokens in a row; documents are packed into rows"})
+    preprocessing_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise"})
+
+    def __post_init__(self):
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length = {self.sequence_length}: allowed are whole numbers from 2")
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, TrainingArguments)
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@dataclass
+class Resume:
+    """What the command line says of an interrupted run."""
+
+    checkpoint: str | bool | None = None  # None: a new run; True: the newest checkpoint; or a checkpoint's folder
+    allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the checkpoint's
+
+
+def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, Resume]:
+    """(model, data, training, resume) from `CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]`.
+
+    The command line wins over the file; `--key=` unsets.
+    """
+    command_line = argparse.ArgumentParser(
+        prog="train.py",
+        usage="train.py CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]",
+        description="Trains a Griffin. Every key of the file can be overridden: --learning_rate 1e-3",
+        epilog="Own keys: "
+        + "; ".join(_describe(f) for c in ARGUMENT_CLASSES[:2] for f in dataclasses.fields(c))
+        + ". All others are those of transformers.TrainingArguments.",
+        allow_abbrev=False,
+    )
+    command_line.add_argument("config", help="a YAML file, or the name of a ready-made one: own_text")
+    command_line.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help="continue an interrupted run: from this folder, or from the newest checkpoint in output_dir",
+    )
+    command_line.add_argument(
+        "--allow_changed",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help=f"with --resume: settings that may differ from the interrupted run's, of {', '.join(ALLOWED)}",
+    )
+    known, rest = command_line.parse_known_args(argv)
+    resume = Resume(known.resume, known.allow_changed)
+    _check_resume(resume)
+    known.config = find_preset(known.config, "training")
+    settings = _merge(_read_yaml(known.config), _read_overrides(rest))
+    _check_keys(settings, known.config)
+    if settings.get("config_name") is not None:
+        settings["config_name"] = find_preset(str(settings["config_name"]), "model")
+    settings = choose_device(settings, read_request())
+    on_cpu = str(settings["use_cpu"]).lower() in ("true", "t", "yes", "y", "1")  # as HfArgumentParser reads it
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not on_cpu and not says_precision(settings):
+        settings["bf16"] = True
+    if not torch.cuda.is_available():
+        settings = {"dataloader_pin_memory": False, **settings}
+    # Counted for the loss curve and the metrics; `logging_nan_inf_filter` would hide the loss that must stop the run.
+    settings = {"include_num_input_tokens_seen": True, **settings, "logging_nan_inf_filter": False}
+    settings = {"ddp_find_unused_parameters": False, **settings}  # every parameter takes part in every step
+    if on_cpu:
+        join_in_time(settings.get("ddp_backend"), settings.get("ddp_timeout", TrainingArguments.ddp_timeout))
+    parser = HfArgumentParser(ARGUMENT_CLASSES, prog="train.py", usage=command_line.usage)
+    words = [word for key, value in settings.items() for word in _as_words(key, value)]
+    model, data, training = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    _check_model(model)
+    _hide_token(training)
+    return model, data, training, resume
+
+
+def _describe(key: dataclasses.Field) -> str:
+    default = "" if key.default in (None, dataclasses.MISSING) else f" (default: {key.default})"
+    return f"{key.name}: {key.metadata['help']}{default}"
+
+
+def _check_resume(resume: Resume) -> None:
+    check_allowed(resume.allow_changed)
+    if resume.allow_changed and resume.checkpoint is None:
+        raise ValueError(f"--allow_changed {' '.join(resume.allow_changed)} is given without --resume")
+
+
+def _hide_token(training: TrainingArguments) -> None:
+    """Where huggingface_hub looks for it; these arguments are saved with the model."""
+    if training.hub_token:
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file) or {}
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{path} {reason}: allowed are YAML files as in configuration/training/") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): allowed is YAML") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}{_place_in_yaml(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}: allowed is one mapping of keys to values")
+    return settings
+
+
+def _place_in_yaml(error: yaml.YAMLError) -> str:
+    """ ", line 3, column 5: mapping values are not allowed here"."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f" is not YAML: {' '.join(str(error).split())}"
+    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def _read_overrides(words: list[str]) -> dict:
+    """{"key": value, or [values]} of `--key value ...`, `--key=value`, bare `--key` (true), `--key=` (None: unset)."""
+    overrides, key = {}, None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            overrides[key] = [value] if equals else []
+        elif key is None:
+            raise ValueError(f"{word!r} follows no --key: allowed is one CONFIG.yaml, then --key value")
+        else:
+            overrides[key].append(word)
+    return {key: _simplest(values) for key, values in overrides.items()}
+
+
+def _simplest(words: list[str]) -> list[str] | str | bool | None:
+    if len(words) > 1:
+        return words
+    return (words[0] or None) if words else True
+
+
+def _merge(file: dict, command_line: dict) -> dict:
+    """The command line wins over the file; in `config_overrides` field by field, and the result is one mapping."""
+    settings = {**file, **command_line}
+    if settings.get("config_overrides") is not None:
+        given = [source["config_overrides"] for source in (file, command_line) if source.get("config_overrides")]
+        settings["config_overrides"] = {key: field for value in given for key, field in _read_mapping(value).items()}
+    return settings
+
+
+def _read_mapping(value) -> dict:
+    """`config_overrides` of the file (a mapping, or JSON) or of the command line (its words)."""
+    try:
+        fields = value if isinstance(value, dict) else json.loads(" ".join(value) if isinstance(value, list) else value)
+    except (TypeError, json.JSONDecodeError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"config_overrides = {value!r}: allowed is a mapping, on the command line as JSON")
+    if taken := sorted(TOKEN_IDS & fields.keys()):
+        raise ValueError(f"config_overrides sets {taken}: those come from the tokenizer, allowed are other fields")
+    return fields
+
+
+def _check_keys(settings: dict, path: str) -> None:
+    allowed = [f.name for arguments in ARGUMENT_CLASSES for f in dataclasses.fields(arguments) if f.init]
+    for key in settings:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=3, cutoff=0.5)
+            hint = f"the nearest allowed are {', '.join(near)}" if near else "see train.py --help"
+            raise ValueError(f"unknown key {key!r} in {path} or on the command line: {hint}")
+
+
+def _check_model(model: ModelArguments) -> None:
+    if (model.config_name is None) == (model.model_name_or_path is None):
+        raise ValueError(
+            f"config_name = {model.config_name!r} and model_name_or_path = {model.model_name_or_path!r}: "
+            "allowed is exactly one of them, a configuration to start from scratch or weights to continue"
+        )
+    if model.config_overrides is not None and model.config_name is None:
+        raise ValueError("config_overrides is given without config_name: weights cannot change their configuration")
+
+
+def _as_words(key: str, value) -> list[str]:
+    """The command-line words for one setting, so that the file and the command line are read by the same types."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}={value[0]}"] if len(value) == 1 else [f"--{key}", *map(str, value)]
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}"]

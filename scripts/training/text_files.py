@@ -1,0 +1,146 @@
+"""Files of text: which of a folder are read, and which one, in which line, keeps a set of them from being read."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import datasets
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+
+SNIPPET_BYTES = 60  # of a line that cannot be read
+DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Its files, sorted, those of folders in it too; hidden ones left out. Raises ValueError where there are none."""
+    for _ in os.walk(folder, onerror=_refuse):
+        pass
+    paths = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path, folder)]
+    dangling = [path for path in paths if path.is_symlink() and not path.exists()]
+    files = [path for path in paths if path.is_file()]
+    if dangling:
+        what = f"{_say_link(dangling[0])}{f' and {len(dangling) - 1} more such links' if len(dangling) > 1 else ''}"
+        if not files:
+            raise ValueError(f"the folder {str(folder)!r} holds no file but {what}")
+        print(f"left out of {folder}: {what}")
+    if not files:
+        raise ValueError(f"the folder {str(folder)!r} holds no files, hidden ones aside: allowed is at least one")
+    return files
+
+
+def check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(_say_link(path))
+
+
+def read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        _refuse(error)
+
+
+def check_readable(files: list[Path]) -> None:
+    """Raises ValueError that names the first file which cannot be opened."""
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            _refuse(error)
+
+
+def read_records(format: str, files: list[Path], text_column: str) -> datasets.Dataset:
+    """The records of files of one format, "json" or "parquet"; ValueErrors name the file and, in jsonl, the line."""
+    check_readable(files)
+    files = [file for file in files if file.stat().st_size]  # an empty file has no records, and the reader fails on it
+    if not files:
+        return _no_records(text_column)
+    try:
+        return _load(format, files)
+    except Exception as error:  # the readers' errors have no common class
+        if _is_of_disk(error):
+            raise
+        if "corresponds to no data" in str(error):
+            return _no_records(text_column)
+        place, cause = first_bad_line(files, text_column) or _first_bad_file(format, files), _innermost(error)
+        if place is None:
+            names = f"{files[0]} to {files[-1]}" if len(files) > 1 else files[0]
+            raise ValueError(f"{names} cannot be read together as {format}: {cause}") from error
+        raise ValueError(f"{place} cannot be read as {format}: {cause}") from error
+
+
+def _no_records(text_column: str) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({text_column: []}, datasets.Features({text_column: datasets.Value("string")}))
+
+
+def first_bad_line(files: list[Path], text_column: str) -> str | None:
+    """Where the first line of a jsonl file lies that is no JSON record, or whose text is none; else None."""
+    for file in files:
+        if file.suffix.lower() != ".jsonl":
+            continue
+        for number, line in enumerate(read_bytes(file).splitlines(), 1):
+            if line.strip() and not _is_record(line, text_column):
+                return f"{file}, line {number}: {line[:SNIPPET_BYTES]!r}"
+    return None
+
+
+def _is_record(line: bytes, text_column: str) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get(text_column, ""), str | None)
+
+
+def _first_bad_file(format: str, files: list[Path]) -> Path | None:
+    """The first that cannot be read alone."""
+    if len(files) == 1:
+        return files[0]
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        return next((file for file in files if not _can_be_read(format, file)), None)
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _can_be_read(format: str, file: Path) -> bool:
+    try:
+        _load(format, [file])
+    except Exception:
+        return False
+    return True
+
+
+def _load(format: str, files: list[Path]) -> datasets.Dataset:
+    return datasets.load_dataset(format, data_files=[str(file) for file in files], split="train")
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _is_of_disk(error: BaseException | None) -> bool:
+    """Whether the reader's own cache could not be written: the data are not at fault."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _say_link(path: Path) -> str:
+    return f"the link {path} to {os.readlink(path)}, which does not exist"
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)

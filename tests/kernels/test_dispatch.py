@@ -1,0 +1,57 @@
+"""When chains of operations leave PyTorch's own; the kernels themselves: test_elementwise.py."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_griffin.elementwise import add_rms_norm, gated, rms_norm
+from modeling_griffin.kernels import dispatch
+
+
+PAYS = dispatch.pays
+
+
+def test_what_stays_eager(monkeypatch):
+    """On a CPU, when small, with wrapped tensors, and in other transformations."""
+
+    class OnGpu(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(dispatch, "triton_unavailable_reason", lambda x: None)
+    assert not PAYS(torch.zeros(2**20))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    large = torch.empty(2**20, device="meta")
+    assert PAYS(large) and not PAYS(large[1:])
+    assert not PAYS(large.as_subclass(OnGpu)) and not PAYS(large, large.as_subclass(OnGpu))
+    in_grad = []
+    torch.func.grad(lambda y: (in_grad.append(PAYS(large)), y.sum())[1])(torch.ones(2))
+    assert in_grad == [False]
+
+
+def test_other_activations():
+    gate, x = torch.randn(2, 7)
+    assert torch.equal(gated(torch.nn.ReLU(), gate, x), gate.relu() * x)
+
+
+def test_norm_of_a_sum():
+    """With and without something to add."""
+    x, residual, weight = torch.randn(3, 2, 5, 8).unbind(0)[0], torch.randn(2, 5, 8), torch.randn(8)
+    normed, total = add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, residual + x) and torch.equal(normed, rms_norm(total, weight, 1e-6))
+    normed, total = add_rms_norm(None, residual, weight, 1e-6)
+    assert total is residual and torch.equal(normed, rms_norm(residual, weight, 1e-6))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["test_elementwise.py", "test_loss.py"])
+def test_kernels_in_the_interpreter(name):
+    """Triton decides when it is imported, hence another process."""
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not common", str(file)]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and " passed" in run.stdout and "skipped" not in run.stdout, run.stdout + run.stderr

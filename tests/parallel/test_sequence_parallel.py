@@ -1,0 +1,28 @@
+"""Rows shared over ranks: the logits, the loss and every gradient of one process."""
+
+import pytest
+
+from tests import sequence_program as program
+from tests.ranks import run_program
+from tests.tolerances import assert_close
+
+
+CASES = [f"{name}, {ranks} ranks" for ranks in (4, 2) for name in program.CASES]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_program("sequence_program", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_of_one_process(results, case):
+    alone, parallel = results[case]["alone"], results[case]["parallel"]
+    assert alone.keys() == parallel.keys()
+    for name, expected in alone.items():
+        assert_close("gradient" if "gradient" in name else name, parallel[name], expected, name)
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+def test_deterministic_and_removable(results, pair):
+    assert results[f"again {pair}"] == {"again": True, "removed": True}

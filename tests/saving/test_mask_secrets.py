@@ -1,0 +1,101 @@
+"""No secret of a command, a setting or a URL reaches a card, and what is no secret stays as it was."""
+
+import json
+import shlex
+
+import pytest
+
+from modeling_griffin.saving.mask_secrets import MASK, is_secret_name, mask_command, mask_file, mask_secrets, mask_text
+
+
+SECRET = "s3cr3t value"
+TOKEN = "hf_" + "a1B2" * 8
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hub_token", "push-to-hub-token", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "password"]
+    + ["db.password", "hftoken", "wandb_apikey", "client_secret", "encryption_key", "credentials", "basic_auth"],
+)
+def test_the_name_tells(name):
+    """As an option with and without a sign, as a variable before the command, as a field, in code and in a query."""
+    assert is_secret_name(name)
+    for words in (
+        ["python", "train.py", f"--{name}", SECRET, "--seed", "1"],
+        ["python", "train.py", f"--{name}={SECRET}", "--seed", "1"],
+        ["python", "train.py", f"--{name}", "s3cr3t", "value", "--seed", "1"],
+        [f"{name}={SECRET}", "python", "train.py", "--seed", "1"],
+        ["env", "--", f"{name}={SECRET}", "python", "train.py", "--seed", "1"],
+    ):
+        for masked in (mask_secrets(words), shlex.split(mask_command(shlex.join(words)))):
+            assert "s3cr3t" not in str(masked) and "value" not in str(masked) and MASK in str(masked)
+            assert masked[-2:] == ["--seed", "1"] and "train.py" in masked
+    assert mask_secrets({name: SECRET, "seed": 1}) == {name: MASK, "seed": 1}
+    assert mask_secrets([{"deep": {name: [SECRET, 5]}}, 1]) == [{"deep": {name: MASK}}, 1]
+    for text in (f"https://host/x?{name}=s3cr3t&page=2", f'python -c \'x["{name}"] = "{SECRET}"\'', f"{name}: s3cr3t"):
+        assert "s3cr3t" not in mask_text(text) and "value" not in mask_text(text), text
+    assert "page=2" in mask_text(f"https://host/x?{name}=s3cr3t&page=2")
+
+
+@pytest.mark.parametrize(
+    "text, secret",
+    [
+        (f"the Hub said no to {TOKEN}.", TOKEN),
+        ("https://me:pw@host/data.jsonl", "pw"),
+        ("git+https://tok3n@host/repo", "tok3n"),
+        ("https://me:p@w@host/data.jsonl", "p@w"),
+        ("curl -H 'Authorization: Bearer abcdefgh'", "abcdefgh"),
+        ("curl -H 'Authorization: Basic YWJj'", "YWJj"),
+        ("key sk-proj-abcdefghijklmnop12345", "sk-proj"),
+        ("ghp_abcdefghijklmnopqrst", "ghp_"),
+        ("eyJhbGciOiJIUzI1.eyJzdWIiOiIx.c2ln", "eyJ"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nabc\ndef", "abc"),
+        ("train.py 'unbalanced --password hunter2", "hunter2"),
+    ],
+)
+def test_the_shape_tells(text, secret):
+    for masked in (mask_text(text), mask_command(text), *mask_secrets({"x": text, "command": text}).values()):
+        assert secret not in masked and MASK in masked
+        assert mask_command(masked) == masked  # once is enough
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python scripts/train.py run.yaml --tokenizer bpe --tokenizer_vocab_size 300 --max_new_tokens 5",
+        """train.py c.yaml --config_overrides '{"num_key_value_heads": 2, "pad_token_id": 0}' --use_cpu""",
+        "train.py --eos_token '</s>' --text_key body --metric_key loss --key_file /home/me/key --hub_token",
+        "train.py --train_data 'https://host:8080/x.jsonl?page=2' 'a  b/*.jsonl' --output_dir build/passing-signal",
+        "the token is right: gated, monkey, task-conditional, hf_transfer, risk-of-something-quite-long",
+    ],
+)
+def test_what_is_no_secret_stays(command):
+    assert mask_command(command) == command and mask_text(command) == command
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 3, "api_key": "HIDDEN"}', "{secret: HIDDEN}", "https://HIDDEN@host/?token=HIDDEN"]
+)
+def test_what_is_masked_already_stays(text):
+    assert mask_text(text) == text
+
+
+def test_numbers_and_what_is_not_given_stay():
+    value = {"tokens": 5, "nats_per_token": 0.5, "hub_token": None, "push_to_hub_token": "", "use_auth": False}
+    assert mask_secrets(value) == value
+    assert mask_secrets({"password": 1234}) == {"password": MASK}
+
+
+def test_a_file_is_masked_in_one_step(tmp_path, caplog):
+    path = tmp_path / "metrics.json"
+    mask_file(path)
+    assert not path.exists()
+    clean = '{"steps":   7, "command": "train.py --seed 1"}'
+    path.write_text(clean)
+    mask_file(path)
+    assert path.read_text() == clean
+    path.write_text(json.dumps({"steps": 7, "command": f"train.py --hub_token {TOKEN}"}))
+    path.chmod(0o640)
+    mask_file(path)
+    assert json.loads(path.read_text()) == {"steps": 7, "command": f"train.py --hub_token {MASK}"}
+    assert path.stat().st_mode & 0o777 == 0o640 and [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]

@@ -1,0 +1,113 @@
+"""What is shipped to the Hub is harmless to import, and imports nothing that a user of the model may lack."""
+
+import ast
+import contextlib
+import importlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_imports
+
+from modeling_griffin.saving.save import AUTO_MAP, code_files
+
+
+CODE = sorted(path.name for path in code_files())
+SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").rglob("*.py"))
+
+
+def test_what_the_shipped_files_import():
+    """The loader refuses files whose imports are missing: PyTorch, Transformers and what these bring, and no more."""
+    installed = {"torch", "transformers", "huggingface_hub", "safetensors"}
+    for path in code_files():
+        assert set(get_imports(path)) - set(sys.stdlib_module_names) <= installed, path.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            # What the loader does not follow: `from . import x`, `from ..x import y`, `from .a.b import c`.
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module and "." not in node.module, f"{path.name}: {ast.unparse(node)}"
+                assert f"{node.module}.py" in CODE, f"{path.name}: {ast.unparse(node)}"
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                assert "modeling_griffin" not in ast.unparse(node), f"{path.name}: {ast.unparse(node)}"
+
+
+def test_what_the_shipped_files_name():
+    """No code from text, no pickles, no processes, no sockets, no environment."""
+    forbidden = {
+        "eval",
+        "exec",
+        "__import__",
+        "environ",
+        "getenv",
+        "putenv",
+        "pickle",
+        "subprocess",
+        "socket",
+        "urllib",
+    }
+    forbidden |= {"system", "popen", "requests", "httpx", "marshal", "ctypes"}
+    for path in code_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "name", None)}
+            if isinstance(node, ast.Attribute) and node.attr == "eval":  # model.eval()
+                continue
+            assert not names & forbidden, f"{path.name}, line {node.lineno}"
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("torch.load", "torch.save"), f"{path.name}, line {node.lineno}"
+
+
+def test_the_scripts_write_and_read_weights_in_safetensors_only():
+    """One exception, without running what it holds: DeepMind's own checkpoints, which are pickles of tensors."""
+    found = {"from_pretrained": 0, "torch.load": 0}
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "pickle" not in ast.unparse(node), path.name
+            if not isinstance(node, ast.Call):
+                continue
+            name, keywords = (
+                ast.unparse(node.func),
+                {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
+            )
+            assert name not in ("torch.save", "numpy.save") and keywords.get("allow_pickle") != "True", path.name
+            assert keywords.get("trust_remote_code") != "True", path.name
+            if name.endswith(".from_pretrained") and not name.endswith(
+                ("Config.from_pretrained", "Tokenizer.from_pretrained")
+            ):
+                found["from_pretrained"] += 1
+                assert keywords.get("use_safetensors") == "True", f"{path.name}, line {node.lineno}"
+            if name == "torch.load":
+                found["torch.load"] += 1
+                assert keywords["weights_only"] == "True" and path.name == "convert_recurrent_gemma.py"
+    assert found["from_pretrained"] >= 5 and found["torch.load"] == 1
+
+
+EVENTS = []
+LISTENING = []
+sys.addaudithook(lambda event, arguments: EVENTS.append((event, arguments)) if LISTENING else None)
+
+
+def test_importing_the_shipped_files_does_nothing_else(tmp_path, monkeypatch):
+    """No file but Python's own is opened, none written; no process, no connection, no change of the environment."""
+    package = tmp_path / "shipped_copy"
+    package.mkdir()
+    for path in code_files():
+        shutil.copyfile(path, package / path.name)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401  what it does when it is imported is not ours to say
+    environment = dict(os.environ)
+    EVENTS.clear()
+    LISTENING.append(True)
+    try:
+        for module in sorted({reference.split(".")[0] for reference in AUTO_MAP.values()}):
+            importlib.import_module(f"shipped_copy.{module}")
+    finally:
+        LISTENING.clear()
+    opened = [str(arguments[0]) for event, arguments in EVENTS if event == "open"]
+    assert [name for name in opened if not name.endswith((".py", ".pyc", ".so"))] == []
+    watched = ("socket.", "subprocess.", "os.system", "os.remove", "os.rename", "os.mkdir", "os.putenv", "os.unsetenv")
+    assert [event for event, _ in EVENTS if event.startswith(watched)] == []
+    assert dict(os.environ) == environment

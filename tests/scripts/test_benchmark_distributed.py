@@ -1,0 +1,94 @@
+"""benchmark_distributed.py: runs on two CPU processes, searches depths, and says what is wrong in one line."""
+
+import json
+import math
+import re
+
+import benchmark_distributed
+import pytest
+from _script_helpers import ROOT
+from benchmark_distributed import largest_depth, launch, main, make_config, summarise
+from planning.memory_formulas import parameters, sizes_of
+
+
+TINY = str(ROOT / "configuration" / "model" / "tiny.json")
+RUN = {"device": "cpu", "config": TINY, "layers": None, "rows": 2, "length": 32, "warmup": 0, "steps": 2}
+
+
+def test_two_processes_on_a_cpu(tmp_path, capsys):
+    output = tmp_path / "out" / "distributed"
+    words = ["--device", "cpu", "--processes", "2", "--config", "tiny", "--engines", "ddp", "fsdp2_checkpointing"]
+    words += ["--rows", "2", "--length", "32", "--warmup", "1", "--steps", "2", "--output", str(output)]
+    main([*words, "--commit", "abc"])
+    report = json.loads(output.with_suffix(".json").read_text())
+    text = output.with_suffix(".md").read_text()
+    assert [row["engine"] for row in report["rows"]] == ["ddp", "fsdp2_checkpointing"] and not report["out_of_memory"]
+    for row in report["rows"]:
+        assert row["parameters"] == parameters(sizes_of(make_config(RUN)))  # tied ones once
+        assert abs(row["loss"] - math.log(512)) < 0.2  # of random tokens, by small random weights
+        assert row["tokens_per_second"] == pytest.approx(2 * 2 * 32 / row["median"])
+        assert row["10%"] <= row["median"] <= row["90%"] and row["efficiency"] == 1.0 and row["peak"] is None
+        assert f"| {row['engine']} | 2 | {row['tokens_per_second']:,.0f} | 100.0% |" in text
+    assert "commit abc" in text and "# Training steps of tiny on several processes" in text
+    assert output.with_suffix(".png").stat().st_size > 0
+    assert str(output) in capsys.readouterr().out
+
+
+def test_efficiency_is_against_the_first_run():
+    measured = {"engine": "ddp", "loss": 1.0, "peak": None, "parameters": 1}
+    one = summarise(RUN | measured | {"processes": 1, "seconds": [1.0, 2.0, 3.0]}, None)
+    four = summarise(RUN | measured | {"processes": 4, "seconds": [4.0]}, one)
+    assert (one["tokens_per_second"], four["tokens_per_second"], four["efficiency"]) == (32, 64, 0.5)
+    assert (one["10%"], one["90%"]) == (1.2, 2.8) and (four["10%"], four["90%"]) == (4.0, 4.0)
+
+
+@pytest.mark.parametrize("limit", [0, 2, 3, 5, 12, 36, 38, 100])
+@pytest.mark.parametrize("start", [1, 3, 24])
+def test_largest_depth(limit, start):
+    tried = []
+
+    def trains(layers):
+        tried.append(layers)
+        return layers <= limit
+
+    assert largest_depth(trains, start) == limit - limit % 3
+    assert len(tried) == len(set(tried)) <= 12  # each is a whole run
+
+
+def test_another_depth_keeps_the_pattern():
+    deeper = make_config(RUN | {"layers": 7})
+    assert (deeper.num_hidden_layers, deeper.layer_types.count("sliding_attention")) == (7, 2)
+    hawk = make_config(RUN | {"config": TINY.replace("tiny", "hawk-100m"), "layers": 4})
+    assert hawk.layer_types == ["linear_attention"] * 4
+
+
+@pytest.mark.parametrize("errors, raises", [("torch.OutOfMemoryError: CUDA", False), ("ValueError: other", True)])
+def test_only_memory_may_run_out(monkeypatch, errors, raises):
+    program = f"import sys; sys.exit({errors!r})"
+    real = benchmark_distributed.subprocess.Popen
+    monkeypatch.setattr(
+        benchmark_distributed.subprocess,
+        "Popen",
+        lambda command, **kwargs: real([command[0], "-c", program], **kwargs),
+    )
+    run = RUN | {"engine": "ddp", "processes": 2}
+    if raises:
+        with pytest.raises(SystemExit, match="ddp on 2 processes failed:\nValueError: other"):
+            launch(run)
+    else:
+        assert launch(run) is None
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config", "griffin-2b"], r"--config griffin-2b: allowed are griffin-100m, .*tiny, or a JSON file"),
+        (["--processes", "0"], r"--processes 0: allowed are 1 to \d+ on this machine"),
+        (["--steps", "0"], r"--steps 0: allowed are whole numbers from 1"),
+        (["--largest"], r"--largest with --device cpu: allowed on GPUs"),
+    ],
+)
+def test_wrong_arguments(capsys, words, message):
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--processes", "1", *words])
+    assert re.search(message, capsys.readouterr().err)

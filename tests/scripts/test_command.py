@@ -1,0 +1,77 @@
+"""The console command: its help answers at once and is true, and names of ready-made files are found."""
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import command
+import presets
+import pytest
+
+from modeling_griffin import GriffinConfig
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHLESS = "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'scripts'); import command; command.main({!r})"
+
+
+def run(words: list[str]) -> tuple[str, float]:
+    """What `griffin words` prints, in a process that cannot import PyTorch, and the seconds that it took."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", TORCHLESS.format(words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.perf_counter() - start
+
+
+def test_help_without_pytorch():
+    printed, _ = run(["--help"])
+    for verb, (script, what) in command.VERBS.items():
+        assert verb in printed and what in printed
+        assert (ROOT / "scripts" / script).exists()
+    assert run(["train", "--help"])[0].startswith("usage: griffin train")
+    assert "griffin-100m" in run(["presets"])[0] and "own_text" in run(["presets"])[0]
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_stored_help_is_the_scripts_own(verb, capsys, monkeypatch):
+    """`python scripts/command.py --write-help` makes it anew."""
+    script = command.VERBS[verb][0]
+    monkeypatch.setenv("COLUMNS", command.WIDTH)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script.removesuffix(".py")).main(["--help"])
+    assert end.value.code == 0
+    own = capsys.readouterr().out.replace(f"usage: {script}", f"usage: griffin {verb}", 1)
+    assert command.help_file(verb).read_text(encoding="utf-8").split() == own.split()
+
+
+def test_an_unknown_command_names_those_that_there_are():
+    with pytest.raises(SystemExit, match="'trian' is no command: allowed are train, generate"):
+        command.main(["trian"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny.json", "model/tiny.json", "configuration/model/tiny.json"])
+def test_presets_are_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(presets.find_preset(name, "model")).samefile(ROOT / "configuration" / "model" / "tiny.json")
+    (tmp_path / "tiny").write_text("mine")
+    assert presets.find_preset("tiny", "model") == "tiny"
+    assert presets.find_preset("nowhere", "model") == "nowhere"
+
+
+def test_configurations_by_name():
+    config = GriffinConfig.from_preset("griffin-100m", lambda_init="recurrent_gemma")
+    assert (config.hidden_size, config.lru_width, config.lambda_init) == (768, 1024, "recurrent_gemma")
+    with pytest.raises(ValueError, match="preset = 'griffin-100': allowed are griffin-100m, griffin-14b"):
+        GriffinConfig.from_preset("griffin-100")
+    assert set(presets.preset_names("model")) >= {"tiny", "hawk-7b", "recurrentgemma-9b"}
+
+
+def test_a_verb_runs_its_script(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(ROOT / "scripts" / "command.py"), "plan-memory", "--print"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "griffin-14b" in done.stdout, done.stderr

@@ -1,0 +1,102 @@
+"""evaluate_text.py: every byte counted once, and the same losses as the documents alone, in chunks of any size."""
+
+import json
+import math
+
+import pytest
+import torch
+from _script_helpers import document_nats, make_text, save_model
+from evaluate_text import count_token_bytes, main, token_bytes
+from training.text_data import load_documents, tokenize
+from training.text_tokenizer import byte_tokenizer, train_bpe_tokenizer
+
+
+TEXTS = [make_text(60, seed=1), "é", make_text(5, seed=2)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return save_model(folder), str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def test_figures_are_those_of_the_documents_alone(model, data, tmp_path, capsys):
+    result = main([model[1], data, "--length", "4096", "--output", str(tmp_path / "out")])
+    documents = [[256, *text.encode(), 256] for text in TEXTS]
+    nats = sum(document_nats(model[0], tokens) for tokens in documents)
+    assert result["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert result["tokens"] == result["bytes"] + len(TEXTS)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"], rel=1e-5)
+
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
+    assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["position", "tokens", "loss", "bits/byte"]
+    assert table[len(result["by_position"]) + 1].split()[0] == "all"
+
+
+def test_buckets_by_position(model, data, tmp_path):
+    result = main([model[1], data, "--length", "4096", "--output", str(tmp_path)])
+    losses = []  # (position, loss, bytes) of every predicted token
+    for text in TEXTS:
+        tokens = torch.tensor([[256, *text.encode(), 256]])
+        with torch.no_grad():
+            log_p = model[0](input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        nats = -log_p.gather(1, tokens[0, 1:, None])[:, 0]
+        # a character counts for the first of its bytes' tokens
+        widths = [w for c in text for w in (len(c.encode()), *[0] * (len(c.encode()) - 1))]
+        losses += zip(range(1, len(nats) + 1), nats.tolist(), [*widths, 0])
+    for entry in result["by_position"]:
+        inside = [(nats, width) for position, nats, width in losses if entry["from"] <= position <= entry["to"]]
+        assert entry["tokens"] == len(inside)
+        assert entry["bytes"] == sum(width for _, width in inside)
+        assert entry["loss"] == pytest.approx(sum(nats for nats, _ in inside) / len(inside), rel=1e-4)
+    assert [entry["from"] for entry in result["by_position"]] == [2**k for k in range(len(result["by_position"]))]
+
+
+@pytest.mark.parametrize("layer_types", [None, ["linear_attention"] * 3])
+def test_chunks_carry_the_state(tmp_path, data, layer_types):
+    """Griffin and Hawk; rows of 40 tokens cut documents, chunks of 7 cut rows; chunks must not change the result."""
+    save_model(tmp_path / "model", layer_types=layer_types)
+    arguments = [str(tmp_path / "model"), data, "--length", "40", "--output", str(tmp_path)]
+    whole, chunked = main(arguments), main([*arguments, "--chunk", "7"])
+    assert whole["bytes"] == chunked["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    for a, b in zip(whole["by_position"], chunked["by_position"]):
+        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert max(entry["to"] for entry in whole["by_position"]) <= 39
+
+
+def test_first_rows_only(model, data, tmp_path):
+    result = main([model[1], data, "--length", "50", "--max_rows", "2", "--output", str(tmp_path)])
+    assert result["tokens"] == 2 * 49
+
+
+def test_token_bytes():
+    assert token_bytes("aé三", [(0, 1), (1, 2), (1, 2), (2, 3)]) == [1, 2, 0, 3]
+    assert token_bytes("  ab ", [(2, 3), (3, 4)]) == [3, 2]  # what no token covers is counted all the same
+    with pytest.raises(IndexError):
+        token_bytes("x", [])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_every_byte_is_counted_once(data, kind):
+    documents = load_documents(data)
+    tokenizer = byte_tokenizer() if kind == "bytes" else train_bpe_tokenizer(TEXTS, 320)
+    counts = count_token_bytes(documents, tokenizer)
+    assert counts.sum() == sum(len(text.encode()) for text in TEXTS)
+    assert len(counts) == sum(len(record["input_ids"]) for record in tokenize(documents, tokenizer))
+
+
+def test_wrong_arguments(model, data, capsys):
+    with pytest.raises(SystemExit):
+        main([model[1], data, "--length", "1"])
+    assert "--length 1: allowed are whole numbers from 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="text_column = 'body'"):
+        main([model[1], data, "--text_column", "body"])

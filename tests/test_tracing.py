@@ -1,0 +1,118 @@
+"""Traced, compiled and exported for any length, and differentiated forwards: the numbers of the plain model."""
+
+import pytest
+import torch
+
+from modeling_griffin import rg_lru_scan
+from tests.tolerances import assert_close
+
+
+VOCABULARY = 29
+
+
+def random_ids(rows, length):
+    return torch.randint(1, VOCABULARY, (rows, length))
+
+
+def gradients(run, model, ids):
+    model.zero_grad()
+    run(ids, labels=ids).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+class Logits(torch.nn.Module):
+    """A model as people trace it: tensors in, one tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask=None):
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "options", [{"dynamic": True}, {"fullgraph": True}, {"dynamic": True, "fullgraph": True}], ids=str
+)
+def test_training_compiled_for_changing_lengths(options, small_model):
+    """Graphs do not multiply with the lengths: one, and one more where the first length was taken for the only one."""
+    model = small_model(attention="sdpa").train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", **options)
+    for length in (12, 7, 20, 33, 70):
+        ids = random_ids(2, length)
+        for found, expected in zip(gradients(compiled, model, ids), gradients(model, model, ids)):
+            assert_close("gradient", found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_dimensions_marked_as_dynamic(small_model):
+    model = small_model("hawk").train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for rows, length in ((2, 12), (3, 33)):
+        ids = random_ids(rows, length)
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(ids, dim)
+        for found, expected in zip(gradients(compiled, model, ids), gradients(model, model, ids)):
+            assert_close("gradient", found, expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_export_for_any_length(padded, small_model):
+    model, ids, mask = Logits(small_model(attention="sdpa")), random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    time = torch.export.Dim("time", min=2, max=64)
+    arguments = (ids, mask) if padded else (ids,)
+    program = torch.export.export(model, arguments, dynamic_shapes=tuple({1: time} for _ in arguments)).module()
+    longer = tuple(torch.cat([each, each], dim=1) for each in arguments)
+    real = longer[1].bool() if padded else torch.ones(2, 24, dtype=torch.bool)
+    assert_close("logits", program(*longer)[real], model(*longer)[real])
+
+
+@pytest.mark.parametrize("kind", ["griffin", "hawk"])
+@torch.no_grad()
+def test_jit_trace_with_a_mask(kind, small_model):
+    model, ids, mask = Logits(small_model(kind, "sdpa")), random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    traced = torch.jit.trace(model, (ids, mask), check_trace=False)
+    ids, mask = random_ids(2, 12), mask.flip(0)
+    assert_close("logits", traced(ids, mask)[mask.bool()], model(ids, mask)[mask.bool()])
+
+
+def scan_inputs():
+    x, recurrence_gate, input_gate = torch.randn(3, 2, 9, 5, dtype=torch.float64)
+    return x, recurrence_gate, input_gate, -torch.rand(5, dtype=torch.float64)
+
+
+def test_forward_mode_derivatives_of_the_scan():
+    """Against backward mode, whose gradients are tested: <tangent out, v> is <gradient of <out, v>, tangent in>."""
+    inputs = scan_inputs()
+    tangents = tuple(torch.randn_like(each) for each in inputs)
+    (hidden, last), (d_hidden, d_last) = torch.func.jvp(rg_lru_scan, inputs, tangents)
+    v_hidden, v_last = torch.randn_like(hidden), torch.randn_like(last)
+    leaves = [each.clone().requires_grad_() for each in inputs]
+    torch.autograd.backward(rg_lru_scan(*leaves), (v_hidden, v_last))
+    backwards = sum((leaf.grad * tangent).sum() for leaf, tangent in zip(leaves, tangents))
+    assert_close("scan float64", (d_hidden * v_hidden).sum() + (d_last * v_last).sum(), backwards)
+
+
+def test_forward_mode_derivatives_of_the_model(small_model):
+    model = small_model(attention="eager").double()
+    embeds = model.get_input_embeddings()(random_ids(2, 9)).detach()
+    tangent, v = torch.randn_like(embeds), torch.randn(2, 9, VOCABULARY, dtype=torch.float64)
+    _, derivative = torch.func.jvp(lambda x: model(inputs_embeds=x, use_cache=False).logits, (embeds,), (tangent,))
+    embeds.requires_grad_()
+    (model(inputs_embeds=embeds, use_cache=False).logits * v).sum().backward()
+    expected = (embeds.grad * tangent).sum()
+    assert abs((derivative * v).sum() - expected) < 1e-5 * derivative.norm() * v.norm()
+
+
+@pytest.mark.parametrize("name", ["x", "recurrence_gate", "input_gate", "log_decay", "initial_state", "reset"])
+@pytest.mark.parametrize("value", [3.0, [[1.0]], "text"], ids=str)
+def test_scan_of_something_that_is_no_tensor(name, value):
+    arguments = {**dict(zip(("x", "recurrence_gate", "input_gate", "log_decay"), scan_inputs())), name: value}
+    with pytest.raises(ValueError, match=f"{name} is a {type(value).__name__}: allowed is a tensor"):
+        rg_lru_scan(**arguments)
