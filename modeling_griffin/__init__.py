@@ -17,7 +17,7 @@ from transformers import (
 from .configuration_griffin import GriffinConfig
 from .conversion.presets import config_from_preset
 from .conversion.recurrent_gemma import griffin_config_from_recurrent_gemma, load_recurrent_gemma
-from .decode.generate import sample
+from .decode.generate import beam_search, sample
 from .decode.speculative.generate import decode_with_drafts
 from .flash_local_attention import OWN_ATTENTION
 from .kernels import dispatch
@@ -45,7 +45,7 @@ from .training.record import record_training, stop_recording
 
 
 fill_slots(**dispatch.SLOTS)
-fill_slots(sample=sample, decode_with_drafts=decode_with_drafts)
+fill_slots(sample=sample, beam_search=beam_search, decode_with_drafts=decode_with_drafts)
 fill_slots(
     prefill=prefill,
     generate_batch=generate_batch,

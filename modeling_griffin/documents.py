@@ -87,7 +87,8 @@ def read_rows(
     boundaries = packing_boundaries(cu_seq_lens_q, seq_idx, shape)
     if isinstance(attention_mask, dict):
         position_ids = read_position_ids(None, position_ids, boundaries, past_length, shape, device)
-        documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed=True)
+        packed = attention_mask.get("packed", True)
+        documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed)
         return attention_mask, position_ids, documents
     if attention_mask is not None:
         known = past_length == 0 or counts_tokens(config, past_key_values)

@@ -424,8 +424,8 @@ class GriffinModel(GriffinPreTrainedModel):
 class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     """Griffin with a language-model head.
 
-    `generate` is Transformers'. Its two inner loops, `_sample` and `_assisted_decoding`, go to the installed package,
-    which runs a request on a recorded step where that is exact, and else to Transformers'.
+    `generate` is Transformers'. Its inner loops, `_sample`, `_beam_search` and `_assisted_decoding`, go to the
+    installed package, which runs a request on a recorded step where that is exact, and else to Transformers'.
     """
 
     training_recorder = None  # of the installed package: `record_training` in `training/record.py`
@@ -519,6 +519,13 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
             if decode is None
             else decode(self, super()._sample, input_ids, **kwargs)
         )
+
+    def _beam_search(self, input_ids: torch.LongTensor, **kwargs):
+        """Beams, greedy or sampled: `decode/generate.py`, or Transformers' loop."""
+        decode = find_slot("beam_search")
+        if decode is None:
+            return super()._beam_search(input_ids, **kwargs)
+        return decode(self, super()._beam_search, input_ids, **kwargs)
 
     def _assisted_decoding(self, input_ids: torch.LongTensor, **kwargs):
         """Speculative decoding: `decode/speculative/generate.py`, or Transformers' loop."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from benchmark_training import SIZES, _cell, _griffin_config
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.offpath import offpath, offpath_text
 from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import (
@@ -450,7 +451,7 @@ def _fitted_to_a_refrain(model, steps: int = 40):
     return fitted.to(model.dtype).eval().requires_grad_(False), text[:1]
 
 
-PARTS = {"decode": decode, "context": context, "long": long, "serving": serving, "drafts": drafts}
+PARTS = {"decode": decode, "context": context, "long": long, "serving": serving, "drafts": drafts, "offpath": offpath}
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
@@ -578,7 +579,9 @@ def _drafts_text(report) -> list[str]:
     return lines
 
 
-TEXTS = dict(zip(PARTS, (_decode_text, _context_text, _long_text, _serving_text, _drafts_text), strict=True))
+TEXTS = dict(
+    zip(PARTS, (_decode_text, _context_text, _long_text, _serving_text, _drafts_text, offpath_text), strict=True)
+)
 
 
 def plot(report: dict, path: Path) -> None:

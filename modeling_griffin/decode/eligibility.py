@@ -1,14 +1,26 @@
-"""Which requests to `generate` the recorded step can honour exactly. Each check names what makes it ineligible."""
+"""Which path a request to `generate` takes, and what keeps it from a better one. One function decides: `decide`.
+
+1. fused: the layers' arithmetic in kernels of our own, for a model whose modules are what the package made them.
+2. forward: the model's own forward pass of one token over fixed buffers, whatever its modules are.
+3. transformers: Transformers' own loop and cache; "uncached" the same without a cache.
+
+Both steps are recorded as a CUDA graph on a GPU. The host runs ahead of a step where nothing of the user's runs between
+two tokens; else it goes through Transformers' own loop, whose model is the step: `loop.py`.
+`docs/generation_paths.md` has this as a table.
+"""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import generation
-from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 
-from ..gpu import no_kernels_reason
+from ..modeling_griffin import GriffinAttention, GriffinRecurrentBlock
+from .fused_model import fused_obstacles
+from .host_effects import global_effect, host_effect
 
 
 # Without a state and without reading values on the host, so that they can be called for a step that is then dropped.
@@ -37,16 +49,38 @@ PROCESSORS = tuple(
 )
 CRITERIA = (generation.MaxLengthCriteria, generation.EosTokenCriteria)
 CACHES = ("past_key_values", "cache")  # newer versions of Transformers call it cache
-ARGUMENTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHES)
-ATTENTIONS = ("eager", "sdpa", "flex_attention")
-OWN_MODULES = __name__.rpartition(".decode")[0]
-ACTIVATIONS = type(ACT2FN["gelu_pytorch_tanh"]).__module__
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ARGUMENTS = (
+    *("attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"),
+    *("output_hidden_states", "tokenizer"),
+    *CACHES,
+)
+MASKS = ("eager", "sdpa")  # attentions that take a mask of slots
+LEAVE_OUT = "leave it out"
+PLACES = "give each layer a temporal_block.layer_idx of its own, and make config.layer_types list their kinds"
+STOCK_PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
-def ineligible_reason(
+class Obstacle(NamedTuple):
+    """reason: what a path cannot honour. remedy: what the user can do about it."""
+
+    reason: str
+    remedy: str
+
+
+class Path(NamedTuple):
+    """step: "fused", "forward", "transformers" or "uncached". ahead: whether the host runs ahead of the tokens.
+
+    obstacle: what kept the request from the fused step; None where it has it.
+    """
+
+    step: str
+    ahead: bool = False
+    obstacle: Obstacle | None = None
+
+
+def decide(
     model,
-    input_ids,
+    input_ids: torch.Tensor,
     *,
     logits_processor,
     stopping_criteria,
@@ -54,91 +88,167 @@ def ineligible_reason(
     synced_gpus=False,
     streamer=None,
     **kwargs,
-) -> str | None:
-    """None for a request that the recorded step honours exactly, else what it cannot. Arguments of `_sample`."""
-    reasons = (
-        _in_request(logits_processor, stopping_criteria, generation_config, synced_gpus, kwargs),
-        ineligible_model_reasons(model),
-        _in_prompt(input_ids, kwargs),
+) -> Path:
+    """The path of a request. Arguments of `_sample` and `_beam_search`."""
+    cached = kwargs.get("use_cache", True)
+    if cached and (obstacle := shared_places(model)) is not None:
+        return Path("uncached", False, obstacle)
+    obstacle = next(_in_request(model, generation_config, synced_gpus, kwargs), None)
+    if obstacle is None and input_ids.device != model.device:
+        obstacle = Obstacle(f"input_ids on {input_ids.device}", f"put them on the model's {model.device}")
+    obstacle = obstacle or next(_in_prompt(input_ids, kwargs), None)
+    if obstacle is not None:
+        return Path("transformers", False, obstacle)
+    ahead = _runs_ahead(logits_processor, stopping_criteria, generation_config)
+    obstacle = next(ineligible_model_reasons(model), None)
+    if obstacle is None and asks_for_hidden_states(generation_config):
+        obstacle = "output_hidden_states"
+    if obstacle is None:
+        return Path("fused", ahead)
+    return behind(Path("fused", ahead), model, obstacle)
+
+
+def behind(path: Path, model, reason: str = "its step cannot be used, see above") -> Path:
+    """The next best path behind one that cannot be taken for this reason."""
+    if path.step == "forward":
+        return Path("transformers", False, Obstacle(reason, "none"))
+    obstacle = next(forward_obstacles(model), None)
+    return (
+        Path("forward", path.ahead, Obstacle(reason, "")) if obstacle is None else Path("transformers", False, obstacle)
     )
-    return next((reason for group in reasons for reason in group), None)
 
 
-def _in_request(logits_processor, stopping_criteria, generation_config, synced_gpus, kwargs) -> Iterator[str]:
-    if synced_gpus:
-        yield "synced_gpus"
-    for name in ("return_dict_in_generate", "is_assistant", "compile_config", "cache_implementation"):
-        if getattr(generation_config, name, None):
-            yield name
-    for cache in (kwargs[name] for name in CACHES if kwargs.get(name) is not None):
-        if getattr(cache, "_is_user_defined", False) or type(cache) is not DynamicCache:
-            yield f"a {type(cache).__name__} that was passed"
-    if not kwargs.get("use_cache", True):
-        yield "use_cache = False"
-    yield from (name for name, value in kwargs.items() if name not in ARGUMENTS and value is not None)
-    yield from (type(each).__name__ for each in logits_processor if type(each) not in PROCESSORS)
-    yield from (type(each).__name__ for each in stopping_criteria if type(each) not in CRITERIA)
+def asks_for_hidden_states(generation_config) -> bool:
+    return bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
+
+
+def _runs_ahead(logits_processor, stopping_criteria, generation_config) -> bool:
+    """Whether the next token can be found without the host, and a step too many leaves no trace."""
+    return (
+        all(type(each) in PROCESSORS for each in logits_processor)
+        and all(type(each) in CRITERIA for each in stopping_criteria)
+        and not generation_config.return_dict_in_generate
+        and (generation_config.num_beams or 1) == 1
+    )
 
 
 def ineligible_model_reasons(model) -> Iterator[str]:
-    config, weight = model.config, model.lm_head.weight
-    if weight.is_cuda and (reason := no_kernels_reason(weight.device)) is not None:
-        yield reason
-    if config.hidden_activation != "gelu_pytorch_tanh":
-        yield f"hidden_activation = {config.hidden_activation!r}"
-    if config._attn_implementation not in ATTENTIONS and not config._attn_implementation.startswith("flash_attention"):
-        yield f"attn_implementation = {config._attn_implementation!r}"
-    if model.training and config.attention_dropout:
-        yield "attention_dropout in training mode"
-    if torch.is_autocast_enabled(weight.device.type):
-        yield "autocast"
-    if weight.dtype not in DTYPES:
-        yield f"the weights' {weight.dtype}"
-    for name, module in model.named_modules():
-        reason = _in_module(module, weight)
-        if reason:
-            yield f"{name or 'the model'} {reason}"
+    """What keeps a model from the fused step, whatever the request: `fused_model.py`."""
+    return fused_obstacles(model)
 
 
-def _in_module(module: nn.Module, weight: torch.Tensor) -> str | None:
-    """Anything that adds to what the module's own class computes, or keeps its weights elsewhere."""
-    source = type(module).__module__
-    is_known = source.rpartition(".")[0] in (OWN_MODULES, "torch.nn.modules") or source == ACTIVATIONS
-    if not is_known:
-        return f"is a {type(module).__name__}"
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    # Transformers leaves hooks behind that record outputs when they are asked for.
-    if "forward" in vars(module) or any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks):
-        return "has a hook or a forward of its own"
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-            return f"has a {name} that is a {type(parameter.data).__name__}"
-        if parameter.device != weight.device or not parameter.is_contiguous():
-            return f"has a {name} that lies elsewhere"
-        if parameter.dtype != weight.dtype and name != "lambda_bias":
-            return f"has a {name} of another dtype"
+def shared_places(model) -> Obstacle | None:
+    """Layers that a cache has no places for: two in the same, or one in another kind's.
+
+    A cache has a place for each entry of config.layer_types, and a block knows its own by its number.
+    """
+    kinds, used = model.config.layer_types, _used_places(model)
+    places = [place for place, _ in used]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        return Obstacle(f"two of model.layers share place {twice} of the cache", PLACES)
+    for place, kind in used:
+        if place >= len(kinds) or kinds[place] != kind:
+            return Obstacle(f"a {kind} layer has place {place} of the cache, which is another kind's", PLACES)
     return None
 
 
-def _in_prompt(input_ids: torch.Tensor, kwargs: dict) -> Iterator[str]:
-    """Last, because it is the only check that reads values on the device."""
+def unused_places(model) -> list[int]:
+    """Places of a cache that no layer uses. Drafts cannot be undone there, and a state has nothing to put there."""
+    used = {place for place, _ in _used_places(model)}
+    return [place for place in range(len(model.config.layer_types)) if place not in used]
+
+
+def _used_places(model) -> list[tuple[int, str]]:
+    """The place in a cache and the kind of each block that keeps something there."""
+    kinds = {GriffinAttention: "sliding_attention", GriffinRecurrentBlock: "linear_attention"}
+    blocks = [getattr(layer, "temporal_block", None) for layer in model.model.layers]
+    return [(block.layer_idx, kinds[cls]) for block in blocks for cls in kinds if isinstance(block, cls)]
+
+
+def check_places(model) -> None:
+    """Raises ValueError where the model's layers cannot share a cache, which states and batches are made of."""
+    obstacle, unused = shared_places(model), unused_places(model)
+    if obstacle is None and unused:
+        obstacle = Obstacle(f"no layer uses place {unused[0]} of the cache", PLACES)
+    if obstacle is not None:
+        raise ValueError(f"model.layers: {obstacle.reason}; {obstacle.remedy}")
+
+
+def _in_request(model, generation_config, synced_gpus, kwargs) -> Iterator[Obstacle]:
+    if synced_gpus:
+        yield Obstacle("synced_gpus", LEAVE_OUT)
+    if getattr(generation_config, "is_assistant", None):
+        yield Obstacle("is_assistant", "drafts by prompt_lookup_num_tokens need no assistant model")
+    for name in ("compile_config", "cache_implementation", "output_attentions", "low_memory"):
+        if getattr(generation_config, name, None):
+            yield Obstacle(f"{name} = {getattr(generation_config, name)!r}", LEAVE_OUT)
+    for cache in (kwargs[name] for name in CACHES if kwargs.get(name) is not None):
+        if getattr(cache, "_is_user_defined", False) or type(cache) is not DynamicCache:
+            yield Obstacle(f"a {type(cache).__name__} that was passed", "keep states by model.prefill")
+    if not kwargs.get("use_cache", True):
+        yield Obstacle("use_cache = False", LEAVE_OUT)
+    for name, value in kwargs.items():
+        if name not in ARGUMENTS and value is not None:
+            yield Obstacle(name, LEAVE_OUT)
+    for name in STOCK_PREPARATION:
+        if getattr(type(model), name) is not getattr(generation.GenerationMixin, name) or name in vars(model):
+            yield Obstacle(f"{name} is the model's own", "put into forward what it adds")
+
+
+def _in_prompt(input_ids: torch.Tensor, kwargs: dict) -> Iterator[Obstacle]:
+    """Last of all checks of a request, because it is the only one that reads values on the device."""
     if input_ids.shape[1] == 0 or input_ids.shape[0] == 0:
-        yield "a prompt without tokens"
+        yield Obstacle("a prompt without tokens", "give one token at least")
         return
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     mask = torch.ones_like(input_ids) if mask is None else mask
     if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape or mask.device != input_ids.device:
-        yield "an attention_mask of another shape or device"
+        yield Obstacle("an attention_mask of another shape or device", "give one as the tokens are")
         return
     mask = mask.bool()
     is_left = mask[:, -1].all() & (mask[:, 1:] >= mask[:, :-1]).all()
     if positions is not None:
         expected = mask.long().cumsum(-1) - 1
         if positions.dim() != 2 or positions.shape[1] != input_ids.shape[1]:
-            yield "position_ids of another shape"
+            yield Obstacle("position_ids of another shape", LEAVE_OUT)
             return
         is_left = is_left & ((positions == expected) | ~mask).all()
     if not bool(is_left):
-        yield "padding that is not on the left, or position_ids that do not count"
+        yield Obstacle("padding that is not on the left, or position_ids that do not count", "pad on the left")
+
+
+def forward_obstacles(model) -> Iterator[Obstacle]:
+    """What keeps a model's own forward pass from being recorded over fixed buffers."""
+    if (attention := model.config._attn_implementation) not in MASKS:
+        yield Obstacle(f"attn_implementation = {attention!r}", "load the model with 'sdpa'")
+    if model.training:
+        dropout = model.config.attention_dropout or any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+        )
+        if dropout:
+            yield Obstacle("dropout in training mode", "call model.eval() before")
+    yield from _elsewhere(model)
+    if model.device.type == "cpu":
+        return  # where nothing is recorded, and everything runs at each token
+    if torch.version.hip is not None:
+        yield Obstacle("a GPU whose recordings were never tried", "none")
+    if torch._C._len_torch_dispatch_stack():
+        yield Obstacle("a TorchDispatchMode", "call generate outside of it")
+    if (effect := global_effect()) is not None:
+        yield Obstacle(f"a hook of every module {effect}", "remove it, or let it touch nothing but its tensors")
+    for name, module in model.named_modules():  # Python that has to run at each token
+        if (effect := host_effect(module)) is not None:
+            yield Obstacle(f"{name or 'the model'}: {effect}", "remove it, or let it touch nothing but its tensors")
+
+
+def _elsewhere(model) -> Iterator[Obstacle]:
+    """Weights that are not all here."""
+    for name, module in model.named_modules():
+        if "_hf_hook" in vars(module):
+            yield Obstacle(f"{name or 'the model'} is moved by accelerate", "load the whole model to one device")
+    for name, parameter in model.named_parameters():
+        if parameter.device != model.device:
+            yield Obstacle(f"{name} is on {parameter.device}", "load the whole model to one device")
+        if isinstance(parameter, DTensor):
+            yield Obstacle(f"{name} is shared among ranks", "gather the model to generate")

@@ -1,26 +1,28 @@
-"""`generate` by a recorded step: on a GPU no Python a layer, and the host never waits for the token it just asked for.
+"""`generate` by a step over fixed buffers: on a GPU one replay a token.
 
-`generate` prepares everything as for any model and then calls `_sample`; here a request that can be honoured exactly
-runs on a `DecodeStep`, and every other goes on to Transformers' loop. Logits processors are Transformers' own.
+`generate` prepares everything as for any model and then calls `_sample` or `_beam_search`; `eligibility.decide` says
+what the request runs on. Logits processors are Transformers' own.
 
-On a GPU the host stays ahead of the tokens that it has seen. Steps beyond the end are thus computed and dropped; what
-they leave behind is a random generator that has drawn for them too. On a CPU nothing is recorded, but the step does
-less than Transformers' loop around it: no masks, no cache that grows.
+Where nothing of the user's runs between two tokens, the host stays ahead of those that it has seen. Steps beyond the
+end are thus computed and dropped; what they leave behind is a random generator that has drawn for them too. On a CPU
+nothing is recorded, but the step does less than Transformers' loop around it: no masks, no cache that grows.
 
 Legend: B rows, T tokens of the prompt.
 """
 
-import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from .eligibility import ineligible_reason
+from ..cache_name import CACHE_NAME
+from .eligibility import CACHES, Path, asks_for_hidden_states, behind, decide
+from .loop import run_loop
 from .state import DecodeStep
+from .steps import take_step
 
 
 logger = logging.get_logger(__name__)
@@ -28,89 +30,124 @@ logger = logging.get_logger(__name__)
 PREFILL_TOKENS = 16384  # of all rows together in one forward pass
 LEAST_CHUNK = 128  # tokens a row
 TOKENS_AHEAD = 3  # of what the host has seen, on a GPU
-KEPT_STEPS = 4  # batch sizes whose recorded step and buffers stay with the model
-STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, DecodeStep]]" = weakref.WeakKeyDictionary()
 
 
-def sample(model, stock, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+def sample(model, stock: Callable, input_ids: torch.Tensor, **kwargs):
     """`GenerationMixin._sample`, arguments and result as there. stock: the loop of Transformers."""
-    step = take_step_for(model, input_ids, kwargs)
-    if step is None:
-        return stock(input_ids, **kwargs)
-    config, criteria = kwargs["generation_config"], kwargs["stopping_criteria"]
-    try:
-        with torch.cuda.device(step.device) if step.on_gpu else nullcontext():
-            logits = prefill_into(model, step, input_ids, kwargs.get("attention_mask"), config)
-            choice = _Choice(input_ids, kwargs["logits_processor"], criteria, config)
-            return _decode(step, logits, choice, criteria.max_length, kwargs.get("streamer"))
-    finally:
-        step.busy = False
+    return _generate("_sample", model, stock, input_ids, **kwargs)
 
 
-def take_step_for(model, input_ids: torch.Tensor, kwargs: dict) -> DecodeStep | None:
-    """The model's step where it honours the request exactly; None, and one line why, where Transformers' loop runs."""
+def beam_search(model, stock: Callable, input_ids: torch.Tensor, **kwargs):
+    """`GenerationMixin._beam_search`, arguments and result as there. stock: the loop of Transformers."""
+    return _generate("_beam_search", model, stock, input_ids, **kwargs)
+
+
+def _generate(name: str, model, stock: Callable, input_ids: torch.Tensor, **kwargs):
     if model.device.type not in model._fast_generation_devices:
-        return None
-    reason = ineligible_reason(model, input_ids, **kwargs)
-    step = None if reason else take_step(model, input_ids.shape[0])
-    if step is None:
-        logger.info_once(f"generate runs Transformers' own loop: {reason or 'another call runs, or see above'}")
-    return step
+        return stock(input_ids, **kwargs)
+    path = decide(model, input_ids, **kwargs)
+    while path.step in ("fused", "forward"):
+        if path.step == "forward":
+            logger.info_once(f"generate runs the model's own forward pass over fixed buffers: {path.obstacle.reason}")
+        with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+            done, result = _on_step(name, model, path, input_ids, kwargs)
+        if done:
+            return result
+        path = behind(path, model)
+    return by_transformers(path, stock, input_ids, kwargs)
+
+
+def by_transformers(path: Path, stock: Callable, input_ids: torch.Tensor, kwargs: dict):
+    """Transformers' loop, with one warning that names the reason and the remedy."""
+    say_slow("generate", path)
+    if path.step == "uncached":
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHES} | {"use_cache": False}
+    return stock(input_ids, **kwargs)
+
+
+def say_slow(what: str, path: Path) -> None:
+    reason, remedy = path.obstacle
+    cache = " without a cache" if path.step == "uncached" else ""
+    logger.warning_once(f"{what} runs Transformers' own loop{cache}, which is slow: {reason}. Remedy: {remedy}")
+
+
+def _on_step(name: str, model, path: Path, input_ids: torch.Tensor, kwargs: dict) -> tuple[bool, object]:
+    """Whether there is such a step, and the result."""
+    config, (batch, length) = kwargs["generation_config"], input_ids.shape
+    hidden = asks_for_hidden_states(config)
+    reading = {"output_hidden_states": True} if hidden else {}
+    mask, tokens = kwargs.get("attention_mask"), None
+    if config.max_length is not None:
+        tokens = config.max_length + TOKENS_AHEAD
+    like, step = None, None
+    if path.step == "fused":
+        step = take_step(model, batch, tokens)
+        if step is None:
+            return False, None
+    try:
+        padding = padding_of(mask, length)
+        chunk = length if hidden else chunk_of(batch, config)
+        cache, output = prompt_output(model, input_ids, None if padding is None else mask, chunk, **reading)
+        if step is None:
+            like = cache, output.logits[:, -1]
+            step = take_step(model, batch, tokens, path.step, hidden, like)
+            if step is None:
+                return False, None
+        step.load(cache, length, padding)
+        del cache, like
+        if not path.ahead:
+            return True, run_loop(name, model, step, output, input_ids, **kwargs)
+        criteria = kwargs["stopping_criteria"]
+        choice = _Choice(input_ids, kwargs["logits_processor"], criteria, config)
+        return True, _decode(step, output.logits[:, -1], choice, criteria.max_length, kwargs.get("streamer"))
+    finally:
+        if step is not None:
+            step.release()
 
 
 def prefill_into(model, step: DecodeStep, input_ids, attention_mask, generation_config) -> torch.Tensor:
     """The logits (B, V) behind the prompt, read in chunks of bounded memory; its state goes into the step."""
     batch, length = input_ids.shape
-    padding = None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        padding = length - attention_mask.long().sum(1)
-    chunk = generation_config.prefill_chunk_size or max(LEAST_CHUNK, PREFILL_TOKENS // batch)
-    cache, logits = read_prompt(model, input_ids, None if padding is None else attention_mask, chunk)
+    padding = padding_of(attention_mask, length)
+    mask, chunk = None if padding is None else attention_mask, chunk_of(batch, generation_config)
+    cache, logits = read_prompt(model, input_ids, mask, chunk)
     step.load(cache, length, padding)
     return logits
 
 
+def padding_of(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """How many tokens in front of each row (B,) are none; None where all are real."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return length - attention_mask.long().sum(1)
+
+
+def chunk_of(batch: int, generation_config) -> int:
+    """Tokens a row that one forward pass reads of a prompt."""
+    return generation_config.prefill_chunk_size or max(LEAST_CHUNK, PREFILL_TOKENS // batch)
+
+
 def read_prompt(model, input_ids, attention_mask: torch.Tensor | None, chunk: int) -> tuple[DynamicCache, torch.Tensor]:
     """The state and the logits (B, V) behind the prompt, read `chunk` tokens at a time."""
+    cache, output = prompt_output(model, input_ids, attention_mask, chunk)
+    return cache, output.logits[:, -1]
+
+
+@torch.no_grad()
+def prompt_output(model, input_ids, attention_mask: torch.Tensor | None, chunk: int, **options) -> tuple:
+    """The state and the output of the model behind the prompt, read `chunk` tokens at a time."""
     cache, length = DynamicCache(config=model.config), input_ids.shape[1]
     for start in range(0, length, chunk):
         end = min(length, start + chunk)
         output = model(
             input_ids[:, start:end],
             attention_mask=None if attention_mask is None else attention_mask[:, :end],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_NAME: cache},  # by the name that a forward of the user's knows from Transformers' loop
+            **options,
         )
-    return cache, output.logits[:, -1]
-
-
-def take_step(model, batch: int) -> DecodeStep | None:
-    """The model's step for so many rows, recorded unless it is; None while another call uses it.
-
-    None too where it cannot be recorded: on a GPU that the kernels have not met, a slower answer is better than none.
-    """
-    steps = STEPS.setdefault(model, OrderedDict())
-    weights = tuple((p.data_ptr(), p.dtype, p.shape) for p in model.parameters())
-    key = (batch, weights, model.config.final_logit_softcapping)
-    for other in [other for other in steps if other[1:] != key[1:]]:  # of weights that were moved or replaced
-        del steps[other]
-    if key not in steps:
-        steps[key] = DecodeStep(model.model, model.lm_head, batch)
-    steps.move_to_end(key)
-    step = steps[key]
-    if step.busy:
-        return None
-    step.busy = True  # and stays it where recording fails: it is not tried again with these weights
-    if step.on_gpu and step.graph is None:
-        try:
-            step.record()
-        except Exception as error:
-            logger.warning_once(f"generate is slow: a decoding step of {batch} rows cannot be recorded: {error!r}")
-            return None
-    while len(steps) > KEPT_STEPS:
-        steps.popitem(last=False)
-    return step
+    return cache, output
 
 
 class _Choice:
@@ -126,22 +163,22 @@ class _Choice:
             pad = getattr(generation_config, "_pad_token_tensor", None)
             self.pad = self.eos[0] if pad is None else pad.to(prompt.device)
 
-    def next(self, logits: torch.Tensor, likeliest: torch.Tensor | None = None) -> torch.Tensor:
+    def next(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> torch.Tensor:
         """logits (B, V) -> tokens (B,), padding for rows that have ended; they are also put behind the others.
 
-        likeliest (B,): of these logits where it is known; it is returned itself where it is what is chosen.
+        best (B,): the argmax of these logits where it is known; it is returned itself where it is what is chosen.
         """
-        scores = logits  # the likeliest is the same in float32, which is exact for them
+        scores = logits  # whose argmax is the same in float32, which is exact for them
         if self.processors or self.do_sample:
             scores = logits.to(copy=True, dtype=torch.float32)
         for processor in self.processors:
             scores = processor(self.tokens[:, : self.length], scores)
         if self.do_sample:
             token = _draw(scores.softmax(-1))
-        elif self.processors or likeliest is None:
+        elif self.processors or best is None:
             token = scores.argmax(-1)
         else:
-            token = likeliest
+            token = best
         if self.eos is not None:
             token = torch.where(self.going_on, token, self.pad)
             self.going_on = self.going_on & ~torch.isin(token, self.eos)
@@ -160,17 +197,17 @@ def _draw(shares: torch.Tensor) -> torch.Tensor:
 
 def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length: int | None, streamer) -> torch.Tensor:
     """The prompt and the new tokens (B, T + new)."""
-    reports, end, likeliest = _Reports(choice, streamer), None, None
+    reports, end, best = _Reports(choice, streamer), None, None
     ahead = TOKENS_AHEAD if step.on_gpu else 0
     while True:
-        token = choice.next(logits, likeliest)
+        token = choice.next(logits, best)
         reports.send(token)
         end = next(reports.received(ahead), None)
         if end is not None or max_length is not None and choice.length >= max_length:
             break
         if token is not step.token:
             step.token.copy_(token)
-        logits, likeliest = step.step(), step.token
+        logits, best = step.step(), step.token
     if end is None:
         end = next(reports.received(0), choice.length)
     if streamer is not None:

@@ -1,8 +1,8 @@
-"""The products of a decoding step as launches of its own kernels: which kernel, and how it divides the work.
+"""The GEMVs and GEMMs of a decoding step as launches of its own kernels: which kernel, and how it divides the work.
 
-A product has up to three matrices of the same inputs and may take the norm in front of it and the residual stream
-behind it along. One row: sums on each tile of weights; up to MATMUL_ROWS: products of matrices, and where these do not
-serve, sums again for two or four rows.
+A launch has up to three matrices of the same inputs and may take the norm in front of it and the residual stream behind
+it along. One row: GEMV, sums on each tile of weights; up to MATMUL_ROWS: GEMM, and where its kernels do not serve, GEMV
+again for two or four rows.
 
 Legend: M rows, D inputs, N outputs.
 """
@@ -35,7 +35,7 @@ except ImportError:
 COUNTERS = 1024  # tiles of outputs that are shared at most; a shared one has a multiprocessor of its own
 
 
-class Products:
+class Gemms:
     """launch: options of every launch. matmul: whether the kernels of many rows are used; `takes` says when."""
 
     def __init__(self, launch: dict, matmul: bool):

@@ -3,6 +3,7 @@
 Legend: B rows, or tokens of one row where the operations say so; V vocabulary.
 """
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,39 +12,36 @@ from torch import nn
 from .ops import Clock, PlainOps, Stream
 
 
-class RecordedStep:
-    """The parts that do not depend on whose tokens are read. A kind of step has `_compute`, which calls `_read`.
+ONE_RECORDS = threading.Lock()  # at a time, whatever the model: what a thread captures is not another's
 
-    layers: for each layer, the buffers that its operation takes. logits (B, V): what a step leaves.
+
+class Recording:
+    """What can be computed over fixed buffers, and recorded. A kind of it has `_compute`.
+
+    logits (B, V): what a step leaves.
     """
 
-    layers: list[tuple[torch.Tensor, ...]]
-    logits: torch.Tensor
+    logits: torch.Tensor | None = None
 
-    def __init__(self, base: nn.Module, head: nn.Linear, ops: PlainOps):
-        self.base, self.head, self.config, self.ops = base, head, base.config, ops
-        self.device, self.dtype = head.weight.device, head.weight.dtype
-        self.on_gpu = self.device.type == "cuda"
+    def __init__(self, device: torch.device):
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.scale = base.embedding_scale if self.config.scale_embeddings else 1.0
-        self.frequencies = None
-        if "sliding_attention" in self.config.layer_types:  # as rotary_emb computes them
-            rotary = base.rotary_emb
-            exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
-            self.frequencies = torch.cat([rotary.theta**-exponents] * 2)
+
+    def step(self) -> torch.Tensor:
+        """Reads `token`, puts the argmax of its logits there and returns `logits`; the next step overwrites both."""
+        self.run()
+        return self.logits
 
     @torch.no_grad()
-    def step(self) -> torch.Tensor:
-        """Reads `token`, puts the likeliest next one there and returns `logits`; the next step overwrites both."""
+    def run(self) -> None:
         if self.graph is None:
             self._compute()
         else:
             self.graph.replay()
-        return self.logits
 
     def record(self) -> None:
         """Compiles what has to be and records the step. Overwrites the state: `load` comes afterwards."""
-        with torch.inference_mode(False), torch.cuda.device(self.device):
+        with ONE_RECORDS, torch.inference_mode(False), torch.cuda.device(self.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -55,18 +53,45 @@ class RecordedStep:
                 self._compute()
             self.graph = graph
 
+
+class RecordedStep(Recording):
+    """A fused step: it goes through the layers by its own operations. A kind of it has `_compute`, which calls `_read`.
+
+    layers: for each layer, the buffers that its operation takes. trace: where it is a list, `_read` puts the residual
+    stream (B, D) there, in front of the first layer and behind each.
+    """
+
+    layers: list[tuple[torch.Tensor, ...]]
+
+    def __init__(self, base: nn.Module, head: nn.Linear, ops: PlainOps):
+        super().__init__(head.weight.device)
+        self.base, self.head, self.config, self.ops = base, head, base.config, ops
+        self.dtype, self.trace = head.weight.dtype, None
+        self.scale = base.embedding_scale if self.config.scale_embeddings else 1.0
+        self.frequencies = None
+        if "sliding_attention" in self.config.layer_types:  # as rotary_emb computes them
+            rotary = base.rotary_emb
+            exponents = torch.arange(0, rotary.dim, 2, device=self.device, dtype=torch.float32) / rotary.dim
+            self.frequencies = torch.cat([rotary.theta**-exponents] * 2)
+
     def _read(self, stream: Stream, clock: Clock) -> None:
         """The embeddings through all layers and the head, into `logits`."""
         ops, base = self.ops, self.base
+        self._keep(stream)
         for layer, buffers, kind in zip(base.layers, self.layers, self.config.layer_types):
             mix = self._attend if kind == "sliding_attention" else self._recur
             stream = mix(stream, layer.temporal_block, layer.temporal_pre_norm, buffers, clock)
             mlp = layer.mlp_block
             x = ops.gated_project(stream, layer.channel_pre_norm, mlp.gate_proj, mlp.up_proj)
             stream = ops.add_project(stream, x, mlp.down_proj)
+            self._keep(stream)
         ops.head(stream, base.final_norm, self.head, self.logits)
         if (cap := self.config.final_logit_softcapping) is not None:
             torch.mul((self.logits / cap).tanh_(), cap, out=self.logits)
+
+    def _keep(self, stream: Stream) -> None:
+        if self.trace is not None:
+            self.trace.append(stream.residual + (0 if stream.delta is None else stream.delta))
 
     def _attend(self, stream: Stream, block: nn.Module, norm: nn.Module, buffers: tuple, clock: Clock) -> Stream:
         q, k, v = self.ops.project(stream, norm, [block.q_proj, block.k_proj, block.v_proj])

@@ -18,7 +18,7 @@ from ..causal_conv1d import convolve
 from ..elementwise import rms_norm
 from ..kernels.device import MATVEC_ROWS, attention_split, largest_logits_block, recurrent_tile
 from ..rg_lru_scan import rg_lru_scan
-from .linear import Products
+from .linear import Gemms
 
 
 try:
@@ -69,7 +69,7 @@ class PlainOps:
         logits.copy_(self.project(stream, norm, [linear])[0])
 
     def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
-        """The likeliest of logits (B, V), as `argmax` finds it, into token (B,); then the next token's time begins."""
+        """The argmax of logits (B, V) into token (B,); then the next token's time begins."""
         token.copy_(logits.argmax(-1))
         clock.time.add_(1)
 
@@ -134,12 +134,12 @@ class KernelOps(PlainOps):
     """The same as few launches, each of which reads every weight and state once.
 
     overlap: whether a kernel starts while the one before it runs; the first of a step waits for all before it.
-    matmul: whether products of up to MATMUL_ROWS rows have kernels too, or only those of MATVEC_ROWS.
+    matmul: whether GEMMs of up to MATMUL_ROWS rows have kernels too, or only GEMVs of MATVEC_ROWS.
     """
 
     def __init__(self, overlap: bool = False, matmul: bool = True):
         self.launch = {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
-        self.products = Products(self.launch, matmul)
+        self.gemms = Gemms(self.launch, matmul)
         self.counters: torch.Tensor | None = None  # heads that are shared are fewer than programs to aim at
 
     def begin(self, token, embedding, scale, clock, frequencies):
@@ -159,8 +159,8 @@ class KernelOps(PlainOps):
         return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
     def head(self, stream, norm, linear, logits):
-        if self.products.takes(stream.residual):
-            self.products.project(stream.residual, norm, [linear], outputs=[logits])
+        if self.gemms.takes(stream.residual):
+            self.gemms.project(stream.residual, norm, [linear], outputs=[logits])
         else:
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
 
@@ -171,13 +171,13 @@ class KernelOps(PlainOps):
         )
 
     def project(self, stream, norm, linears):
-        if self.products.takes(stream.residual):
-            return self.products.project(stream.residual, norm, linears)
+        if self.gemms.takes(stream.residual):
+            return self.gemms.project(stream.residual, norm, linears)
         return super().project(stream, norm, linears)
 
     def gated_project(self, stream, norm, gate, up):
-        if self.products.takes(stream.residual, gate.weight, up.weight):
-            return self.products.gated(stream.residual, norm, gate, up)
+        if self.gemms.takes(stream.residual, gate.weight, up.weight):
+            return self.gemms.gated(stream.residual, norm, gate, up)
         gate_output, up_output = super().project(stream, norm, (gate, up))
         y = torch.empty_like(gate_output)
         grid = (triton.cdiv(y.numel(), 1024),)
@@ -185,8 +185,8 @@ class KernelOps(PlainOps):
         return y
 
     def add_project(self, stream, x, out):
-        if self.products.takes(x):
-            return Stream(self.products.project(x, None, [out], stream.residual)[0])
+        if self.gemms.takes(x):
+            return Stream(self.gemms.project(x, None, [out], stream.residual)[0])
         return Stream(stream.residual, linear(x, out.weight, out.bias))
 
     def recurrent(self, x, y, block, past, state, log_decay, clock):

@@ -8,29 +8,33 @@ Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K h
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from ..kernels.device import can_overlap, decode_gemm_fits, properties
+from .lease import Lease
 from .network import RecordedStep, in_order
 from .ops import Clock, KernelOps, PlainOps
 
 
-class DecodeStep(RecordedStep):
+class DecodeStep(RecordedStep, Lease):
     """The state of B rows and the step that reads one more token of each.
 
-    rings: keys and values (L, B, H_kv, W, K) of the L layers that attend; memories: past inputs (L, B, taps, C) and
-    states (L, B, C) float32 of those that recur. layers: for each layer its part of these.
-    token (B,) int64: what the next `step` reads; it leaves the likeliest of its own logits there, so that a host that
+    rings: keys and values (L, B, H_kv, S, K) of the L layers that attend, S <= W slots; memories: past inputs
+    (L, B, taps, C) and states (L, B, C) float32 of those that recur. layers: for each layer its part of these.
+    token (B,) int64: what the next `step` reads; it leaves the argmax of its own logits there, so that a host that
     chooses no other has nothing to write. logits (B, V): what a step leaves, in the model's dtype.
+    slots: S; None for W. With fewer, no row may hold more tokens.
     """
 
-    def __init__(self, base: nn.Module, head: nn.Linear, batch: int):
+    def __init__(self, base: nn.Module, head: nn.Linear, batch: int, slots: int | None = None):
         ops, device = PlainOps(), head.weight.device
         if device.type == "cuda":
             ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(properties(device)))
-        self.busy = False
+        self.slots, self.checked = slots or base.config.attention_window_size, False
         self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
         with torch.inference_mode(False), torch.no_grad():
-            super().__init__(base, head, ops)
+            RecordedStep.__init__(self, base, head, ops)
+            Lease.__init__(self, device)
             self._make_buffers(batch)
 
     def _make_buffers(self, batch: int) -> None:
@@ -39,13 +43,19 @@ class DecodeStep(RecordedStep):
         self.logits = torch.zeros(batch, self.head.weight.shape[0], **new)
         self.clock = Clock(torch.zeros(1, dtype=torch.long, device=self.device), torch.zeros_like(self.token))
         attending = config.layer_types.count("sliding_attention")
-        ring = (attending, batch, config.num_key_value_heads, config.attention_window_size, config.head_dim)
+        ring = (attending, batch, config.num_key_value_heads, self.slots, config.head_dim)
         self.rings = torch.zeros(ring, **new), torch.zeros(ring, **new)
         recurring = len(config.layer_types) - attending
         past = torch.zeros(recurring, batch, config.conv1d_width, config.lru_width, **new)
-        self.memories = past, torch.zeros(recurring, batch, config.lru_width, device=self.device)
-        decays = torch.zeros(recurring, config.lru_width, device=self.device)
+        float32 = {"dtype": torch.float32, "device": self.device}
+        self.memories = past, torch.zeros(recurring, batch, config.lru_width, **float32)
+        decays = torch.zeros(recurring, config.lru_width, **float32)
         self.layers = in_order(config.layer_types, self.rings, (*self.memories, decays))
+
+    def prepare(self, model, like=None) -> None:
+        """Records the step on a GPU. Overwrites the state. model and like are as of a `ForwardStep`."""
+        if self.on_gpu:
+            self.record()
 
     def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
         """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
@@ -78,8 +88,39 @@ class DecodeStep(RecordedStep):
                 past[rows[:, None], slots] = layer.conv_states[0].transpose(1, 2)
                 state[rows] = layer.recurrent_states[0]
 
+    @torch.no_grad()
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row b becomes what row rows[b] (B,) is, as beams ask for."""
+        for tensor in (*self.rings, *self.memories):
+            tensor.copy_(tensor.index_select(1, rows))
+        self.clock.padding.copy_(self.clock.padding[rows])
+
+    @torch.no_grad()
+    def to_cache(self, length: int) -> DynamicCache:
+        """A cache of its own that holds what the rows know of their `length` tokens, padding included."""
+        cache = DynamicCache(config=self.config)
+        for index, buffers in enumerate(self.layers):
+            if len(buffers) == 2:
+                put_ring(cache, index, *buffers, length)
+            else:
+                past, state, _ = buffers
+                taps = past.shape[1]
+                slots = (length + torch.arange(taps, device=self.device)) % taps  # oldest first
+                cache.update_conv_state(past[:, slots].transpose(1, 2), index)
+                cache.update_recurrent_state(state, index)
+        return cache
+
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
         stream, clock = self.ops.begin(self.token, self.base.embed_tokens, self.scale, self.clock, self.frequencies)
         self._read(stream, clock)
         self.ops.end(self.logits, self.token, clock)
+
+
+def put_ring(cache: DynamicCache, index: int, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+    """The last tokens of a ring (B, H_kv, S, K) into a layer of an empty cache, as if it had read `length` tokens."""
+    layer, slots = cache.layers[index], keys.shape[2]
+    kept = min(length, layer.sliding_window - 1)
+    order = (length - kept + torch.arange(kept, device=keys.device)) % slots
+    layer.update(keys[:, :, order], values[:, :, order])
+    layer.cumulative_length = length

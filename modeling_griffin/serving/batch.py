@@ -22,6 +22,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from ..decode.eligibility import check_places
 from .cached_rows import RunningBatch, check_whole
 from .recorded_rows import recorded_batch
 from .request import GenerationRequest, as_request
@@ -94,6 +95,7 @@ def stream_batch(
     check_whole("prefill_chunk_size", prefill_chunk_size)
     if isinstance(queue, torch.Tensor) or not isinstance(queue, Iterable):
         raise ValueError(f"queue is a {type(queue).__name__}: allowed are iterables of GenerationRequest")
+    check_places(model)
     if isinstance(queue, Sequence):
         max_rows = min(max_rows, max(1, len(queue)))
     batch = recorded_batch(model, max_rows) or RunningBatch(model, max_rows)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
+from ..decode.eligibility import check_places
 from .state import GenerationState
 
 
@@ -99,6 +100,7 @@ def prefill(
     """
     _check_prompt(input_ids, model.config.vocab_size)
     check_whole("chunk_size", chunk_size)
+    check_places(model)
     batch = RunningBatch(model)
     if state is not None:
         if type(state).__name__ != GenerationState.__name__:

@@ -28,7 +28,7 @@ def recorded_batch(model, max_rows: int) -> "RecordedBatch | None":
     if model.device.type not in model._fast_generation_devices:
         return None
     reason = next(ineligible_model_reasons(model), None)
-    step = None if reason else take_step(model, 1 << (max_rows - 1).bit_length())
+    step = None if reason else take_step(model, 1 << (max_rows - 1).bit_length(), stream=True)
     if step is None:
         logger.info_once(f"generate_batch runs without a recorded step: {reason or 'another call uses it'}")
         return None
@@ -100,7 +100,7 @@ class RecordedBatch:
 
     def close(self) -> None:
         """Leaves the step to others."""
-        self.step.busy = False
+        self.step.release()
 
 
 def _together(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import modeling_griffin.decode.linear as decode_products
+import modeling_griffin.decode.linear as decode_linear
 import modeling_griffin.decode.ops as decode_ops
 from modeling_griffin.decode.ops import KernelOps, PlainOps
 from modeling_griffin.modeling_griffin import GriffinRMSNorm
@@ -45,7 +45,7 @@ def make_norm(width, dtype):
 def multiply_matrices(monkeypatch):
     """In the interpreter the kernels of many rows take the types that it can multiply."""
     if INTERPRETED:
-        monkeypatch.setattr(decode_products, "MATMUL_DTYPES", (torch.float32, torch.float16))
+        monkeypatch.setattr(decode_linear, "MATMUL_DTYPES", (torch.float32, torch.float16))
 
 
 def poison_what_is_new(monkeypatch):

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tolerances import assert_close
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import modeling_griffin.decode.generate as fast_generate
+from modeling_griffin.decode import steps as kept_steps
 from modeling_griffin.decode.state import DecodeStep
 
 
@@ -201,22 +202,22 @@ def test_repeated_calls_and_other_batch_sizes_leave_nothing_behind(kind, both, s
     for batch, length in ((2, 5), (1, 30), (2, 3), (3, 9), (4, 2), (5, 8), (2, 12)):
         expected, found = both(model, random_ids(batch, length))
         assert torch.equal(found, expected)
-    assert len(fast_generate.STEPS[model]) == fast_generate.KEPT_STEPS
+    assert len(kept_steps.STEPS[model]) == kept_steps.KEPT_STEPS
 
 
 def test_weights_are_read_where_they_lie(both, small_model):
     """Trained in place between two calls, and moved: what was kept is used again, or not."""
     model, ids = small_model(), random_ids(2, 5)
     first, _ = both(model, ids)
-    kept = list(fast_generate.STEPS[model].values())
+    kept = list(kept_steps.STEPS[model].values())
     for parameter in model.parameters():
         parameter.data.mul_(1.3)
     expected, found = both(model, ids)
     assert torch.equal(found, expected) and not torch.equal(found, first)
-    assert list(fast_generate.STEPS[model].values()) == kept
+    assert list(kept_steps.STEPS[model].values()) == kept
     model.lm_head.weight.data = model.lm_head.weight.data.flip(0)
     expected, found = both(model, ids)
-    assert torch.equal(found, expected) and list(fast_generate.STEPS[model].values()) != kept
+    assert torch.equal(found, expected) and list(kept_steps.STEPS[model].values()) != kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,10 +250,6 @@ def right_padded():
 @pytest.mark.parametrize(
     "options",
     [
-        lambda model: {"return_dict_in_generate": True},
-        lambda model: {"logits_processor": LogitsProcessorList([Noop()])},
-        lambda model: {"stopping_criteria": StoppingCriteriaList([Never()])},
-        lambda model: {"no_repeat_ngram_size": 2},
         lambda model: {"past_key_values": DynamicCache(config=model.config)},
         lambda model: {"cache_implementation": "dynamic"},
         lambda model: {"use_cache": False},
@@ -295,12 +292,13 @@ def parametrize(model):
 
 
 @pytest.mark.parametrize("change", [add_hook, add_adapter, add_forward, cast_norm, parametrize])
-def test_models_with_something_added_run_in_transformers_loop(change, small_model, monkeypatch):
+def test_models_with_something_added_do_not_run_on_the_fused_step(change, small_model, monkeypatch):
     model, ids = small_model(), random_ids(2, 5)
     change(model)
-    expected = run(model, ids)
-    monkeypatch.setattr(type(model), "_fast_generation_devices", ("cpu",))
-    monkeypatch.setattr(fast_generate, "take_step", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "_fast_generation_devices", ())
+        expected = run(model, ids)
+    monkeypatch.setattr(kept_steps, "DecodeStep", None)  # to make one would raise
     assert torch.equal(run(model, ids), expected)
 
 
@@ -311,7 +309,7 @@ def test_hooks_that_transformers_left_behind_do_not_count(both, small_model):
     assert torch.equal(found, expected)
 
 
-def test_a_call_within_a_call_runs_in_transformers_loop(small_model, monkeypatch):
+def test_a_call_within_a_call_has_a_step_of_its_own(small_model, monkeypatch):
     """A streamer that generates itself, with the same number of rows."""
     model, ids = small_model(), random_ids(1, 5)
     expected, inner = run(model, ids), []
@@ -358,10 +356,10 @@ def test_a_step_that_cannot_be_recorded_is_said_and_done_without(small_model, mo
 
     monkeypatch.setattr(DecodeStep, "__init__", as_on_a_gpu)
     said = []
-    monkeypatch.setattr(fast_generate.logger, "warning_once", said.append)
+    monkeypatch.setattr(kept_steps.logger, "warning_once", said.append)
     for _ in range(2):
         assert torch.equal(run(model, ids), expected)
-    assert tried == [2] and "2 rows cannot be recorded: RuntimeError('no such GPU')" in said[0]
+    assert tried == [2] and "2 rows is not used: RuntimeError('no such GPU')" in said[0]
 
 
 def test_under_inference_mode_and_then_without(both, small_model):
@@ -383,7 +381,7 @@ def test_recorded_step_on_a_gpu(kind, rows, both, small_model):
     for options in ({}, ends, {"repetition_penalty": 1.5}, *sampled):
         expected, found = both(model, ids, attention_mask=mask, **options)
         assert torch.equal(found, expected)
-    step = next(iter(fast_generate.STEPS[model].values()))
+    (step,) = next(iter(kept_steps.STEPS[model].values()))
     assert step.graph is not None
 
 
@@ -391,7 +389,7 @@ def test_recorded_step_on_a_gpu(kind, rows, both, small_model):
 def test_a_gpu_uses_the_step_by_default(small_model):
     model = small_model().cuda()
     run(model, random_ids(2, 5).cuda())
-    assert len(fast_generate.STEPS[model]) == 1
+    assert len(kept_steps.STEPS[model]) == 1
 
 
 @pytest.mark.parametrize("eos", [None, "first", "later"])

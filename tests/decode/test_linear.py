@@ -16,7 +16,7 @@ from _decode_helpers import (
 )
 from tolerances import assert_close
 
-import modeling_griffin.decode.linear as decode_products
+import modeling_griffin.decode.linear as decode_linear
 import modeling_griffin.kernels.device.decode as decode_tiles
 from modeling_griffin.decode.ops import KernelOps, PlainOps, Stream
 from modeling_griffin.kernels.device import matmul_tile, product_tile
@@ -90,7 +90,7 @@ def test_products_of_many_rows(rows, inputs, sizes, matmul_tiles, monkeypatch):
         return [*ys, ops.add_project(Stream(residual), x, linears[0]).residual]
 
     kernels = KernelOps()
-    assert kernels.products.takes(x)
+    assert kernels.gemms.takes(x)
     expected, first, second = products(PlainOps()), products(kernels), products(kernels)
     for one, other, again in zip(expected, first, second, strict=True):
         assert_close(LOGITS[MATMUL_DTYPE], other, one)
@@ -98,18 +98,18 @@ def test_products_of_many_rows(rows, inputs, sizes, matmul_tiles, monkeypatch):
 
 
 def test_who_multiplies_matrices(monkeypatch):
-    monkeypatch.setattr(decode_products, "MATMUL_DTYPES", decode_tiles.MATMUL_DTYPES)
+    monkeypatch.setattr(decode_linear, "MATMUL_DTYPES", decode_tiles.MATMUL_DTYPES)
 
     def takes(rows, dtype, matmul=True):
-        return KernelOps(matmul=matmul).products.takes(torch.empty(rows, 8, dtype=dtype))
+        return KernelOps(matmul=matmul).gemms.takes(torch.empty(rows, 8, dtype=dtype))
 
     assert all(takes(rows, torch.bfloat16) for rows in range(1, 65)) and not takes(65, torch.bfloat16)
     assert not takes(5, torch.float32) and not takes(5, torch.float16) and not takes(5, torch.bfloat16, matmul=False)
     assert all(takes(rows, dtype, matmul=False) for rows in (1, 2, 4) for dtype in DTYPES)
-    assert not any(KernelOps().products._as_matrices(torch.empty(1, 8, dtype=dtype)) for dtype in DTYPES)
-    assert all(KernelOps().products._as_matrices(torch.empty(rows, 8, dtype=torch.bfloat16)) for rows in (2, 4, 64))
+    assert not any(KernelOps().gemms._as_matrices(torch.empty(1, 8, dtype=dtype)) for dtype in DTYPES)
+    assert all(KernelOps().gemms._as_matrices(torch.empty(rows, 8, dtype=torch.bfloat16)) for rows in (2, 4, 64))
     weights = torch.empty(64, dtype=torch.bfloat16)
-    both, x = KernelOps().products, torch.empty(5, 8, dtype=torch.bfloat16)
+    both, x = KernelOps().gemms, torch.empty(5, 8, dtype=torch.bfloat16)
     assert both.takes(x, weights, weights[8:]) and not both.takes(x, weights, weights[4:])  # not 16 bytes apart
 
 
@@ -124,7 +124,7 @@ def test_a_tile_of_many_rows(gpu, rows, inputs, sizes, table):
     assert all(size & (size - 1) == 0 for size in (tile["BLOCK_N"], tile["BLOCK_D"], tile["num_warps"]))
     tiles, matrices = sum(-(-size // tile["BLOCK_N"]) for size in sizes), 2 if table == "MATMUL_GATED" else 1
     assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
-    assert tile["SPLITS"] == 1 or tiles <= decode_products.COUNTERS
+    assert tile["SPLITS"] == 1 or tiles <= decode_linear.COUNTERS
     rows_of_a_stage = matrices * tile["BLOCK_N"] + tile["BLOCK_M"]
     shared = (tile["STAGES"] * rows_of_a_stage + tile["BLOCK_M"]) * tile["BLOCK_D"] * 2  # normalised rows once more
     assert shared <= KNOWN[gpu].shared_memory

@@ -8,10 +8,11 @@ import torch
 from test_generate import Never, Noop, Recorder, add_hook
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+import modeling_griffin.decode.generate as decode_generate
 import modeling_griffin.decode.speculative.generate as fast_drafts
-from modeling_griffin.decode.generate import STEPS
-from modeling_griffin.decode.speculative.verify import DraftStep
+from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
+from modeling_griffin.decode.steps import STEPS
 
 
 pytestmark = pytest.mark.usefixtures("transformers_loop")  # by which tokens are judged; `use_passes` turns passes on
@@ -46,7 +47,7 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch):
     """Recorded passes are used from here on, and counted."""
-    found, read, step = Passes(), DraftStep.read, DecodeStep.step
+    found, read, step = Passes(), VerifyStep.read, DecodeStep.step
 
     def counted_read(drafts, *arguments):
         new = read(drafts, *arguments)
@@ -57,7 +58,7 @@ def passes(monkeypatch):
         found.single += 1
         return step(decode_step)
 
-    monkeypatch.setattr(DraftStep, "read", counted_read)
+    monkeypatch.setattr(VerifyStep, "read", counted_read)
     monkeypatch.setattr(DecodeStep, "step", counted_step)
     return found
 
@@ -181,7 +182,7 @@ def test_one_generation_after_another_leaves_nothing_behind(kind, small_model, p
     for drafted in (3, None, 7, 3, 1, 2):
         for ids, tokens in zip(prompts, expected):
             assert torch.equal(run(model, ids, prompt_lookup_num_tokens=drafted), tokens)
-    (step,) = STEPS[model].values()
+    ((step,),) = STEPS[model].values()
     assert list(step.drafts) == [2, 3] and not step.busy
 
 
@@ -256,7 +257,7 @@ def test_what_transformers_refuses_is_refused(small_model, monkeypatch):
 def test_the_reason_is_said(small_model, monkeypatch):
     model, said = small_model(), []
     use_passes(monkeypatch, model)
-    monkeypatch.setattr(fast_drafts.logger, "info_once", said.append)
+    monkeypatch.setattr(decode_generate.logger, "warning_once", said.append)
     run(model, random_ids(4), prompt_lookup_num_tokens=3)
     assert said == []
     run(model, random_ids(4), prompt_lookup_num_tokens=8)
@@ -264,7 +265,7 @@ def test_the_reason_is_said(small_model, monkeypatch):
     assert "prompt_lookup_num_tokens = 8, of which 1 to 7" in said[0] and "RepetitionPenalty" in said[1]
 
 
-def test_a_call_within_a_call_runs_in_transformers_loop(small_model, monkeypatch):
+def test_a_call_within_a_call_has_a_step_of_its_own(small_model, monkeypatch):
     model, ids = as_it_repeats_itself(small_model()), repetitive_ids(11)
     expected, inner = run(model, ids), []
 
@@ -289,7 +290,7 @@ def test_a_pass_that_cannot_be_recorded_is_said_and_done_without(small_model, pa
     model, ids = small_model(), random_ids(5)
     expected = run(model, ids)
     use_passes(monkeypatch, model)
-    monkeypatch.setattr(DraftStep, "__init__", fails)
+    monkeypatch.setattr(VerifyStep, "__init__", fails)
     monkeypatch.setattr(fast_drafts.logger, "warning_once", said.append)
     for _ in range(2):
         assert torch.equal(run(model, ids, prompt_lookup_num_tokens=3), expected)
@@ -318,5 +319,5 @@ def test_recorded_passes_on_a_gpu(kind, drafted, small_model, passes, monkeypatc
             use_passes(patch, model)
             assert torch.equal(run(model, ids, prompt_lookup_num_tokens=drafted), expected)
     assert max(passes.right) == drafted
-    (step,) = STEPS[model].values()
+    ((step,),) = STEPS[model].values()
     assert step.drafts[drafted + 1].graph is not None

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from modeling_griffin.decode.speculative.ops import PlainDraftOps
-from modeling_griffin.decode.speculative.verify import MOST_TOKENS, TOLERANCE, DraftStep, disagreement
+from modeling_griffin.decode.speculative.ops import PlainVerifyOps
+from modeling_griffin.decode.speculative.verify import MOST_TOKENS, TOLERANCE, VerifyStep, disagreement
 from modeling_griffin.decode.state import DecodeStep
 
 
@@ -54,7 +54,7 @@ def single_steps(step: DecodeStep, number: int) -> tuple[list[int], list[list[to
     return tokens, states, logits
 
 
-def poison(drafts: DraftStep) -> None:
+def poison(drafts: VerifyStep) -> None:
     """What is read of an earlier pass is not a number."""
     for tensor in (drafts.logits, *drafts.new_rings, *drafts.new_memories):
         tensor.fill_(float("nan"))
@@ -72,7 +72,7 @@ def check_all_numbers(model, time: int, tokens: int, padding: int = 0, name: str
     step = filled_step(model, time, padding)
     before = state_of(step)
     found, states, logits = single_steps(step, tokens)
-    drafts = DraftStep(step, tokens)
+    drafts = VerifyStep(step, tokens)
     for accepted in range(1, tokens + 1):
         guesses = list(found[:-1])
         if accepted < tokens:
@@ -129,7 +129,7 @@ def test_one_pass_after_another(small_model):
     start = state_of(step)
     found, states, _ = single_steps(step, 90)
     set_state(step, start)
-    drafts, generator, read, token = DraftStep(step, 6), torch.Generator().manual_seed(1), 0, 7
+    drafts, generator, read, token = VerifyStep(step, 6), torch.Generator().manual_seed(1), 0, 7
     while read < 80:
         right, length, wrong = torch.randint(0, 6, (3,), generator=generator).tolist()
         if length == 0:
@@ -153,7 +153,7 @@ def test_the_token_that_stands_in_for_drafts_is_kept_where_it_is_right(kind, sma
     step = filled_step(model, 10)
     before = state_of(step)
     found, states, _ = single_steps(step, 6)
-    drafts = DraftStep(step, 6)
+    drafts = VerifyStep(step, 6)
     for guesses in ([], [7], [7, 7, 7]):
         set_state(step, before)
         poison(drafts)
@@ -165,7 +165,7 @@ def test_a_step_that_is_let_go_takes_its_passes_along(small_model):
     """At once, with all their memory, and not when Python next looks for circles."""
     model = small_model().to(DEVICE)
     step = DecodeStep(model.model, model.lm_head, 1)
-    step.drafts[3] = DraftStep(step, 3)
+    step.drafts[3] = VerifyStep(step, 3)
     known = weakref.ref(step)
     gc.disable()
     try:
@@ -178,7 +178,7 @@ def test_a_step_that_is_let_go_takes_its_passes_along(small_model):
 def test_a_draft_that_is_wrong_in_the_middle_hides_what_follows(small_model):
     """Even where the later ones are again what is likeliest."""
     step = filled_step(small_model("hawk").to(DEVICE), 3)
-    drafts = DraftStep(step, 4)
+    drafts = VerifyStep(step, 4)
     drafts.read(7, [])
     for likeliest, tokens, accepted in (
         ([3, 4, 5, 6], [7, 3, 9, 5], 2),
@@ -196,12 +196,12 @@ def test_a_draft_that_is_wrong_in_the_middle_hides_what_follows(small_model):
 def test_what_cannot_be_read_raises(rows, tokens, message, small_model):
     model = small_model().to(DEVICE)
     with pytest.raises(ValueError, match=message):
-        DraftStep(DecodeStep(model.model, model.lm_head, rows), tokens)
+        VerifyStep(DecodeStep(model.model, model.lm_head, rows), tokens)
 
 
 def test_a_pass_keeps_no_graph_of_weights_that_train(small_model):
     model = small_model().to(DEVICE)
-    drafts = DraftStep(DecodeStep(model.model, model.lm_head, 1), 3)
+    drafts = VerifyStep(DecodeStep(model.model, model.lm_head, 1), 3)
     with torch.inference_mode(), torch.inference_mode(False):
         drafts._compute()
     assert not any(tensor.requires_grad for tensor in (drafts.logits, *(t for layer in drafts.layers for t in layer)))
@@ -215,7 +215,7 @@ def test_recorded_passes_are_those_that_are_not_recorded(kind, tokens, dtype, sm
     """Replayed many times: a kernel that did not wait for the one before it would show."""
     model = small_model(kind, attention_window_size=150).to(DEVICE, dtype)
     step = DecodeStep(model.model, model.lm_head, 1)
-    drafts = DraftStep(step, tokens)
+    drafts = VerifyStep(step, tokens)
     drafts.record()
     graph, ends = drafts.graph, []
     for each in (None, graph):
@@ -236,17 +236,17 @@ def test_a_pass_agrees_with_single_steps(kind, number, small_model):
     """On a step that is new, and on one that has read something."""
     model = small_model(kind)
     for step in (DecodeStep(model.model, model.lm_head, 1), filled_step(model, time=13, padding=3)):
-        assert disagreement(step, DraftStep(step, number)) < 1e-4
+        assert disagreement(step, VerifyStep(step, number)) < 1e-4
 
 
 @pytest.mark.parametrize("what", ["attend", "recurrent", "keep_recurrent", "keep_attention", "accept"])
 def test_a_pass_that_is_wrong_disagrees(what, small_model, monkeypatch):
     """Whatever it is that does nothing."""
     nothing = {"attend": lambda ops, q, *others: q, "recurrent": lambda ops, x, *others: x}
-    monkeypatch.setattr(PlainDraftOps, what, nothing.get(what, lambda *arguments: None))
+    monkeypatch.setattr(PlainVerifyOps, what, nothing.get(what, lambda *arguments: None))
     model = small_model()
     step = DecodeStep(model.model, model.lm_head, 1)
-    drafts = DraftStep(step, 6)
+    drafts = VerifyStep(step, 6)
     drafts.report.fill_(4)  # as if so many were accepted
     error = disagreement(step, drafts)
     assert not error <= TOLERANCE[torch.float32], error
@@ -254,13 +254,13 @@ def test_a_pass_that_is_wrong_disagrees(what, small_model, monkeypatch):
 
 def test_a_recurrence_that_is_slightly_wrong_disagrees(small_model, monkeypatch):
     """Without its decay: what a step shows only once it knows Λ."""
-    right = PlainDraftOps.recurrent
+    right = PlainVerifyOps.recurrent
 
     def recurrent(ops, x, y, block, past, state, log_decay, *others):
         return right(ops, x, y, block, past, state, log_decay / 2, *others)
 
-    monkeypatch.setattr(PlainDraftOps, "recurrent", recurrent)
+    monkeypatch.setattr(PlainVerifyOps, "recurrent", recurrent)
     model = small_model()
     step = DecodeStep(model.model, model.lm_head, 1)
-    error = disagreement(step, DraftStep(step, 6))
+    error = disagreement(step, VerifyStep(step, 6))
     assert not error <= TOLERANCE[torch.float32], error

@@ -15,14 +15,14 @@ from _decode_helpers import (
 from tolerances import assert_close
 
 from modeling_griffin.decode.ops import Clock, KernelOps
-from modeling_griffin.decode.speculative.ops import KernelDraftOps, PlainDraftOps
-from modeling_griffin.decode.speculative.verify import DraftStep
+from modeling_griffin.decode.speculative.ops import KernelVerifyOps, PlainVerifyOps
+from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.kernels.device import decode as tiles
 
 
 pytestmark = needs_kernels
-KERNELS = [PlainDraftOps, KernelDraftOps]
+KERNELS = [PlainVerifyOps, KernelVerifyOps]
 
 
 def clock_of(time: int, padding: int = 0, cos=None, sin=None) -> Clock:
@@ -49,7 +49,7 @@ def test_attention(dtype, programs, tokens, heads, key_heads, head_dim, window, 
     rings = [normal(1, key_heads, window, head_dim, dtype=dtype) for _ in range(2)]
     before = [ring.clone() for ring in rings]
     angles = torch.rand(tokens, head_dim // 4, device=DEVICE).repeat(1, 2).to(dtype)
-    kernels = KernelDraftOps()
+    kernels = KernelVerifyOps()
 
     def attend(ops, time, padding):
         new = [unwritten(key_heads, tokens, head_dim, dtype=dtype) for _ in range(2)]
@@ -57,7 +57,7 @@ def test_attention(dtype, programs, tokens, heads, key_heads, head_dim, window, 
         return [ops.attend(q, k, v, *rings, *new, clock, head_dim**-0.5), *new]
 
     for time, padding in ((0, 0), (window - 1, 3), (window + 2, window + 2), (1234, 1230), (1777, 0)):
-        cases = [attend(ops, time, padding) for ops in (PlainDraftOps(), kernels, kernels)]
+        cases = [attend(ops, time, padding) for ops in (PlainVerifyOps(), kernels, kernels)]
         for expected, first, second in zip(*cases, strict=True):
             assert_close(LOGITS[dtype], first, expected)
             assert torch.equal(first, second)
@@ -96,7 +96,7 @@ def test_what_is_accepted(likeliest, drafts, accepted, more):
     expected, behind = accepted or 3 + more, [*likeliest, *[7] * more]
     for make in KERNELS:
         tokens = torch.tensor([7, *drafts, *[7] * more], pin_memory=DEVICE == "cuda")
-        tokens = tokens if make is KernelDraftOps else tokens.to(DEVICE)
+        tokens = tokens if make is KernelVerifyOps else tokens.to(DEVICE)
         report = torch.tensor([-9, *behind], device=DEVICE)
         token, clock = torch.tensor([-9], device=DEVICE), clock_of(40)
         make().accept(tokens, report, token, clock)
@@ -139,7 +139,7 @@ def test_what_is_kept(tokens, taps, window, key_heads, layers, dtype):
             assert torch.equal(cases[0][1][:, 0], new_h[:, accepted - 1])
 
 
-class PlainDraftOpsOfDevice(PlainDraftOps):
+class PlainVerifyOpsOfDevice(PlainVerifyOps):
     """Plain PyTorch on a GPU does not read tokens where the host has them."""
 
     def begin(self, token, *others):
@@ -161,9 +161,9 @@ def test_whole_passes(dtype, tokens, kind, small_model, monkeypatch):
     for step in steps:
         step.start(1)
         step.clock.padding.fill_(1)
-        passes.append(DraftStep(step, tokens))
-    passes[0].ops = PlainDraftOpsOfDevice()
-    assert type(passes[1].ops) is KernelDraftOps
+        passes.append(VerifyStep(step, tokens))
+    passes[0].ops = PlainVerifyOpsOfDevice()
+    assert type(passes[1].ops) is KernelVerifyOps
     for number in range(tokens if INTERPRETED else 40):
         drafts = [1] * (tokens - 1)
         for right in range(tokens - 1):  # of which as many are right as the number says

@@ -48,6 +48,9 @@ def test_every_part(arguments, tmp_path):
     assert len(report["long"]["tenths"]) == 10 and report["long"]["tokens"] == 30
     assert set(report["serving"]["tokens_per_s"]) == {"generate_batch", "left-padded generate"}
     assert [row["tokens_a_pass"] >= 1 for row in report["drafts"]] == [True, True]
+    beside = {(row["contestant"], row["step"]) for row in report["offpath"]}
+    assert beside == {("griffin", s) for s in ("fused", "forward", "transformers")} | {("llama-mqa", "transformers")}
+    assert all(row["ms"] > 0 for row in report["offpath"])
     text = (tmp_path / "out.md").read_text()
     assert all(
         f"## {title}" in text for title in ("A token", "Against the context", "One generation of 30", "7 generations")

@@ -241,23 +241,23 @@ def test_rows_that_join_a_recorded_step_late(kind, small_model, steps, monkeypat
         for i, (prompt, new) in enumerate(load)
     ]
     results = model.generate_batch(queue, max_rows=3)
+    assert set(steps) == {4}  # rows of the step: the next power of 2
     for i, ((prompt, new), result) in enumerate(zip(load, results)):
         whole = torch.cat([system[0], prompt]) if i % 2 else prompt
         assert result.tokens == greedy_alone(model, whole, new)
-    assert set(steps) == {4}  # rows of the step: the next power of 2
 
 
 def test_a_recorded_step_is_free_again(small_model, steps, monkeypatch):
-    """After a stream that was left in the middle; a second stream meanwhile runs behind a cache."""
+    """After a stream that was left in the middle; a second one meanwhile has a step of its own."""
     monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ("cpu",))
     model, queue = small_model(), [GenerationRequest(random_ids(1, 4)[0], max_new_tokens=6)]
     expected = model.generate_batch(queue)[0].tokens
     assert len(steps) == 5
     stream = model.stream_batch(queue)
     next(stream), next(stream)
-    assert model.generate_batch(queue)[0].tokens == expected and len(steps) == 6
-    stream.close()
     assert model.generate_batch(queue)[0].tokens == expected and len(steps) == 11
+    stream.close()
+    assert model.generate_batch(queue)[0].tokens == expected and len(steps) == 16
 
 
 def test_a_pass_over_several_prompts_reads_similar_ones():

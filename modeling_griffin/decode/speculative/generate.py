@@ -11,22 +11,29 @@ from contextlib import nullcontext
 import torch
 from transformers.utils import logging
 
-from ..eligibility import ineligible_reason
-from ..generate import prefill_into, take_step
+from ..eligibility import CRITERIA, Obstacle, Path, decide, unused_places
+from ..generate import by_transformers, prefill_into
 from ..state import DecodeStep
+from ..steps import take_step
 from .prompt_lookup import PromptLookup
-from .verify import TOLERANCE, DraftStep, disagreement, most_tokens
+from .verify import TOLERANCE, VerifyStep, disagreement, most_tokens
 
 
 logger = logging.get_logger(__name__)
+OF_DRAFTS = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tensor")  # arguments
 KEPT_SIZES = 2  # numbers of tokens for which a recorded pass and its buffers stay with a step
 
 
 def decode_with_drafts(model, stock, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
     """`GenerationMixin._assisted_decoding`, arguments and result as there. stock: the loop of Transformers."""
-    step, drafts = _take_step_for(model, input_ids, kwargs)
-    if drafts is None:
+    if model.device.type not in model._fast_generation_devices:
         return stock(input_ids, **kwargs)
+    step, drafts, path = _take_step_for(model, input_ids, kwargs)
+    if drafts is None:
+        if path.step == "uncached" or unused_places(model) or _plain_is_faster(model, kwargs):
+            logger.info_once(f"generate decodes without drafts: {path.obstacle.reason}")
+            return model._sample(input_ids, **{name: kwargs[name] for name in kwargs if name not in OF_DRAFTS})
+        return by_transformers(path, stock, input_ids, kwargs)
     config, criteria, streamer = kwargs["generation_config"], kwargs["stopping_criteria"], kwargs.get("streamer")
     try:
         with torch.cuda.device(step.device) if step.on_gpu else nullcontext():
@@ -37,27 +44,41 @@ def decode_with_drafts(model, stock, input_ids: torch.Tensor, **kwargs) -> torch
             for tokens in _passes(step, drafts, prompt, criteria, config):
                 new += tokens
                 if streamer is not None:
-                    streamer.put(torch.tensor([tokens]))
+                    streamer.put(torch.tensor([tokens], device="cpu"))
             if streamer is not None:
                 streamer.end()
             return torch.cat([input_ids, torch.tensor([new], device=input_ids.device)], dim=1)
     finally:
-        step.busy = False
+        step.release()
 
 
-def _take_step_for(model, input_ids, kwargs: dict) -> tuple[DecodeStep, DraftStep] | tuple[None, None]:
-    """A step and its pass where they honour the request exactly; None, and one line why, where they do not."""
-    if model.device.type not in model._fast_generation_devices:
-        return None, None
-    config, step, drafts = kwargs["generation_config"], None, None
+def _plain_is_faster(model, kwargs: dict) -> bool:
+    """Greedy decoding finds the same tokens, on a GPU by a recorded step: faster than drafts in Transformers' loop."""
+    config = kwargs["generation_config"]
+    return (
+        model.device.type == "cuda"
+        and config.prompt_lookup_num_tokens is not None
+        and not (config.do_sample or config.return_dict_in_generate)
+        and all(type(each) in CRITERIA for each in kwargs["stopping_criteria"])
+    )
+
+
+def _take_step_for(model, input_ids, kwargs: dict) -> tuple[DecodeStep | None, VerifyStep | None, Path | None]:
+    """A step and its pass where they honour the request exactly; else the path that does."""
+    config = kwargs["generation_config"]
+    path = decide(model, input_ids, **kwargs)
+    if path.step in ("transformers", "uncached"):
+        return None, None, path
     reason = next(_ineligible_reasons(model.config, input_ids, kwargs["logits_processor"], config), None)
-    reason = reason or ineligible_reason(model, input_ids, **kwargs)
-    if reason is None:
-        step, drafts = _take_drafts(model, config.prompt_lookup_num_tokens + 1)
+    reason = (
+        reason or (path.obstacle.reason if path.obstacle else None) or (None if path.ahead else "criteria or outputs")
+    )
+    if reason is not None:
+        return None, None, Path("transformers", False, Obstacle(f"drafts with {reason}", "decode without drafts"))
+    step, drafts = _take_drafts(model, config.prompt_lookup_num_tokens + 1, config.max_length)
     if drafts is None:
-        reason = reason or "another call runs, or see above"
-        logger.info_once(f"generate with drafts runs Transformers' own loop: {reason}")
-    return step, drafts
+        path = Path("transformers", False, Obstacle("drafts cannot be verified by a step, see above", "none"))
+    return step, drafts, path
 
 
 def _ineligible_reasons(config, input_ids, logits_processor, generation_config) -> Iterator[str]:
@@ -79,9 +100,9 @@ def _ineligible_reasons(config, input_ids, logits_processor, generation_config) 
         yield f"prompt_lookup_num_tokens = {number}, of which 1 to {most} are recorded"
 
 
-def _take_drafts(model, tokens: int) -> tuple[DecodeStep, DraftStep] | tuple[None, None]:
+def _take_drafts(model, tokens: int, length: int | None) -> tuple[DecodeStep, VerifyStep] | tuple[None, None]:
     """The model's step for one row and its pass over so many tokens, recorded unless it is; None as in `take_step`."""
-    step = take_step(model, 1)
+    step = take_step(model, 1, None if length is None else length + tokens)
     if step is None:
         return None, None
     if tokens not in step.drafts:
@@ -90,15 +111,15 @@ def _take_drafts(model, tokens: int) -> tuple[DecodeStep, DraftStep] | tuple[Non
     while len(step.drafts) > KEPT_SIZES:
         del step.drafts[next(iter(step.drafts))]
     if drafts is None:
-        step.busy = False
+        step.release()
         return None, None
     return step, drafts
 
 
-def _recorded(step: DecodeStep, tokens: int) -> DraftStep | None:
+def _recorded(step: DecodeStep, tokens: int) -> VerifyStep | None:
     """None where it cannot be recorded or does not agree with single steps, which is then not tried again."""
     try:
-        drafts = DraftStep(step, tokens)
+        drafts = VerifyStep(step, tokens)
         if step.on_gpu:
             drafts.record()
             _check(step, drafts)
@@ -108,7 +129,7 @@ def _recorded(step: DecodeStep, tokens: int) -> DraftStep | None:
         return None
 
 
-def _check(step: DecodeStep, drafts: DraftStep) -> None:
+def _check(step: DecodeStep, drafts: VerifyStep) -> None:
     """On a GPU that the kernels have not met, a slower answer is better than a wrong one."""
     error = disagreement(step, drafts)
     if not error <= TOLERANCE[drafts.dtype]:
@@ -116,7 +137,7 @@ def _check(step: DecodeStep, drafts: DraftStep) -> None:
 
 
 def _passes(
-    step: DecodeStep, drafts: DraftStep, prompt: list[int], stopping_criteria, generation_config
+    step: DecodeStep, drafts: VerifyStep, prompt: list[int], stopping_criteria, generation_config
 ) -> Iterator[list[int]]:
     """The new tokens of each pass, of which the first token is in the step already, and none beyond the end."""
     ends = [each.eos_token_id.flatten().tolist() for each in stopping_criteria if hasattr(each, "eos_token_id")]

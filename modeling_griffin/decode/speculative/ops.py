@@ -1,8 +1,8 @@
 """The operations of a step that reads N tokens of one row, of which it keeps only the first few.
 
-They read the row's state as `decode.ops` left it and write it nowhere: a ring has no slot to spare for a token that may
+They read the row's state as `ops.py` left it and write it nowhere: a ring has no slot to spare for a token that may
 be rejected. What each token would leave goes to buffers of its own, and `keep_recurrent` and `keep_attention` put that
-of the accepted tokens into the state. Products do not care what their rows are: those of `decode.ops` serve.
+of the accepted tokens into the state. A GEMM does not care what its rows are: those of `ops.py` serve.
 
 Legend: N tokens of a row, R rotated dimensions, C RG-LRU channels, H heads, K head dimension, W attention window, V
 vocabulary. A clock's cos and sin are (N, R), its time is that of the first token, its padding (1,).
@@ -22,7 +22,7 @@ if triton is not None:
     from ..kernels.verify_attention import draft_attention_kernel, keep_attention_kernel
 
 
-class PlainDraftOps(PlainOps):
+class PlainVerifyOps(PlainOps):
     """As the layers compute, for N tokens of one row."""
 
     def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock: Clock) -> torch.Tensor:
@@ -70,8 +70,8 @@ class PlainDraftOps(PlainOps):
     def accept(self, tokens, report, token, clock: Clock) -> None:
         """How many of tokens (N,) are right, into report[0]; the first is. Time goes on by as many.
 
-        report[1:] (N,): the likeliest token behind each; a token is right where the one in front of it finds it the
-        likeliest. token (1,) becomes the likeliest behind the last that is right.
+        report[1:] (N,): the argmax behind each; a token is right where it is the argmax behind the one in front of it.
+        token (1,) becomes the argmax behind the last that is right.
         """
         is_right = (report[1:-1] == tokens[1:]).long()
         report[:1] = is_right.cumprod(0).sum() + 1
@@ -105,8 +105,8 @@ class PlainDraftOps(PlainOps):
 QUERIES = 16  # of a program; with more, their sums do not fit into its registers
 
 
-class KernelDraftOps(PlainDraftOps, KernelOps):
-    """The same in Triton kernels; `begin`, `end` and the products are those of one token a row."""
+class KernelVerifyOps(PlainVerifyOps, KernelOps):
+    """The same in Triton kernels; `begin`, `end`, GEMV and GEMM are those of one token a row."""
 
     def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock):
         gates, out = block.rg_lru, torch.empty_like(x)
@@ -172,5 +172,5 @@ class KernelDraftOps(PlainDraftOps, KernelOps):
 
 
 def _block(size: int) -> int:
-    """A side of a product of matrices that holds so many."""
+    """A side of a GEMM's tile that holds so many."""
     return max(16, triton.next_power_of_2(size))

@@ -14,10 +14,10 @@ import torch
 from ..network import RecordedStep, in_order
 from ..ops import Clock, KernelOps
 from ..state import DecodeStep
-from .ops import KernelDraftOps, PlainDraftOps
+from .ops import KernelVerifyOps, PlainVerifyOps
 
 
-MOST_TOKENS = 64  # of a pass: as many rows as products have kernels for
+MOST_TOKENS = 64  # of a pass: as many rows as there are GEMM kernels for
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of `disagreement`; float32 may be TF32
 
 
@@ -26,11 +26,11 @@ def most_tokens(config) -> int:
     return min(MOST_TOKENS, config.attention_window_size if "sliding_attention" in config.layer_types else MOST_TOKENS)
 
 
-class DraftStep(RecordedStep):
+class VerifyStep(RecordedStep):
     """The pass over N = `tokens` tokens of the one row of `step`: the token chosen last and N - 1 drafts.
 
     tokens (N,) int64: what a pass reads, in the host's memory, where a GPU reads it too. report (1 + N,) int64: what it
-    finds, how many of these tokens are kept and the likeliest token behind each; on_host: the same for the host.
+    finds, how many of these tokens are kept and the argmax behind each; on_host: the same for the host.
     logits (N, V), in the model's dtype.
     """
 
@@ -40,7 +40,7 @@ class DraftStep(RecordedStep):
         if not 2 <= tokens <= most_tokens(step.config):
             raise ValueError(f"tokens = {tokens}: allowed is 2 to {most_tokens(step.config)}")
         kernels = isinstance(step.ops, KernelOps)
-        ops = KernelDraftOps(step.ops.launch["PDL"], step.ops.products.matmul) if kernels else PlainDraftOps()
+        ops = KernelVerifyOps(step.ops.launch["PDL"], step.ops.gemms.matmul) if kernels else PlainVerifyOps()
         with torch.inference_mode(False), torch.no_grad():
             super().__init__(step.base, step.head, ops)
             # Its tensors and not the step, which knows its passes: in a circle, memory would wait to be collected.
@@ -73,8 +73,8 @@ class DraftStep(RecordedStep):
         self.step()
         if self.on_gpu:
             torch.cuda.current_stream(self.device).synchronize()
-        accepted, *likeliest = self.on_host.tolist()
-        return likeliest[:accepted]
+        accepted, *best = self.on_host.tolist()
+        return best[:accepted]
 
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
@@ -91,7 +91,7 @@ class DraftStep(RecordedStep):
 
 
 @torch.no_grad()
-def disagreement(step: DecodeStep, drafts: DraftStep) -> float:
+def disagreement(step: DecodeStep, drafts: VerifyStep) -> float:
     """How far a pass is from single steps over the same tokens: of the logits, as a share of the largest.
 
     Half of its drafts are right. Compared are the logits up to the first wrong one, and those of a single step behind

@@ -1,0 +1,81 @@
+"""A new step against the model's own forward pass: what it leaves is compared once, before anybody relies on it.
+
+The two are different programs for one network, and nothing else keeps them from parting: a patch that eligibility does
+not know, a GPU that the kernels have not met.
+"""
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+
+# Of the largest logit: rounding, and TF32 in float32 on a GPU, stay far below, another network is far above
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+PROMPT, STEPS = 3, 2
+
+
+class Disagreement(RuntimeError):
+    """A step computes something else than the model."""
+
+
+@torch.no_grad()
+def check_step(model, step) -> None:
+    """Raises Disagreement, which names the first layer that differs. Overwrites the step's state."""
+    tokens = _tokens(model, len(step.token), step.device)
+    cache = _start(model, step, tokens)
+    for position in range(PROMPT, PROMPT + STEPS):
+        step.token.copy_(tokens[:, position])
+        step.run()
+        found = step.logits.float()
+        output = model(tokens[:, position, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        error = relative_error(found, output.logits[:, -1].float())
+        if not error <= TOLERANCE.get(output.logits.dtype, 5e-2):
+            where = first_difference(model, step, tokens)
+            raise Disagreement(f"its logits differ by {error:.1e} of the largest from model(...), first in {where}")
+
+
+def _tokens(model, rows: int, device) -> torch.Tensor:
+    """Of a generator of its own: the check draws nothing from the user's."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    shape = rows, PROMPT + STEPS
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+
+
+def _start(model, step, tokens: torch.Tensor) -> DynamicCache:
+    """The model reads the prompt; the step gets its state so late that its ring is about to begin anew."""
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    step.start(max(PROMPT, step.slots - 1))
+    step.load_rows(torch.arange(len(tokens), device=step.device), cache, PROMPT, None)
+    return cache
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def first_difference(model, step, tokens: torch.Tensor) -> str:
+    """The first layer behind which the residual stream of a fused step is another than the model's."""
+    if not hasattr(step, "trace"):
+        return "the forward pass over fixed buffers"
+    cache, expected, step.trace = _start(model, step, tokens), [], []
+    layers = model.model.layers
+    hooks = [layers[0].register_forward_pre_hook(lambda module, args: expected.append(args[0][:, -1]))]
+    hooks += [
+        layer.register_forward_hook(lambda module, args, output: expected.append(output[:, -1])) for layer in layers
+    ]
+    try:
+        for position in range(PROMPT, PROMPT + STEPS):
+            step.token.copy_(tokens[:, position])
+            step._compute()
+            model(tokens[:, position, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found = step.trace
+    finally:
+        step.trace = None
+        for hook in hooks:
+            hook.remove()
+    names = ["the embedding", *(f"model.layers.{i}, {kind}" for i, kind in enumerate(model.config.layer_types))]
+    tolerance = TOLERANCE.get(step.dtype, 5e-2)
+    for name, mine, theirs in zip(names * STEPS, found, expected):
+        if not relative_error(mine.float(), theirs.float()) <= tolerance:
+            return name
+    return "final_norm or lm_head"

@@ -1,0 +1,88 @@
+"""What a recorded step depends on, as one value that can be compared: another one means another step.
+
+Weights are read where they lie, so that of a tensor only its place counts; everything else was written into the
+recording: shapes, which modules there are, their settings, the configuration.
+"""
+
+from collections.abc import Iterator
+from types import CellType, FunctionType, MethodType
+
+import torch
+from torch import nn
+
+from ..modeling_griffin import GriffinAttention
+from .host_effects import global_hooks
+
+
+FIELDS = (
+    "layer_types",
+    "attention_window_size",
+    "scale_embeddings",
+    "final_logit_softcapping",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "lru_width",
+    "conv1d_width",
+    "_attn_implementation",
+)
+SETTINGS = ("eps", "theta", "dim", "scaling", "sliding_window", "c", "embedding_scale", "layer_idx")
+IGNORED = {GriffinAttention: ("num_key_value_groups",)}  # what a forward pass itself leaves there
+SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def fused_fingerprint(model) -> tuple:
+    """Of a model that the fused step can compute: its modules are known, and so are their settings."""
+    config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
+    settings = tuple(
+        value for module in model.modules() for name in SETTINGS if (value := vars(module).get(name)) is not None
+    )
+    return config, settings, tuple(_place(parameter) for parameter in model.parameters())
+
+
+def forward_fingerprint(model) -> tuple:
+    """Of any model: every module, all that it holds, and the precision that the call asks for."""
+    kind = model.device.type
+    autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
+    hooks = _value(global_hooks())
+    return config, autocast, hooks, torch.get_default_dtype(), tuple(_module(module) for module in model.modules())
+
+
+def _module(module: nn.Module) -> tuple:
+    ignored = IGNORED.get(type(module), ())
+    held = ((name, value) for name, value in vars(module).items() if name not in ignored)
+    return id(module), _value(type(module).forward), tuple((name, _value(value)) for name, value in held)
+
+
+def _value(value) -> object:
+    if isinstance(value, SCALARS):
+        return value
+    if isinstance(value, torch.Tensor):
+        return _place(value)
+    if isinstance(value, dict):
+        return tuple((key if isinstance(key, SCALARS) else id(key), _value(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(_value(each) for each in value)
+    if isinstance(value, MethodType):
+        return id(value.__self__), _value(value.__func__)
+    if isinstance(value, FunctionType):
+        return id(value), id(value.__code__), tuple(_value(each) for each in _read_by(value))
+    return id(value)
+
+
+def _read_by(function: FunctionType) -> Iterator:
+    """The numbers and tensors that a function holds or finds by name: another one may lie there at the next call."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    for value in (*held, *(function.__defaults__ or ()), *named):
+        if isinstance(value, (*SCALARS, torch.Tensor)):
+            yield value
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:  # a tensor that wraps others, as quantised weights do
+        pointer = id(tensor)
+    return pointer, tensor.dtype, tuple(tensor.shape), tensor.stride()

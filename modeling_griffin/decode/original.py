@@ -1,0 +1,95 @@
+"""What the package's classes and functions were when it was imported. A fused step stands for these and for no others.
+
+Kernel libraries, steering and ablation tools and many a script replace a forward, of a class or of one module, or a
+function that a forward calls. What is found in its place is not what the step computes.
+"""
+
+import inspect
+from functools import partial
+from types import FunctionType
+
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import causal_conv1d, elementwise, linears, modeling_griffin, rg_lru, rg_lru_scan, slots
+from ..kernels.dispatch import SLOTS
+
+
+GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+SOURCES = (causal_conv1d, elementwise, linears, modeling_griffin, rg_lru, rg_lru_scan)
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of every module
+CLASSES = (
+    modeling_griffin.GriffinForCausalLM,
+    modeling_griffin.GriffinModel,
+    modeling_griffin.GriffinDecoderLayer,
+    modeling_griffin.GriffinAttention,
+    modeling_griffin.GriffinRecurrentBlock,
+    modeling_griffin.GriffinMLP,
+    modeling_griffin.GriffinRMSNorm,
+    modeling_griffin.GriffinRotaryEmbedding,
+    rg_lru.RGLRU,
+    rg_lru.BlockDiagonalLinear,
+    rg_lru.Decay,
+    causal_conv1d.CausalConv1d,
+    GELU_TANH,
+    nn.Linear,
+    nn.Embedding,
+    nn.ModuleList,
+)
+
+
+def _functions_of(cls: type) -> dict[str, object]:
+    own = [name for name, value in vars(cls).items() if isinstance(value, FunctionType) and name != "__init__"]
+    if cls is modeling_griffin.GriffinForCausalLM:
+        own = []  # a subclass may save, or prepare a batch, as it likes
+    return {name: inspect.getattr_static(cls, name, None) for name in (*own, *CALLS)}
+
+
+def _functions_in(module) -> dict[str, object]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+
+
+OF_CLASSES = {cls: _functions_of(cls) for cls in CLASSES}
+IN_SOURCES = {module: _functions_in(module) for module in SOURCES}
+ATTENTIONS = {name: ALL_ATTENTION_FUNCTIONS.get_interface(name, None) for name in ("sdpa", "flex_attention")}
+
+
+def patched_class(cls: type, expected: type) -> str | None:
+    """The name of a function that the class does not have any more as `expected` had it at import."""
+    for name, function in OF_CLASSES[expected].items():
+        if inspect.getattr_static(cls, name, None) is not function:
+            return name
+    return None
+
+
+def patched_function() -> str | None:
+    """The name of a function of the package that was replaced, in its module, in a slot, or as an attention."""
+    for module, functions in IN_SOURCES.items():
+        for name, function in functions.items():
+            if vars(module).get(name) is not function:
+                return f"{module.__name__.rpartition('.')[2]}.{name}"
+    for name, function in SLOTS.items():
+        if slots.find_slot(name) not in (None, function):
+            return f"the slot {name}"
+    for name, function in ATTENTIONS.items():
+        if ALL_ATTENTION_FUNCTIONS.get_interface(name, None) is not function:
+            return f"the attention {name}"
+    return None
+
+
+def own_function(module: nn.Module) -> str | None:
+    """The name of a function that the module itself has in the place of its class's."""
+    found = vars(module).keys() & OF_CLASSES.get(type(module), dict.fromkeys(CALLS)).keys()
+    return min(found, default=None)
+
+
+def is_gelu_tanh(module: nn.Module) -> bool:
+    """Whether it is the activation of the paper's and DeepMind's models, as Transformers makes it."""
+    act = vars(module).get("act")
+    return (
+        type(module) is GELU_TANH
+        and type(act) is partial
+        and act.func is nn.functional.gelu
+        and act.keywords == {"approximate": "tanh"}
+    )

@@ -1,0 +1,360 @@
+"""What people do to a model between loading and generating: each line of the list, beside the uncached model.
+
+A step is made before each change, so that one that is kept for too long would be found.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from modeling_griffin import GenerationRequest, GriffinForCausalLM, modeling_griffin, rg_lru
+from modeling_griffin.decode import eligibility
+from modeling_griffin.decode.eligibility import shared_places, unused_places
+
+
+NEW = 10  # beyond the window of 8
+SIX = ["linear_attention", "linear_attention", "sliding_attention"] * 2
+CHANGES = {}
+
+
+def change(function):
+    CHANGES[function.__name__] = function
+    return function
+
+
+class Shifted(nn.Module):
+    """Somebody's own block: without a state."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states.roll(1, -1), None
+
+
+class Own(GriffinForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.flip(-1)
+        return output
+
+
+@change
+def activation_of_an_mlp(model, patch):
+    model.model.layers[0].mlp_block.act_fn = nn.ReLU()
+
+
+@change
+def activation_of_a_recurrent_block(model, patch):
+    model.model.layers[0].temporal_block.act_fn = nn.Tanh()
+
+
+@change
+def activation_inside_the_activation(model, patch):
+    model.model.layers[0].mlp_block.act_fn.act = torch.sin
+
+
+@change
+def forward_of_a_class(model, patch):
+    forward = modeling_griffin.GriffinMLP.forward
+    patch.setattr(modeling_griffin.GriffinMLP, "forward", lambda self, x: -forward(self, x))
+
+
+@change
+def forward_of_every_linear(model, patch):
+    forward = nn.Linear.forward
+    patch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) * 1.5)
+
+
+@change
+def function_of_a_module(model, patch):
+    rotate = modeling_griffin.rotate
+    patch.setattr(modeling_griffin, "rotate", lambda x, cos, sin: rotate(x, sin, cos))
+
+
+@change
+def scan_of_a_module(model, patch):
+    scan = rg_lru.rg_lru_scan
+    patch.setattr(rg_lru, "rg_lru_scan", lambda x, r, i, d, **k: scan(x, r, i, 2 * d, **k))
+
+
+@change
+def forward_of_one_module(model, patch):
+    block = model.model.layers[1].mlp_block
+    block.forward = lambda x: x.flip(-1)
+
+
+@change
+def class_of_the_model(model, patch):
+    model.__class__ = Own
+
+
+@change
+def hook(model, patch):
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output.flip(-1))
+
+
+@change
+def hook_before(model, patch):
+    model.model.final_norm.register_forward_pre_hook(lambda module, args: (args[0].roll(1, -1),))
+
+
+@change
+def hook_of_every_module(model, patch):
+    def twice(module, args, output):
+        return output * 2 if isinstance(module, modeling_griffin.GriffinMLP) else None
+
+    handle = nn.modules.module.register_module_forward_hook(twice)
+    patch.setattr(model, "remove_hook", handle.remove, raising=False)
+
+
+@change
+def weight_norm(model, patch):
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp_block.down_proj)
+    model.model.layers[0].mlp_block.down_proj.parametrizations.weight.original0.data.mul_(1.7)
+
+
+@change
+def pruning(model, patch):
+    prune.l1_unstructured(model.model.layers[0].mlp_block.up_proj, "weight", 0.5)
+
+
+@change
+def head_of_modules(model, patch):
+    model.lm_head = nn.Sequential(model.lm_head, nn.Hardtanh(-0.1, 0.1))
+
+
+@change
+def head_with_a_bias(model, patch):
+    model.lm_head.bias = nn.Parameter(torch.linspace(-3, 3, 29))
+
+
+@change
+def head_of_other_weights(model, patch):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0))
+
+
+@change
+def half_of_the_layers(model, patch):
+    model.model.layers = model.model.layers[:3]
+
+
+@change
+def layers_without_attention(model, patch):
+    model.model.layers = model.model.layers[:2]
+
+
+@change
+def layers_exchanged(model, patch):
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+@change
+def layers_of_other_kinds_exchanged(model, patch):
+    layers = model.model.layers
+    layers[2], layers[3] = layers[3], layers[2]
+
+
+@change
+def layer_removed(model, patch):
+    del model.model.layers[1]
+
+
+@change
+def layer_doubled(model, patch):
+    model.model.layers.insert(1, model.model.layers[0])
+
+
+@change
+def layer_copied(model, patch):
+    model.model.layers.insert(3, copy.deepcopy(model.model.layers[2]))
+
+
+@change
+def block_replaced(model, patch):
+    model.model.layers[0].temporal_block = Shifted()
+
+
+@change
+def linear_of_another_class(model, patch):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.model.layers[0].mlp_block.gate_proj.__class__ = Scaled
+
+
+@change
+def quantised_linears(model, patch):
+    quantised = torch.ao.quantization.quantize_dynamic(model.model.layers[0].mlp_block, {nn.Linear})
+    model.model.layers[0].mlp_block = quantised
+
+
+@change
+def narrower_mlp(model, patch):
+    block = model.model.layers[0].mlp_block
+    for linear in (block.gate_proj, block.up_proj):
+        linear.weight, linear.bias = nn.Parameter(linear.weight[:20]), nn.Parameter(linear.bias[:20])
+        linear.out_features = 20
+    block.down_proj.weight = nn.Parameter(block.down_proj.weight[:, :20])
+
+
+@change
+def norm_in_double(model, patch):
+    model.model.final_norm.double()
+
+
+@change
+def embeddings_scaled(model, patch):
+    model.config.scale_embeddings = True
+
+
+@change
+def window_of_the_configuration(model, patch):
+    model.config.attention_window_size = 4
+
+
+@change
+def softcapping(model, patch):
+    model.config.final_logit_softcapping = 0.5
+
+
+@change
+def eps_of_a_norm(model, patch):
+    model.model.layers[0].temporal_pre_norm.eps = 3.0
+
+
+@change
+def theta(model, patch):
+    model.model.rotary_emb.theta = 0.01
+
+
+@change
+def scale_of_attention(model, patch):
+    model.model.layers[2].temporal_block.scaling *= 3
+
+
+@change
+def exponent_of_the_decay(model, patch):
+    for layer in (model.model.layers[0], model.model.layers[1]):
+        layer.temporal_block.rg_lru.decay.c = 80.0
+
+
+@change
+def decay_in_place(model, patch):
+    model.model.layers[0].temporal_block.rg_lru.decay.lambda_bias.data.add_(5)
+
+
+@change
+def weights_in_place(model, patch):
+    for parameter in model.parameters():
+        parameter.data.mul_(1.2)
+
+
+@change
+def weights_loaded(model, patch):
+    model.load_state_dict({name: value.flip(0) for name, value in model.state_dict().items()})
+
+
+@change
+def weights_replaced(model, patch):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.2
+
+
+@change
+def another_attention(model, patch):
+    model.set_attn_implementation("sdpa")
+    model.model.layers[0].mlp_block.act_fn = nn.SiLU()
+
+
+@change
+def training_mode(model, patch):
+    model.train()
+    model.model.layers[0].mlp_block.act_fn = nn.SiLU()
+
+
+@change
+def default_dtype(model, patch):
+    patch.setattr(model, "remove_hook", lambda: torch.set_default_dtype(torch.float32), raising=False)
+    torch.set_default_dtype(torch.bfloat16)
+
+
+@change
+def lora(model, patch):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["gate_proj", "q_proj"], init_lora_weights=False), model)
+
+
+@change
+def lora_switched_off_and_on(model, patch):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    lora(model, patch)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for enabled in (False, True):
+        for layer in layers:
+            layer.enable_adapters(enabled)
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    for layer in layers:
+        layer.scaling["default"] *= 3
+
+
+def run(model, ids, **options):
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options)
+
+
+def answers(model, ids):
+    rows = [GenerationRequest(prompt=row.tolist(), max_new_tokens=NEW) for row in ids]
+    return [result.tokens for result in model.generate_batch(rows)]
+
+
+def answer_behind_a_state(model, ids):
+    state = model.prefill(ids[:1, :7])
+    request = GenerationRequest(prompt=ids[0, 7:].tolist(), state=state, max_new_tokens=NEW)
+    return model.generate_batch([request])[0].tokens
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_generated_is_what_the_model_now_is(name, small_model, monkeypatch):
+    model = small_model(layer_types=SIX)
+    ids = torch.randint(5, 29, (2, 11), generator=torch.Generator().manual_seed(2))
+    before = run(model, ids)
+    run(model, ids[:1], prompt_lookup_num_tokens=3)
+    answers(model, ids)
+    with monkeypatch.context() as patch:
+        CHANGES[name](model, patch)
+        try:
+            expected = run(model, ids, use_cache=False)
+            assert name in SILENT or not torch.equal(expected, before), "the change changes nothing"
+            assert torch.equal(run(model, ids), expected)
+            assert torch.equal(run(model, ids[:1], prompt_lookup_num_tokens=3), expected[:1])
+            if shared_places(model) is None and not unused_places(model):
+                new = expected[:, ids.shape[1] :].tolist()
+                assert answers(model, ids) == new and answer_behind_a_state(model, ids) == new[0]
+            else:
+                for refused in (lambda: answers(model, ids), lambda: model.prefill(ids)):
+                    with pytest.raises(ValueError, match="model.layers: "):
+                        refused()
+        finally:
+            getattr(model, "remove_hook", lambda: None)()
+
+
+SILENT = ("norm_in_double", "default_dtype", "softcapping")  # greedy tokens stay the same
+
+
+def test_one_step_serves_a_model_that_stays_as_it_is(small_model):
+    """And one that was only looked at: hooks of output capturing stay behind, train() and eval() leave no trace."""
+    from modeling_griffin.decode.steps import STEPS
+
+    model, ids = small_model(), torch.tensor([[5, 6, 7]])
+    run(model, ids)
+    before = {key: list(steps) for key, steps in STEPS[model].items()}
+    model(ids, output_hidden_states=True)
+    model.train()
+    model.eval()
+    model.generate(ids, max_new_tokens=3)
+    assert {key: list(steps) for key, steps in STEPS[model].items()} == before
+    assert next(eligibility.ineligible_model_reasons(model), None) is None
