@@ -8,6 +8,7 @@ from torch import nn
 
 from .causal_conv1d_triton import causal_conv1d_triton
 from .fused import pays
+from .sequences import Sequences, check_sequences
 
 
 class CausalConv1d(nn.Conv1d):
@@ -54,6 +55,48 @@ class CausalConv1d(nn.Conv1d):
         if order is not None:
             y = _take(y, torch.argsort(order, dim=1))
         return y, new_states[:, -1] if states_to_keep is None else new_states
+
+
+def causal_conv1d_varlen(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution over N sequences end to end in one row, as `rg_lru_scan` takes them. Differentiable.
+
+    Args:
+        x: (1, T, C), any floating dtype.
+        state: (N, C, W), the last W inputs of each sequence so far; None means zeros.
+        weight, bias: (C, 1, W) and (C,).
+        cu_seqlens: (N + 1,) int32 or int64, on the device of x, never read by the host on a GPU.
+        starts: (N,) bool, which sequences start, whatever their state holds; the others go on. None means all.
+
+    Returns:
+        y (1, T, C) and the new state (N, C, W), both in the dtype of x; an empty sequence hands its state on.
+
+    Raises:
+        ValueError: naming the argument, for a wrong shape, dtype or device.
+    """
+    channels, _, taps = weight.shape
+    if x.dim() != 3 or x.shape[2] != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (1, time, {channels})")
+    check_sequences(cu_seqlens, starts, x)
+    number = cu_seqlens.shape[0] - 1
+    if state is not None and state.shape != (number, channels, taps):
+        raise ValueError(f"state has shape {tuple(state.shape)}: allowed is {(number, channels, taps)}")
+    places = Sequences(cu_seqlens, x.shape[1], slots=taps)
+    before = x.new_zeros(number, taps, channels) if state is None else state.to(x.dtype).transpose(1, 2)
+    entering = torch.zeros_like(before) if starts is None else before.masked_fill(starts[:, None, None], 0.0)
+    wide = places.spread(x[0], entering, 0.0)[None]
+    if pays(x, state, weight, bias):
+        y = causal_conv1d_triton(wide, None, weight, bias, None)[:, places.tokens]
+    else:
+        y = convolve(wide, weight, bias, None)[:, places.tokens - (taps - 1)]
+    leaving = torch.where(places.is_empty[:, None, None], before, places.last(wide[0]))
+    return y, leaving.transpose(1, 2)
 
 
 def _convolve_eagerly(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from transformers.utils import logging
 from .rg_lru_scan_reference import rg_lru_scan_reference
 from .rg_lru_scan_torch import rg_lru_scan_torch
 from .rg_lru_scan_triton import rg_lru_scan_triton, triton_unavailable_reason
+from .sequences import Sequences, check_sequences
 
 
 logger = logging.get_logger(__name__)
@@ -20,6 +21,8 @@ def rg_lru_scan(
     *,
     initial_state: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""The Real-Gated Linear Recurrent Unit over a sequence (De et al. 2024, arXiv 2402.19427, equations 3 to 6).
@@ -28,7 +31,7 @@ def rg_lru_scan(
         h_t     = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t
         h_t     = sigmoid(input_gate_t) * x_t                                       where reset
 
-    Shapes: B batch, T time (0 and 1 included), C channels.
+    Shapes: B batch, T time (0 and 1 included), C channels, N sequences.
 
     Args:
         x: (B, T, C), any floating dtype.
@@ -36,10 +39,16 @@ def rg_lru_scan(
         log_decay: (C,), <= 0, float32: -c * softplus(Λ), the log of a^c.
         initial_state: (B, C), h before the first step; None means zeros.
         reset: (B, T) bool, True where a document starts: the state is forgotten and the input not scaled.
+        cu_seqlens: (N + 1,) int32 or int64, on the device of x. Then x is (1, T, C) and holds N sequences end to end,
+            sequence n from token cu_seqlens[n] to before cu_seqlens[n + 1], of any lengths, 0 too; initial_state and
+            last_state are (N, C), and an empty sequence hands its state on. Never read by the host on a GPU. What comes
+            out behind the last sequence is finite and means nothing. One token each: x.view(N, 1, C) does the same.
+        starts: (N,) bool, which sequences start at their first token, as at a reset, whatever their initial_state
+            holds; the others go on from it. None means all. Only with cu_seqlens.
         backend: "reference" (a loop), "torch" (any device), "triton" (GPU), or None to choose.
 
     Returns:
-        hidden (B, T, C) in the dtype of x, and last_state (B, C) in float32 (float64 where x is float64).
+        hidden (B, T, C) in the dtype of x, and last_state (B, C), or (N, C), in float32 (float64 where x is float64).
 
     Raises:
         ValueError: naming the argument, for a wrong shape, dtype or backend, or a log_decay above 0. The values of
@@ -51,7 +60,7 @@ def rg_lru_scan(
     1000. A padding step is x = 0 with recurrence_gate = -inf: it carries h exactly, and gradients stay finite.
     Second derivatives: see the backends; "triton" raises.
     """
-    _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts)
     if backend is None:
         reason = triton_unavailable_reason(x)
         backend = "triton" if reason is None else "torch"
@@ -61,7 +70,36 @@ def rg_lru_scan(
         raise ValueError(f"backend = {backend!r}: allowed are {sorted(BACKENDS)} and None")
     elif backend == "triton" and (reason := triton_unavailable_reason(x)) is not None:
         raise ValueError(f"backend = 'triton' cannot run: {reason}; allowed here are 'reference', 'torch' and None")
-    return BACKENDS[backend](x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    inputs = (x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    if cu_seqlens is None:
+        return BACKENDS[backend](*inputs)
+    if backend == "triton":
+        return rg_lru_scan_triton(*inputs, cu_seqlens, starts)
+    return _scan_sequences(BACKENDS[backend], *inputs, cu_seqlens, starts)
+
+
+def _scan_sequences(scan, x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts):
+    """`scan` over one row, with the state before each sequence as a token in front of it: a reset of which h is x."""
+    dtype = torch.promote_types(x.dtype, torch.float32)  # the states must not be rounded
+    number, (_, length, channels) = cu_seqlens.shape[0] - 1, x.shape
+    places = Sequences(cu_seqlens, length, slots=1)
+    state = x.new_zeros(number, channels, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    starts = torch.ones(number, dtype=torch.bool, device=x.device) if starts is None else starts
+    entering = state.masked_fill(starts[:, None], 0.0)
+    reset = torch.zeros(length, dtype=torch.bool, device=x.device) if reset is None else reset[0]
+    reset = places.spread(reset, None, True)
+    first = places.begin[:-1] + 1  # of an empty sequence: the slot of the next one, a reset already
+    reset = reset.index_copy(0, first, reset[first] | starts)
+    hidden, _ = scan(
+        places.spread(x[0].to(dtype), entering[:, None], 0.0)[None],
+        places.spread(recurrence_gate[0], None, 0.0)[None],
+        places.spread(input_gate[0], None, torch.inf)[None],
+        log_decay,
+        None,
+        reset[None],
+    )
+    last_state = torch.where(places.is_empty[:, None], state, places.last(hidden[0])[:, 0])
+    return hidden[:, places.tokens].to(x.dtype), last_state
 
 
 def describe_backend(device: torch.device | str) -> str:
@@ -72,15 +110,20 @@ def describe_backend(device: torch.device | str) -> str:
     return f"RG-LRU scan: torch on {device}, linear in time; the triton kernels do not run: {reason}"
 
 
-def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> None:
+def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts) -> None:
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (batch, time, channels)")
+    if cu_seqlens is not None:
+        check_sequences(cu_seqlens, starts, x)
+    elif starts is not None:
+        raise ValueError("starts without cu_seqlens: allowed are both; rows of a batch start by `reset`")
     batch, length, channels = x.shape
+    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = {
         "recurrence_gate": (recurrence_gate, (batch, length, channels)),
         "input_gate": (input_gate, (batch, length, channels)),
         "log_decay": (log_decay, (channels,)),
-        "initial_state": (initial_state, (batch, channels)),
+        "initial_state": (initial_state, (states, channels)),
         "reset": (reset, (batch, length)),
     }
     for name, (tensor, shape) in shapes.items():

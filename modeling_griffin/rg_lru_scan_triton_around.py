@@ -34,3 +34,69 @@ def sum_rows_kernel(p_rows, p_sum, N, C, PDL: tl.constexpr, ROWS: tl.constexpr, 
         total += tl.load(p_rows + (first + i).to(tl.int64) * C + c[None, :], mask=mask, other=0.0)
         first += ROWS
     tl.store(p_sum + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def _sequence_of(p_cu_seqlens, t, N, halvings):
+    """How many of the N sequences end at or before t: the one that holds it, or N behind the last."""
+    low, high = t * 0, t * 0 + N
+    for _ in range(halvings):
+        middle = (low + high) >> 1
+        is_open = low < high
+        is_later = tl.load(p_cu_seqlens + 1 + middle, mask=is_open, other=0) <= t
+        low = tl.where(is_open & is_later, middle + 1, low)
+        high = tl.where(is_open & (is_later == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["N_WORDS", "N_MARKS", "T", "N", "halvings"])
+def lay_out_kernel(
+    p_cu_seqlens, p_starts, p_reset, p_entering,
+    p_words, p_marks, p_sequence, p_leaving,
+    N_WORDS, N_MARKS, T, N, C, halvings,
+    HAS_STARTS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_ENTERING: tl.constexpr, CHAINED: tl.constexpr,
+    PDL: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What the scan needs to know of sequences, and its words cleared as by `clear_kernel`.
+
+    p_sequence (T,): the sequence of each token. p_marks: a word of 64 bits for each ROWS tokens; of token i, bit i says
+    that a sequence's first token is there, bit 16 + i a reset, bit 32 + i a sequence's last token. What leaves an empty
+    sequence, (N, C), is what enters.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if CHAINED:
+        i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(p_words + i, tl.full([BLOCK], 0, tl.int64), mask=i < N_WORDS)
+
+    i_s, i_r = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, ROWS)[None, :]
+    t = program * (SEGMENTS * ROWS) + i_s * ROWS + i_r
+    m = t < T
+    n = _sequence_of(p_cu_seqlens, t, N, halvings)
+    tl.store(p_sequence + t, n, mask=m)
+    is_first = m & (tl.load(p_cu_seqlens + n) == t)
+    is_reset = is_first
+    if HAS_STARTS:
+        is_reset = is_reset & ((n == N) | (tl.load(p_starts + n, mask=m & (n < N), other=0) != 0))
+    if HAS_RESET:
+        is_reset = is_reset | (tl.load(p_reset + t, mask=m, other=0) != 0)
+    is_first = is_first & (n < N)
+    is_last = m & (n < N) & (tl.load(p_cu_seqlens + n + 1, mask=n < N, other=-1) == t + 1)
+    marks = (
+        (is_first.to(tl.int64) << i_r) | (is_reset.to(tl.int64) << (i_r + 16)) | (is_last.to(tl.int64) << (i_r + 32))
+    )
+    segment = program * SEGMENTS + tl.arange(0, SEGMENTS)
+    tl.store(p_marks + segment, tl.sum(marks, 1), mask=segment < N_MARKS)
+
+    c = tl.arange(0, CHANNELS)
+    i_n = program
+    while i_n < N:
+        if tl.load(p_cu_seqlens + i_n) == tl.load(p_cu_seqlens + i_n + 1):
+            row = i_n.to(tl.int64) * C
+            for first in range(0, C, CHANNELS):
+                state = tl.full([CHANNELS], 0.0, tl.float32)
+                if HAS_ENTERING:
+                    state = tl.load(p_entering + row + first + c, mask=first + c < C, other=0.0)
+                tl.store(p_leaving + row + first + c, state, mask=first + c < C)
+        i_n += tl.num_programs(0)

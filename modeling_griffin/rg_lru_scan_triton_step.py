@@ -43,3 +43,41 @@ def step_kernel(
         h = tl.fma(a, state, h)
     store(p_hidden + offset, h, m, MASKED)
     store(p_last_state + offset, h, m, MASKED)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def walk_kernel(
+    p_x, p_recurrence_gate, p_input_gate, p_log_decay, p_initial_state, p_reset, p_cu_seqlens, p_starts,
+    p_hidden, p_last_state,
+    T, N, C,
+    HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """N sequences end to end, one token after the other: for about one each. Program N has what lies behind the last."""
+    i_n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    m, is_sequence = c < C, i_n < N
+    t = tl.load(p_cu_seqlens + i_n).to(tl.int64)
+    end = tl.load(p_cu_seqlens + i_n + 1, mask=is_sequence, other=T).to(tl.int64)
+    fresh = t < end
+    if HAS_STARTS:
+        fresh = fresh & ((i_n == N) | (tl.load(p_starts + i_n, mask=is_sequence, other=1) != 0))
+    log_decay = load(p_log_decay + c, m, 0.0, MASKED)
+    state = tl.full([CHANNELS], 0.0, tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(p_initial_state + i_n * C + c, mask=m & is_sequence & (fresh == 0), other=0.0)
+    while t < end:
+        offset = t * C + c
+        r = load(p_recurrence_gate + offset, m, 0.0, MASKED)
+        i = load(p_input_gate + offset, m, 0.0, MASKED)
+        x = load(p_x + offset, m, 0.0, MASKED)
+        if HAS_RESET:
+            fresh = fresh | (tl.load(p_reset + t) != 0)
+        a, y = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT)
+        multiplier = tl.where(fresh, 1.0, square_root(y, EXACT))
+        a = tl.where(fresh, 0.0, a)
+        state = tl.fma(a, state, (multiplier * sigmoid(to_float32(i), EXACT)) * to_float32(x))
+        store(p_hidden + offset, state, m, MASKED)
+        fresh = t < 0  # never
+        t += 1
+    tl.store(p_last_state + i_n * C + c, state, mask=m & is_sequence)
