@@ -53,7 +53,7 @@ def walk_kernel(
     HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
     EXACT: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """N sequences end to end, one token after the other: for about one each. Program N has what lies behind the last."""
+    """N sequences end to end, token after token: for about one each. Program N has what lies behind the last."""
     i_n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     m, is_sequence = c < C, i_n < N

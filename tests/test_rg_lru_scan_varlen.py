@@ -1,6 +1,6 @@
 """Sequences end to end in one row: as each of them alone, in the float64 reference, for values and every gradient.
 
-On a GPU everything runs. Without one, `TRITON_INTERPRET=1` runs the kernels' small cases, as for `test_rg_lru_scan_triton`.
+On a GPU everything runs. Without one, `TRITON_INTERPRET=1` runs the kernels' small cases.
 """
 
 import os
