@@ -6,7 +6,7 @@ Legend: B batch, T time, C channels, W taps.
 import torch
 from torch import nn
 
-from .causal_conv1d_triton import causal_conv1d_triton
+from .causal_conv1d_triton import causal_conv1d_triton, causal_conv1d_varlen_triton
 from .fused import pays
 from .sequences import Sequences, check_sequences
 
@@ -87,11 +87,15 @@ def causal_conv1d_varlen(
     number = cu_seqlens.shape[0] - 1
     if state is not None and state.shape != (number, channels, taps):
         raise ValueError(f"state has shape {tuple(state.shape)}: allowed is {(number, channels, taps)}")
+    on_gpu = pays(x, state, weight, bias)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias))
+    if on_gpu and not learns:
+        return causal_conv1d_varlen_triton(x, state, weight, bias, cu_seqlens, starts)
     places = Sequences(cu_seqlens, x.shape[1], slots=taps)
     before = x.new_zeros(number, taps, channels) if state is None else state.to(x.dtype).transpose(1, 2)
     entering = torch.zeros_like(before) if starts is None else before.masked_fill(starts[:, None, None], 0.0)
     wide = places.spread(x[0], entering, 0.0)[None]
-    if pays(x, state, weight, bias):
+    if on_gpu:
         y = causal_conv1d_triton(wide, None, weight, bias, None)[:, places.tokens]
     else:
         y = convolve(wide, weight, bias, None)[:, places.tokens - (taps - 1)]

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
 
-    from .causal_conv1d_triton_kernels import backward_kernel, forward_kernel
+    from .causal_conv1d_triton_kernels import backward_kernel, forward_kernel, varlen_kernel
 except ImportError:
     triton = None
 
@@ -59,6 +59,44 @@ def causal_conv1d_triton(
         (B, T, C) in the dtype of x.
     """
     return _CausalConv1d.apply(x, state, weight, bias, document_start)
+
+
+def causal_conv1d_varlen_triton(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as in `causal_conv1d_varlen`, in one launch, without gradients; x as above."""
+    x, state, weight, bias, cu_seqlens, starts = _contiguous(x, state, weight, bias, cu_seqlens, starts)
+    (_, length, channels), number, rows = x.shape, cu_seqlens.shape[0] - 1, 16
+    y, new_state = torch.empty_like(x), x.new_empty(number, channels, weight.shape[-1])
+    runs = triton.cdiv(length, rows)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        varlen_kernel[(runs + number, triton.cdiv(channels, 128))](
+            x,
+            weight,
+            state,
+            bias,
+            cu_seqlens,
+            starts,
+            y,
+            new_state,
+            length,
+            number,
+            channels,
+            runs,
+            number.bit_length(),
+            W=weight.shape[-1],
+            HAS_STATE=state is not None,
+            HAS_STARTS=starts is not None,
+            ROWS=rows,
+            CHANNELS=128,
+            num_warps=4,
+        )
+    return y, new_state
 
 
 class _CausalConv1d(torch.autograd.Function):

@@ -37,7 +37,7 @@ def sum_rows_kernel(p_rows, p_sum, N, C, PDL: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _sequence_of(p_cu_seqlens, t, N, halvings):
+def sequence_of(p_cu_seqlens, t, N, halvings):
     """How many of the N sequences end at or before t: the one that holds it, or N behind the last."""
     low, high = t * 0, t * 0 + N
     for _ in range(halvings):
@@ -73,7 +73,7 @@ def lay_out_kernel(
     i_s, i_r = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, ROWS)[None, :]
     t = program * (SEGMENTS * ROWS) + i_s * ROWS + i_r
     m = t < T
-    n = _sequence_of(p_cu_seqlens, t, N, halvings)
+    n = sequence_of(p_cu_seqlens, t, N, halvings)
     tl.store(p_sequence + t, n, mask=m)
     is_first = m & (tl.load(p_cu_seqlens + n) == t)
     is_reset = is_first

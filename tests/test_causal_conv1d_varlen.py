@@ -1,9 +1,16 @@
-"""The convolution over sequences end to end: as each of them alone."""
+"""The convolution over sequences end to end: as each of them alone.
+
+The kernel runs on a GPU, or without one under `TRITON_INTERPRET=1`.
+"""
+
+import os
 
 import pytest
 import torch
 
 from modeling_griffin.causal_conv1d import CausalConv1d, causal_conv1d_varlen
+from modeling_griffin.causal_conv1d_triton import causal_conv1d_varlen_triton
+from modeling_griffin.rg_lru_scan_triton import triton_unavailable_reason
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -75,7 +82,34 @@ def test_refuses():
         causal_conv1d_varlen(x[:, 1:], state, layer.weight, layer.bias, cu_seqlens, starts)
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.mark.skipif(
+    triton_unavailable_reason(torch.empty(0, device=DEVICE)) is not None, reason="needs Triton and a GPU or interpreter"
+)
+@torch.no_grad()
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("tail", [0, 3])
+@pytest.mark.parametrize("left_out", [None, "state", "starts"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_kernel_as_each_sequence_alone(lengths, left_out, tail, taps):
+    x, state, layer, cu_seqlens, starts = make_inputs(lengths, 130, taps, torch.float32, DEVICE, tail)
+    given = {"state": None if left_out == "state" else state, "starts": None if left_out == "starts" else starts}
+    if left_out == "state":
+        state = torch.zeros_like(state)
+    if left_out == "starts":
+        starts = torch.ones_like(starts)
+    state[starts & (cu_seqlens[1:] > cu_seqlens[:-1])] = torch.nan  # not read
+    y, new_state = causal_conv1d_varlen_triton(x, given["state"], layer.weight, layer.bias, cu_seqlens, given["starts"])
+    assert bool(y.isfinite().all())
+    for a, e in zip((y[:, : sum(lengths)], new_state), alone(x, state, layer, lengths, starts)):
+        torch.testing.assert_close(a, e)
+
+
 @pytest.mark.gpu
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_on_a_gpu(dtype):
     """Large enough for the kernel; without the host reading anything."""
