@@ -1,14 +1,16 @@
-"""python engine_program.py JOB.json: runs requests through one vLLM engine and writes JOB.out.json.
+"""python engine_program.py JOB.json ...: runs each job's requests through a vLLM engine and writes JOB.out.json.
 
-A process of its own for each engine: vLLM keeps what it starts in globals. JOB: folder, engine (arguments of
+A process apart from the tests', for vLLM keeps what it starts in globals. JOB: folder, engine (arguments of
 `EngineArgs`), requests: a list of {prompt, params, arrival, lora}, where arrival counts the engine's steps.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.v1.metrics.reader import Counter, get_metrics_snapshot
 
@@ -59,4 +61,7 @@ def chosen(tokens, logprobs):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for job_path in sys.argv[1:]:
+        main(job_path)
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -101,7 +101,7 @@ def test_stop_strings_and_sampling(griffin, tmp_path):
     folder, model = griffin
     (prompt,) = prompts(20)
     with torch.no_grad():
-        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=-1)
+        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
     stop = greedy[0, 24].item()
     seeded = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 7, "max_tokens": 16, "logprobs": 0}
     params = [
@@ -117,9 +117,7 @@ def test_stop_strings_and_sampling(griffin, tmp_path):
     assert once["tokens"] == again["tokens"] != greedy[0, 20:].tolist()
     assert ended["finish_reason"] == "stop" and len(ended["tokens"]) == 1
     with torch.no_grad():
-        expected = model.generate(
-            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=-1, repetition_penalty=1.3
-        )
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, repetition_penalty=1.3)
     assert penalised["tokens"] == expected[0, 20:].tolist()
 
 

@@ -29,7 +29,7 @@ def expected(served, tmp_path_factory):
     def continuation(text, tokens=12):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         with torch.no_grad():
-            out = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=258)
+            out = model.generate(ids, max_new_tokens=tokens, do_sample=False)
         return ids[0].tolist(), out[0, ids.shape[1] :].tolist(), tokenizer
 
     return continuation
