@@ -127,7 +127,8 @@ def test_wheel(tmp_path):
     run([*build, str(tmp_path), str(copy)])
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if ".dist-info/" not in name} == {f"modeling_griffin/{name}" for name in FILES}
+    files = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == files
 
     target = tmp_path / "installed"
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)])

@@ -57,7 +57,7 @@ def test_prefix_cache(griffin, tmp_path):
     """The same prompts again, prompts that share a beginning, and what was generated as part of the next prompt."""
     folder, model = griffin
     long, other = prompts(300, 200)
-    every = [long, other, long, long[:280] + other[:40], long + other]
+    every = [long, other, long, long[:280] + other[:40], long + other[:150]]
     requests = [{"prompt": p, "params": GREEDY, "arrival": 60 * i} for i, p in enumerate(every)]
     report = run_engine(tmp_path, folder, requests, enable_prefix_caching=True, max_num_batched_tokens=256)
     for request, result in zip(requests, report["results"]):
