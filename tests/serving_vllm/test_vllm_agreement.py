@@ -7,6 +7,7 @@ from engines import GREEDY, check_greedy, check_logprobs, prompts, run_engine, s
 
 pytestmark = pytest.mark.vllm
 
+PREEMPTING_BLOCKS = 10  # fewer than six requests of some 170 tokens need
 LENGTHS = (1, 2, 5, 47, 48, 49, 63, 64, 65, 150, 300)  # below, at and beyond window 48 and chunks of 64
 MODELS = {
     "hawk": {"layer_types": ["linear_attention"] * 3},
@@ -77,9 +78,6 @@ def test_preemption(griffin, tmp_path):
     print("preemptions:", report["counters"]["vllm:num_preemptions"])
     for request, result in zip(requests, report["results"]):
         check_greedy(model, request["prompt"], result, tokens=100)
-
-
-PREEMPTING_BLOCKS = 10
 
 
 def test_tensor_parallel(griffin, tmp_path):
