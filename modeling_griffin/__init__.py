@@ -19,10 +19,15 @@ from .conversion.presets import config_from_preset
 from .conversion.recurrent_gemma import griffin_config_from_recurrent_gemma, load_recurrent_gemma
 from .decode.generate import beam_search, sample
 from .decode.speculative.generate import decode_with_drafts
-from .flash_local_attention import OWN_ATTENTION
 from .kernels import dispatch
 from .kernels.attention import Visible
+from .kernels.flash_attention import Runs, flash_local_attention, visible_attention
+from .kernels.scan_fallback import backward_or_torch, forward_or_torch
+from .kernels.scan_operator import rg_lru_scan_torch_or_operator
+from .kernels.scan_sequences import launch_walk, lay_out_sequences
+from .kernels.sequences import check_sequences, scan_sequences
 from .lambda_init import LAMBDA_INITS, register_lambda_init
+from .local_attention import OWN_ATTENTION
 from .modeling_griffin import (
     LORA_TARGETS,
     GriffinForCausalLM,
@@ -45,6 +50,14 @@ from .training.record import record_training, stop_recording
 
 
 fill_slots(**dispatch.SLOTS)
+fill_slots(rg_lru_scan_by_torch=rg_lru_scan_torch_or_operator)
+fill_slots(run_forward=forward_or_torch, run_backward=backward_or_torch)
+fill_slots(
+    check_sequences=check_sequences,
+    scan_sequences=scan_sequences,
+    launch_walk=launch_walk,
+    lay_out_sequences=lay_out_sequences,
+)
 fill_slots(sample=sample, beam_search=beam_search, decode_with_drafts=decode_with_drafts)
 fill_slots(
     prefill=prefill,
@@ -57,7 +70,7 @@ fill_slots(save_config=save_config, save_model=save_model, push_model=push_model
 fill_slots(distribute_model=distribute_model, plans_without_lambda=plans_without_lambda)
 fill_slots(config_from_preset=config_from_preset)
 fill_slots(config_from_recurrent_gemma=griffin_config_from_recurrent_gemma, load_recurrent_gemma=load_recurrent_gemma)
-OWN_ATTENTION[Visible] = dispatch.visible_attention
+OWN_ATTENTION.update({Runs: flash_local_attention, Visible: visible_attention})
 
 
 try:

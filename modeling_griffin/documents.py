@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from transformers.masking_utils import create_sliding_window_causal_mask
-from transformers.utils import logging
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
 from .cache_layers import (
@@ -22,18 +21,8 @@ from .cache_layers import (
     tokens_in_cache,
 )
 from .cache_name import takes_cache_by_either_name
-from .flash_local_attention import (
-    edges_of_runs,
-    flash_unavailable_reason,
-    kernel_layout,
-    runs_of_edges,
-    runs_of_rows,
-)
-from .local_attention import LocalMask
+from .local_attention import LocalMask, attention_runs
 from .padding import Order, find_order, has_gap, in_order, read_mask
-
-
-logger = logging.get_logger(__name__)
 
 
 class Documents(NamedTuple):
@@ -271,14 +260,14 @@ def attention_mask_for_documents(
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are
     not handed over: they would make the stock function renumber the tokens that ours counts.
 
-    The window counts slots, so that padding has to stand before the real tokens. None for a Hawk; `Runs`, or what
-    `kernel_layout` makes of them, where flash attention can take them; a `LocalMask` where SDPA runs over more than two
-    windows.
+    The window counts slots, so that padding has to stand before the real tokens. None for a Hawk; what
+    `attention_runs` makes of runs of tokens, where flash attention can take them; a `LocalMask` where SDPA runs over
+    more than two windows.
     """
     if "sliding_attention" not in config.layer_types:
         return None
     length = position_ids.shape[1]
-    if (runs := _runs(config, inputs_embeds, attention_mask, past_key_values, documents)) is not None:
+    if (runs := attention_runs(config, inputs_embeds, attention_mask, past_key_values, documents)) is not None:
         return runs
     first_key, num_keys, first_query = 0, length, 0
     if past_key_values is not None:
@@ -305,39 +294,6 @@ def attention_mask_for_documents(
         and_mask_function=same_document if documents.packed else None,
         allow_is_causal_skip=not (is_static(past_key_values) and length == 1),  # one token sees no empty slots
     )
-
-
-def _runs(config, inputs_embeds, attention_mask, past_key_values, documents: Documents):
-    """What flash attention takes in place of a mask; None where it cannot run, or for one token, which needs no mask.
-
-    Behind a cache only rows of one document without padding are runs: how many of the cached keys belong to another
-    document would have to be read from the GPU. Static caches hand over keys in an order of their own.
-    """
-    shape, window = inputs_embeds.shape[:2], config.attention_window_size
-    if shape[1] == 1:
-        return None
-    past = tokens_in_cache(config, past_key_values)
-    if (reason := flash_unavailable_reason(config, inputs_embeds, past > 0)) is not None:
-        if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
-            logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
-        return None
-    if is_static(past_key_values):
-        return None
-    simple = not documents.packed and documents.real is None
-    if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
-        return None
-    layout = None if past else kernel_layout(config, inputs_embeds)
-    if simple and layout is None:
-        num_keys = shape[1]
-        if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(shape[1], attention_layer(past_key_values))
-        return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
-    if is_tracing(documents.start) and (documents.real is not None or layout is None):
-        return None  # values would have to be read
-    edge = edges_of_runs(documents.start, documents.real)
-    if edge is None:
-        return None
-    return runs_of_edges(edge, window) if layout is None else layout(edge.flatten(), window)
 
 
 def _reaches_beyond_two_windows(config, length: int, past_key_values, position_ids) -> bool:

@@ -1,4 +1,4 @@
-"""Elementwise operations of the layers: their definitions in plain PyTorch.
+"""Operations of the layers that kernels can take over: their definitions in plain PyTorch.
 
 Legend: B batch, T time, D width, H heads, K head dimension, R rotated dimensions.
 """
@@ -39,3 +39,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned.type_as(x), kept), dim=-1)
+
+
+@slot
+def linears(x: torch.Tensor, *modules: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """module(x) of each."""
+    return tuple(module(x) for module in modules)
+
+
+@slot
+def gated_linears(act_fn: torch.nn.Module, x: torch.Tensor, gate: torch.nn.Module, up: torch.nn.Module) -> torch.Tensor:
+    """act_fn(gate(x)) * up(x)."""
+    return gated(act_fn, gate(x), up(x))

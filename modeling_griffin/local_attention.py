@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .slots import slot
+
 
 class LocalMask(NamedTuple):
     """Which keys a query sees, as vectors: itself, and of the W - 1 keys before it the real ones of its document.
@@ -74,3 +76,13 @@ def _to_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     if x.shape[1] == 1:
         return x.expand(-1, num_heads, -1, -1)
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+@slot
+def attention_runs(config, inputs_embeds, attention_mask, past_key_values, documents):
+    """What the installed package's flash attention reads in place of a mask; None where there is none, as here."""
+    return None
+
+
+# What `read_layout` hands over in place of a mask says which attention can read it. The package adds its own.
+OWN_ATTENTION = {LocalMask: local_attention}

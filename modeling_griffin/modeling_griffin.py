@@ -32,10 +32,9 @@ from .causal_conv1d import CausalConv1d
 from .causal_lm_loss import CausalLMName, causal_lm_loss
 from .configuration_griffin import GriffinConfig
 from .documents import Documents, masks_for_generate, read_layout
-from .elementwise import add_rms_norm, gated, rms_norm, rotate
-from .flash_local_attention import OWN_ATTENTION
+from .elementwise import add_rms_norm, gated, gated_linears, linears, rms_norm, rotate
 from .lambda_init import find_lambda_init
-from .linears import gated_linears, linears
+from .local_attention import OWN_ATTENTION
 from .padding import read_mask
 from .rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from .rollback import bound_drafts, check_drafts, leave_inference_mode, states_to_keep

@@ -92,6 +92,8 @@ class RGLRU(nn.Module):
         real: torch.Tensor | None = None,
         state: torch.Tensor | None = None,
         states_to_keep: int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -100,6 +102,7 @@ class RGLRU(nn.Module):
             real: (B, T) bool, False for padding, which carries the state; None when there is none.
             state: (B, C) float32, h before the first token; None means zeros.
             states_to_keep: N, to get the states behind the last N tokens instead of the last state alone.
+            cu_seqlens, starts: sequences end to end in one row, with a state each, as in `rg_lru_scan`.
 
         Returns:
             hidden (B, T, C) in the dtype of x and the last state (B, C) float32; or the last states (B, min(N, T), C).
@@ -113,6 +116,10 @@ class RGLRU(nn.Module):
             x = x.to(torch.promote_types(dtype, torch.float32))  # then hidden is the states themselves, not rounded
         # With an argument: where activations are made anew, FSDP2 of PyTorch 2.9 to 2.11 cannot call a module without.
         log_decay = self.decay(torch.float32)
-        scan = self.scan or rg_lru_scan
-        hidden, state = scan(x, recurrence_gate, input_gate, log_decay, initial_state=state, reset=document_start)
+        scan, sequences = self.scan or rg_lru_scan, {}
+        if cu_seqlens is not None:
+            sequences = {"cu_seqlens": cu_seqlens, "starts": starts}
+        hidden, state = scan(
+            x, recurrence_gate, input_gate, log_decay, initial_state=state, reset=document_start, **sequences
+        )
         return hidden.to(dtype), state if states_to_keep is None else hidden[:, -states_to_keep:]

@@ -3,13 +3,22 @@
 import torch
 from transformers.utils import logging
 
-from .rg_lru_scan_operator import rg_lru_scan_torch_or_operator
 from .rg_lru_scan_reference import rg_lru_scan_reference
+from .rg_lru_scan_torch import rg_lru_scan_torch
 from .rg_lru_scan_triton import rg_lru_scan_triton, triton_unavailable_reason
+from .slots import require_slot, slot
 
 
 logger = logging.get_logger(__name__)
-BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_torch_or_operator, "triton": rg_lru_scan_triton}
+
+
+@slot
+def rg_lru_scan_by_torch(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+    """The torch backend. The package's is one operator where a compiler traces, whatever the length."""
+    return rg_lru_scan_torch(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+
+
+BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_by_torch, "triton": rg_lru_scan_triton}
 
 
 def rg_lru_scan(
@@ -20,6 +29,8 @@ def rg_lru_scan(
     *,
     initial_state: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""The Real-Gated Linear Recurrent Unit over a sequence (De et al. 2024, arXiv 2402.19427, equations 3 to 6).
@@ -28,7 +39,7 @@ def rg_lru_scan(
         h_t     = a_t * h_{t-1} + sqrt(1 - a_t^2) * sigmoid(input_gate_t) * x_t
         h_t     = sigmoid(input_gate_t) * x_t                                       where reset
 
-    Shapes: B batch, T time (0 and 1 included), C channels.
+    Shapes: B batch, T time (0 and 1 included), C channels, N sequences.
 
     Args:
         x: (B, T, C), any floating dtype.
@@ -36,10 +47,16 @@ def rg_lru_scan(
         log_decay: (C,), <= 0, float32: -c * softplus(Λ), the log of a^c.
         initial_state: (B, C), h before the first step; None means zeros.
         reset: (B, T) bool, True where a document starts: the state is forgotten and the input not scaled.
+        cu_seqlens: (N + 1,) int32 or int64, on the device of x. Then x is (1, T, C) and holds N sequences end to end,
+            sequence n from token cu_seqlens[n] to before cu_seqlens[n + 1], of any lengths, 0 too; initial_state and
+            last_state are (N, C), and an empty sequence hands its state on. Never read by the host on a GPU. What comes
+            out behind the last sequence is finite and means nothing. One token each: x.view(N, 1, C) does the same.
+        starts: (N,) bool, which sequences start at their first token, as at a reset, whatever their initial_state
+            holds; the others go on from it. None means all. Only with cu_seqlens.
         backend: "reference" (a loop), "torch" (any device), "triton" (GPU), or None to choose.
 
     Returns:
-        hidden (B, T, C) in the dtype of x, and last_state (B, C) in float32 (float64 where x is float64).
+        hidden (B, T, C) in the dtype of x, and last_state (B, C), or (N, C), in float32 (float64 where x is float64).
 
     Raises:
         ValueError: naming the argument, for a wrong shape, dtype or backend, or a log_decay above 0. The values of
@@ -52,7 +69,7 @@ def rg_lru_scan(
     Second derivatives: see the backends; "triton" raises. Forward-mode derivatives are those of "reference", which runs
     where they are taken.
     """
-    _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts)
     if backend is None and _in_forward_mode():
         backend = "reference"
     elif backend is None:
@@ -64,7 +81,12 @@ def rg_lru_scan(
         raise ValueError(f"backend = {backend!r}: allowed are {sorted(BACKENDS)} and None")
     elif backend == "triton" and (reason := triton_unavailable_reason(x)) is not None:
         raise ValueError(f"backend = 'triton' cannot run: {reason}; allowed here are 'reference', 'torch' and None")
-    return BACKENDS[backend](x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    inputs = (x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    if cu_seqlens is None:
+        return BACKENDS[backend](*inputs)
+    if backend == "triton":
+        return rg_lru_scan_triton(*inputs, cu_seqlens, starts)
+    return require_slot("scan_sequences")(BACKENDS[backend], *inputs, cu_seqlens, starts)
 
 
 def describe_backend(device: torch.device | str) -> str:
@@ -75,17 +97,22 @@ def describe_backend(device: torch.device | str) -> str:
     return f"RG-LRU scan: torch on {device}, linear in time; the triton kernels do not run: {reason}"
 
 
-def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset) -> None:
+def _check(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts) -> None:
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"x is a {type(x).__name__}: allowed is a tensor (batch, time, channels)")
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed is (batch, time, channels)")
+    if cu_seqlens is not None:
+        require_slot("check_sequences")(cu_seqlens, starts, x)
+    elif starts is not None:
+        raise ValueError("starts without cu_seqlens: allowed are both; rows of a batch start by `reset`")
     batch, length, channels = x.shape
+    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = {
         "recurrence_gate": (recurrence_gate, (batch, length, channels)),
         "input_gate": (input_gate, (batch, length, channels)),
         "log_decay": (log_decay, (channels,)),
-        "initial_state": (initial_state, (batch, channels)),
+        "initial_state": (initial_state, (states, channels)),
         "reset": (reset, (batch, length)),
     }
     for name, (tensor, shape) in shapes.items():

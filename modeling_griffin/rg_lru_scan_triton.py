@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .gpu import can_overlap, no_kernels_reason, on_its_device, register_limit
-from .rg_lru_scan_triton_fallback import backward_or_torch, forward_or_torch
+from .slots import require_slot, slot
 
 
 try:
@@ -70,6 +70,13 @@ def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
     return BACKWARD if batch * channels > 64 * 256 else BACKWARD_TALL
 
 
+def _roomy(tile: Tile, cu_seqlens: torch.Tensor | None) -> Tile:
+    """For sequences end to end, whose marks and states would spill at 96 registers."""
+    if cu_seqlens is None or tile.max_registers is None:
+        return tile
+    return tile._replace(max_registers=max(tile.max_registers, 128))
+
+
 def triton_unavailable_reason(x: torch.Tensor) -> str | None:
     """None where the kernels can run on `x`, else why not."""
     if triton is None:
@@ -89,6 +96,8 @@ def rg_lru_scan_triton(
     log_decay: torch.Tensor,
     initial_state: torch.Tensor | None,
     reset: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as in `rg_lru_scan`. Runs in float32; `triton_unavailable_reason(x)` must be None.
 
@@ -96,30 +105,53 @@ def rg_lru_scan_triton(
     """
     state = None if initial_state is None else initial_state.float()
     inputs = (x, recurrence_gate, input_gate, log_decay.float(), state, reset)
-    return forward_or_torch(_OPERATORS.forward, inputs)
+    return run_forward(_OPERATORS.forward, inputs, (cu_seqlens, starts))
 
 
-def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
-    hidden, last_state = _forward_shapes(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+@slot
+def run_forward(kernels, inputs: tuple, sequences: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """kernels(*inputs, *sequences). The package's goes on by the torch backend where a kernel does not compile."""
+    return kernels(*inputs, *sequences)
+
+
+@slot
+def run_backward(kernels, d_hidden, d_last_state, *saved) -> tuple[torch.Tensor, ...]:
+    """The same of the gradients."""
+    return kernels(d_hidden, d_last_state, *saved)
+
+
+def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens=None, starts=None):
+    hidden, last_state = _forward_shapes(
+        x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts
+    )
     if hidden.numel() == 0:
         return hidden, last_state.zero_() if initial_state is None else last_state.copy_(initial_state)
     inputs = _contiguous(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
     exact = _is_exact(x, recurrence_gate, input_gate)
-    if x.shape[1] == 1:
+    sequences = _contiguous(cu_seqlens, starts)
+    if cu_seqlens is None and x.shape[1] == 1:
         _launch_step(exact, inputs, (hidden, last_state))
+    elif cu_seqlens is not None and x.shape[1] < cu_seqlens.shape[0]:  # about one token each
+        require_slot("launch_walk")(exact, inputs, sequences, (hidden, last_state))
     else:
-        tile = _forward_tile(x.shape[0], x.shape[2], exact, reset is not None)
-        _launch(forward_kernel, tile, exact, inputs, (hidden, last_state))
+        tile = _roomy(_forward_tile(x.shape[0], x.shape[2], exact, reset is not None), cu_seqlens)
+        layout = _Layout(*sequences, inputs[4], last_state)
+        _launch(forward_kernel, tile, exact, inputs, (hidden, last_state), layout)
     return hidden, last_state
 
 
-def _forward_shapes(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
-    batch, _, channels = x.shape
-    return x.new_empty(x.shape), log_decay.new_empty(batch, channels)
+def _forward_shapes(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens=None, starts=None):
+    states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), log_decay.new_empty(states, x.shape[2])
 
 
-def _backward(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden):
-    outputs = _backward_shapes(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, None, None, hidden)
+def _backward(
+    d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden,
+    cu_seqlens=None, starts=None,
+):  # fmt: skip
+    outputs = _backward_shapes(
+        d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, None, None, hidden, cu_seqlens
+    )
     d_x, d_recurrence_gate, d_input_gate, d_log_decay, d_initial_state = outputs
     batch, length, channels = x.shape
     if x.numel() == 0:
@@ -128,19 +160,23 @@ def _backward(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay,
     arguments = (x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden, d_hidden, d_last_state)
     inputs = _contiguous(*arguments)
     exact = _is_exact(x, recurrence_gate, input_gate)
-    tile = _backward_tile(batch, length, channels, exact)
+    tile = _roomy(_backward_tile(batch, length, channels, exact), cu_seqlens)
     # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
     partial = log_decay.new_empty(batch * triton.cdiv(length, tile.steps), channels)
     outputs = (d_x, d_recurrence_gate, d_input_gate, partial, d_initial_state)
-    _launch(backward_kernel, tile, exact, inputs, outputs, HAS_D_LAST=d_last_state is not None)
+    layout = _Layout(*_contiguous(cu_seqlens, starts), inputs[8], d_initial_state)
+    _launch(backward_kernel, tile, exact, inputs, outputs, layout, HAS_D_LAST=d_last_state is not None)
     _sum_rows(partial, d_log_decay)
     return d_x, d_recurrence_gate, d_input_gate, d_log_decay, d_initial_state
 
 
-def _backward_shapes(d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden):
-    batch, _, channels = x.shape
+def _backward_shapes(
+    d_hidden, d_last_state, x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden,
+    cu_seqlens=None, starts=None,
+):  # fmt: skip
+    channels, states = x.shape[2], x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     gates = (recurrence_gate.new_empty(x.shape), input_gate.new_empty(x.shape))
-    return x.new_empty(x.shape), *gates, log_decay.new_empty(channels), log_decay.new_empty(batch, channels)
+    return x.new_empty(x.shape), *gates, log_decay.new_empty(channels), log_decay.new_empty(states, channels)
 
 
 def _contiguous(*tensors):
@@ -169,7 +205,7 @@ def _launch_step(exact: bool, inputs, outputs, channels_each: int = 256) -> None
         )
 
 
-def _overlap(x: torch.Tensor) -> dict[str, bool]:
+def overlap_options(x: torch.Tensor) -> dict[str, bool]:
     """Launch options of a kernel that may start while the one in front of it ends."""
     overlap = can_overlap(x.device)
     return {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
@@ -179,16 +215,25 @@ def _sum_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
     channels = rows.shape[1]
     with on_its_device(rows):
         grid = (triton.cdiv(channels, 16),)
-        sum_rows_kernel[grid](rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **_overlap(rows))
+        sum_rows_kernel[grid](rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **overlap_options(rows))
 
 
 def _cleared_words(x: torch.Tensor, count: int) -> torch.Tensor:
-    words, overlap = x.new_empty(count, dtype=torch.int64), _overlap(x)["PDL"]
+    words, overlap = x.new_empty(count, dtype=torch.int64), overlap_options(x)["PDL"]
     clear_kernel[(triton.cdiv(count, 4096),)](words, count, PDL=overlap, BLOCK=4096, num_warps=4)
     return words
 
 
-def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
+class _Layout(NamedTuple):
+    """Sequences end to end, or a plain batch where cu_seqlens is None; and the states (N, C) at both their ends."""
+
+    cu_seqlens: torch.Tensor | None
+    starts: torch.Tensor | None
+    entering: torch.Tensor | None  # in the direction of the pass
+    leaving: torch.Tensor
+
+
+def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, layout: _Layout, **flags) -> None:
     """inputs: x, both gates, log_decay, initial_state, reset, ... ; each kernel takes inputs, outputs, words, sizes."""
     x = inputs[0]
     batch, length, channels = x.shape
@@ -196,18 +241,26 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
     tiles = steps * blocks * batch
     # Tiles pass the state on through words that start as 0, with the ticket counter behind them. They are this call's
     # own: other streams have theirs, and a CUDA graph clears them at each replay.
-    chained = steps > 1
+    chained, varlen = steps > 1, layout.cu_seqlens is not None
+    count = tiles * tile.channels + 1 if chained else 0
     with on_its_device(x):
-        words = _cleared_words(x, tiles * tile.channels + 1) if chained else None
+        words = marks = sequence = None
+        if varlen:
+            words, marks, sequence = require_slot("lay_out_sequences")(layout, x, inputs[5], tile, count)
+        elif chained:
+            words = _cleared_words(x, count)
         kernel[(tiles,)](
             *inputs,
             *outputs,
             words,
+            marks,
+            sequence,
             batch,
             length,
             channels,
             HAS_INITIAL=inputs[4] is not None,
-            HAS_RESET=inputs[5] is not None,
+            HAS_RESET=inputs[5] is not None and not varlen,
+            VARLEN=varlen,
             CHAINED=chained,
             MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
             EXACT=exact,
@@ -216,21 +269,21 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
             CHANNELS=tile.channels,
             num_warps=tile.num_warps,
             **register_limit(tile.max_registers, x.device),
-            **(_overlap(x) if chained else {"PDL": False}),
+            **(overlap_options(x) if chained or varlen else {"PDL": False}),
             **flags,
         )
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[0])
+    ctx.save_for_backward(*inputs[:6], output[0], *inputs[6:])
 
 
 def _differentiate(ctx, d_hidden, d_last_state):
     saved = ctx.saved_tensors  # once: activation checkpointing computes them at each access
-    d_hidden = torch.zeros_like(saved[-1]) if d_hidden is None else d_hidden
-    *gradients, d_initial_state = backward_or_torch(_OPERATORS.backward, d_hidden, d_last_state, *saved)
-    return *gradients, None if saved[4] is None else d_initial_state, None
+    d_hidden = torch.zeros_like(saved[6]) if d_hidden is None else d_hidden
+    *gradients, d_initial_state = run_backward(_OPERATORS.backward, d_hidden, d_last_state, *saved)
+    return *gradients, None if saved[4] is None else d_initial_state, None, None, None
 
 
 def _save_nothing(ctx, inputs, output) -> None:
@@ -254,10 +307,11 @@ def _register():
     name = f"{base}_{count}"
     gates = "Tensor recurrence_gate, Tensor input_gate, Tensor log_decay"
     inputs = f"Tensor x, {gates}, Tensor? initial_state, Tensor? reset"
-    more = f"Tensor d_hidden, Tensor? d_last_state, {inputs}, Tensor hidden"
+    sequences = "Tensor? cu_seqlens=None, Tensor? starts=None"
+    more = f"Tensor d_hidden, Tensor? d_last_state, {inputs}, Tensor hidden, {sequences}"
     library = torch.library.Library(name, "FRAGMENT")
     tags = (torch.Tag.pt2_compliant_tag,)
-    library.define(f"forward({inputs}) -> (Tensor, Tensor)", tags=tags)
+    library.define(f"forward({inputs}, {sequences}) -> (Tensor, Tensor)", tags=tags)
     library.define(f"backward({more}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=tags)
     library.impl("forward", _forward, "CompositeExplicitAutograd")
     library.impl("backward", _backward, "CompositeExplicitAutograd")

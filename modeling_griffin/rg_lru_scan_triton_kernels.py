@@ -17,6 +17,9 @@ Names: p_ pointer, i_ index, m_ mask, s segment, c channel; tiles are (SEGMENTS,
 SEGMENTS * CHANNELS is twice the number of threads: every array, of 16, 32 or 64 bits, then has the same layout, and no
 value is held by two threads. The look-back needs that: two threads that poll one word may see different values.
 
+VARLEN: one row holds sequences end to end, and states have a row each. `lay_out_kernel` says which tokens are a first
+one, a reset, a last one; states are loaded and stored at these alone, so where none is, nothing is added to memory.
+
 PDL: the kernel may start while the one that clears the words ends, and waits for that before it touches anything.
 """
 
@@ -159,12 +162,30 @@ def _load_resets(p_reset, t, T, ROWS: tl.constexpr):
     return tl.sum(resets.to(tl.int32) << i, 1)[:, None]
 
 
+@triton.jit
+def _has(marks, bit: tl.constexpr):
+    return ((marks >> bit) & 1) != 0
+
+
+@triton.jit
+def _load_state(p_states, p_sequence, t, C, c, mask):
+    """Of the sequence of token t, (SEGMENTS, CHANNELS) float32; 0 and no load where the mask is False."""
+    n = tl.load(p_sequence + t, mask=mask, other=0).to(tl.int64)
+    return tl.load(p_states + n * C + c, mask=mask & (c < C), other=0.0)
+
+
+@triton.jit
+def _store_state(p_states, p_sequence, t, C, c, state, mask):
+    n = tl.load(p_sequence + t, mask=mask, other=0).to(tl.int64)
+    tl.store(p_states + n * C + c, state, mask=mask & (c < C))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     p_x, p_recurrence_gate, p_input_gate, p_log_decay, p_initial_state, p_reset,
-    p_hidden, p_last_state, p_words,
+    p_hidden, p_last_state, p_words, p_marks, p_sequence,
     B, T, C,
-    HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, CHAINED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, VARLEN: tl.constexpr, CHAINED: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +211,9 @@ def forward_kernel(
         gs = gs + (load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
         xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
-    if HAS_RESET:
+    if VARLEN:
+        marks = tl.load(p_marks + i_t * SEGMENTS + i_s)
+    elif HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
     a_rows, b_rows = (), ()
@@ -199,18 +222,23 @@ def forward_kernel(
     for i in tl.static_range(ROWS):
         a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT)
         multiplier = square_root(y, EXACT)
-        if HAS_RESET:
-            reset = ((resets >> i) & 1) != 0
+        if VARLEN or HAS_RESET:
+            reset = _has(marks, i + 16) if VARLEN else _has(resets, i)
             a = tl.where(reset, 0.0, a)
             multiplier = tl.where(reset, 1.0, multiplier)
         b = (multiplier * sigmoid(to_float32(gs[i]), EXACT)) * to_float32(xs[i])
+        if VARLEN:  # a sequence goes on from its own state, not from the token in front of it
+            is_first = _has(marks, i)
+            if HAS_INITIAL:
+                b = tl.fma(a, _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0)), b)
+            a = tl.where(is_first, 0.0, a)
         a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == SEGMENTS - 1
     carry = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
-    if HAS_INITIAL:
+    if HAS_INITIAL and not VARLEN:
         if i_t == 0:
             carry = tl.load(p_initial_state + i_b * C + c, mask=m_c, other=0.0)
     if CHAINED:
@@ -226,17 +254,19 @@ def forward_kernel(
     for i in tl.static_range(ROWS):
         h = tl.fma(a_rows[i], h, b_rows[i])
         store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
-    if (i_t + 1) * (SEGMENTS * ROWS) >= T:
+        if VARLEN:
+            _store_state(p_last_state, p_sequence, t + i, C, c, h, _has(marks, i + 32))
+    if not VARLEN and (i_t + 1) * (SEGMENTS * ROWS) >= T:
         tl.store(p_last_state + i_b * C + c, state, mask=m_end & m_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     p_x, p_recurrence_gate, p_input_gate, p_log_decay, p_initial_state, p_reset, p_hidden, p_d_hidden, p_d_last_state,
-    p_d_x, p_d_recurrence_gate, p_d_input_gate, p_d_log_decay, p_d_initial_state, p_words,
+    p_d_x, p_d_recurrence_gate, p_d_input_gate, p_d_log_decay, p_d_initial_state, p_words, p_marks, p_sequence,
     B, T, C: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_D_LAST: tl.constexpr, CHAINED: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, VARLEN: tl.constexpr, CHAINED: tl.constexpr,
+    HAS_D_LAST: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dh_t = d_hidden_t + k_{t+1} with k_t = a_t dh_t: the maps are those of k, from a tile's end to its start.
@@ -270,22 +300,28 @@ def backward_kernel(
         # the state before each row; the row before the sequence is the initial state, added below
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
-    if HAS_RESET:
+    if VARLEN:
+        marks = tl.load(p_marks + i_t * SEGMENTS + (SEGMENTS - 1 - i_s))
+    elif HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
     a_s = tl.full([SEGMENTS, CHANNELS], 1.0, tl.float32)
     b_s = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
         a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT)
-        if HAS_RESET:
-            reset = ((resets >> i) & 1) != 0
-            a = tl.where(reset, 0.0, a)
-        a_s, b_s = a_s * a, a * (b_s + to_float32(ds[i]))
+        d_hidden = to_float32(ds[i])
+        if VARLEN:
+            a = tl.where(_has(marks, i) | _has(marks, i + 16), 0.0, a)
+            if HAS_D_LAST:
+                d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
+        elif HAS_RESET:
+            a = tl.where(_has(resets, i), 0.0, a)
+        a_s, b_s = a_s * a, a * (b_s + d_hidden)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == SEGMENTS - 1
     carry = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
-    if HAS_D_LAST:
+    if HAS_D_LAST and not VARLEN:
         if n_before == 0:
             carry = tl.load(p_d_last_state + i_b * C + c, mask=m_c, other=0.0)
     if CHAINED:
@@ -306,17 +342,29 @@ def backward_kernel(
         # Differs: 1 / sqrt(y) is bounded at 2 * 1000, as in `BoundedSqrt`; the paper has no bound.
         inverse = tl.minimum(reciprocal(multiplier, EXACT), 2000.0)
         x, h_before = to_float32(xs[i]), to_float32(hs[i])
-        if HAS_INITIAL:
+        if VARLEN:
+            is_first = _has(marks, i)
+            h_before = tl.where(is_first, 0.0, h_before)
+            if HAS_INITIAL:
+                is_entered = is_first & (_has(marks, i + 16) == 0)
+                h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_entered)
+        elif HAS_INITIAL:
             if i == 0:
                 h_before += tl.load(p_initial_state + i_b * C + c, mask=m_c & (t == 0), other=0.0)
         d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
-        if HAS_RESET:
-            reset = ((resets >> i) & 1) != 0
+        if VARLEN or HAS_RESET:
+            reset = _has(marks, i + 16) if VARLEN else _has(resets, i)
             a = tl.where(reset, 0.0, a)
             multiplier = tl.where(reset, 1.0, multiplier)
             d_log_a = tl.where(reset, 0.0, d_log_a)
         dh = to_float32(ds[i]) + k
+        if VARLEN and HAS_D_LAST:
+            dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
         k = a * dh
+        if VARLEN:
+            if HAS_INITIAL:
+                _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
+            k = tl.where(is_first, 0.0, k)
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r
         d_log_decay += d_r
@@ -327,6 +375,6 @@ def backward_kernel(
 
     c_tile = (i_chain % n_blocks) * CHANNELS + i_c
     tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(d_log_decay, 0), mask=c_tile < C)
-    if HAS_INITIAL:
+    if HAS_INITIAL and not VARLEN:
         if i_t == 0:
             tl.store(p_d_initial_state + i_b * C + c, state, mask=m_end & m_c)

@@ -1,6 +1,7 @@
 """Times the RG-LRU recurrence, forward and backward.
 
     python scripts/benchmark_scan.py --device cuda    the scan against a copy of the same bytes and against other scans
+    python scripts/benchmark_scan.py --device cuda --part varlen    sequences end to end against one row
     python scripts/benchmark_scan.py --device cpu     the RG-LRU layer against RecurrentGemma's in Transformers
 
 On a GPU it first checks values and gradients against the float64 reference and times nothing that fails. All run the
@@ -38,21 +39,28 @@ MAX_ERROR = 2e-2  # of a peer, as a share of the norm, in bfloat16
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=device, help="where it runs")
+    parser.add_argument("--part", choices=["scan", "varlen"], default="scan", help="varlen: on a GPU only")
     parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=None, help="path without suffix; default results/scan/scan_DEVICE"
+        "--output", type=Path, default=None, help="path without suffix; default results/scan/PART_DEVICE"
     )
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     name = short_device_name(arguments.device)
-    output = arguments.output or Path("results") / "scan" / f"scan_{name}"
+    if arguments.part == "varlen" and arguments.device != "cuda":
+        parser.error("--part varlen: allowed on --device cuda only")
+    output = arguments.output or Path("results") / "scan" / f"{arguments.part}_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)
     birth = birth_certificate(arguments.device, arguments.commit, ["flash-linear-attention", "accelerated-scan"])
+    if arguments.part == "varlen":
+        from benchmarks.scan_varlen import benchmark_varlen, varlen_text  # which imports this file
+
+        report = {"birth": birth, "rows": benchmark_varlen()}
+        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        output.with_suffix(".md").write_text(varlen_text(report))
+        print(varlen_text(report))
+        return
     for report in benchmark_cuda() if arguments.device == "cuda" else benchmark_cpu():
         report = {"birth": birth, **report}
         text = (_cuda_text if arguments.device == "cuda" else _cpu_text)(report)

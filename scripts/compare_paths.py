@@ -22,8 +22,8 @@ from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, decay_parameter_names, documents, rg_lru
-from modeling_griffin.kernels import dispatch
+from modeling_griffin import GriffinConfig, GriffinForCausalLM, decay_parameter_names, rg_lru
+from modeling_griffin.kernels import dispatch, flash_attention
 
 
 BYTES = 256
@@ -72,7 +72,9 @@ def definitions():
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(rg_lru, "rg_lru_scan", loop))
-        stack.enter_context(mock.patch.object(documents, "flash_unavailable_reason", lambda *inputs: "by definition"))
+        stack.enter_context(
+            mock.patch.object(flash_attention, "flash_unavailable_reason", lambda *inputs: "by definition")
+        )
         stack.enter_context(mock.patch.object(dispatch, "pays", lambda *tensors: False))
         yield "eager"
 

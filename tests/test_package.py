@@ -23,11 +23,11 @@ FILES = sorted(path.name for path in PACKAGE.glob("*.py"))
 SHIPPED = sorted(
     f"{name}.py"
     for name in (
-        *("configuration_griffin", "modeling_griffin", "slots", "gpu", "documents", "cache_name", "lambda_init"),
-        *("rg_lru", "rg_lru_scan", "rg_lru_scan_reference", "rg_lru_scan_torch", "rg_lru_scan_triton"),
-        *("rg_lru_scan_triton_around", "rg_lru_scan_triton_kernels", "rg_lru_scan_triton_math"),
-        *("rg_lru_scan_triton_step", "causal_conv1d", "local_attention", "flash_local_attention", "elementwise"),
-        *("linears", "causal_lm_loss", "rollback", "tensor_parallel", "rg_lru_scan_triton_fallback"),
+        *("configuration_griffin", "modeling_griffin", "slots", "gpu", "documents", "padding", "cache_layers"),
+        *("cache_name", "lambda_init", "rg_lru", "rg_lru_scan", "rg_lru_scan_reference", "rg_lru_scan_torch"),
+        *("rg_lru_scan_triton", "rg_lru_scan_triton_around", "rg_lru_scan_triton_kernels"),
+        *("rg_lru_scan_triton_math", "rg_lru_scan_triton_step", "causal_conv1d", "local_attention", "elementwise"),
+        *("causal_lm_loss", "rollback", "tensor_parallel"),
     )
 )
 PUBLIC = {

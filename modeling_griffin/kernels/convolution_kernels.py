@@ -10,6 +10,8 @@ Names: p_ pointer, i_ index, m_ mask, c channels; rows are (CHANNELS,) tensors.
 try:
     import triton
     import triton.language as tl
+
+    from .rg_lru_scan_triton_around import sequence_of
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
@@ -221,3 +223,73 @@ def backward_kernel(
         for k in tl.static_range(W):
             _store(p_partial + c * W + (W - 1 - k), sums[k], m_c, True)
         _store(p_partial + C * W + c, sums[W], m_c, True)
+
+
+@triton.jit
+def _goes_on(p_starts, n, N, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr):
+    """Which sequences have a state to go on from; N, behind the last, has none."""
+    if HAS_STATE and HAS_STARTS:
+        return (n < N) & (tl.load(p_starts + n, mask=n < N, other=1) == 0)
+    else:
+        return n < 0
+
+
+@triton.jit
+def _convolve_run(
+    p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts, p_y, i_run, c, T, N, C, halvings,
+    W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Each tap loads its rows again, from the cache: what it reaches, x or a state, is each row's own matter."""
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    t = (i_run * ROWS + tl.arange(0, ROWS))[:, None]
+    n = sequence_of(p_cu_seqlens, t, N, halvings)
+    age = t - tl.load(p_cu_seqlens + n).to(tl.int32)
+    goes_on = _goes_on(p_starts, n, N, HAS_STATE, HAS_STARTS)
+    m_c = c < C
+    m = (t < T) & m_c
+    y = tl.full([ROWS, CHANNELS], 0.0, tl.float32) + _load_rounded(p_bias + c, m_c, dtype)
+    for k in tl.static_range(W):
+        x = tl.load(p_x + (t - k).to(tl.int64) * C + c, mask=m & (age >= k), other=0.0).to(tl.float32)
+        if HAS_STATE and k > 0:
+            p = p_state + (n.to(tl.int64) * C + c) * W + (W - k + age)
+            x += _load_rounded(p, m & (age < k) & goes_on, dtype)
+        y = tl.fma(_load_rounded(p_weight + c * W + (W - 1 - k), m_c, dtype), x, y)
+    tl.store(p_y + t.to(tl.int64) * C + c, y.to(dtype), mask=m)
+
+
+@triton.jit
+def _new_state(
+    p_x, p_state, p_cu_seqlens, p_starts, p_new_state, n, c, N, C,
+    W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    begin = tl.load(p_cu_seqlens + n).to(tl.int64)
+    length = tl.load(p_cu_seqlens + n + 1).to(tl.int64) - begin
+    place = (n.to(tl.int64) * C + c) * W
+    # An empty sequence hands its state on.
+    goes_on = (length == 0) | _goes_on(p_starts, n, N, HAS_STATE, HAS_STARTS)
+    for j in tl.static_range(W):
+        age = length - W + j  # of the input that the state has at j
+        x = tl.load(p_x + (begin + age) * C + c, mask=(c < C) & (age >= 0), other=0.0).to(tl.float32)
+        if HAS_STATE:
+            x += _load_rounded(p_state + place + W + age, (c < C) & (age < 0) & goes_on, dtype)
+        tl.store(p_new_state + place + j, x.to(dtype), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["T", "N", "n_runs", "halvings"])
+def varlen_kernel(
+    p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts,
+    p_y, p_new_state,
+    T, N, C, n_runs, halvings,
+    W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """N sequences end to end in one row. n_runs programs have ROWS steps each, and one a sequence its new state."""
+    i_run = tl.program_id(0)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    if i_run < n_runs:
+        _convolve_run(
+            p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts, p_y, i_run, c, T, N, C, halvings,
+            W, HAS_STATE, HAS_STARTS, ROWS, CHANNELS,
+        )  # fmt: skip
+    else:
+        _new_state(p_x, p_state, p_cu_seqlens, p_starts, p_new_state, i_run - n_runs, c, N, C, W, HAS_STATE, HAS_STARTS)

@@ -6,29 +6,25 @@ operations read and write all of their tensors, and autograd keeps what lies bet
 long on them as on its GEMMs. Small tensors stay eager, where launches cost more than the memory.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..flash_local_attention import computed_in
 from ..rg_lru import BlockDiagonalLinear
 from ..rg_lru_scan_triton import triton_unavailable_reason
-from .attention import local_attention_triton, triton_attention_unavailable_reason, visible_tokens
 from .block_diagonal import BlockDiagonalProduct
 from .convolution import convolve_on_gpu
 from .elementwise import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm, triton_rotate
-from .fallback import FAILED, give_up, or_definition
+from .fallback import or_definition
+from .flash_attention import attention_runs
 from .gates import gates_unavailable_reason, rg_lru_gates
 from .linears import gelu_gated_linears, joined_linears
 from .loss import KernelRowLosses
 
 
 LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much as the memory
-LEAST_TOKENS = 2048  # of attention; below, launches cost as much as the attention, and PyTorch's kernel has fewer
-TRIED_TOKENS = 256
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
@@ -137,47 +133,10 @@ def row_losses(logits, targets, ignore_index):
         return KernelRowLosses.apply(logits, targets, ignore_index)
 
 
-def kernel_layout(config, inputs_embeds) -> Callable | None:
-    """Of a model that flash attention can run: runs without further keys are the Triton kernels'."""
-    dtype, device = computed_in(inputs_embeds), inputs_embeds.device
-    if inputs_embeds.shape[:2].numel() < LEAST_TOKENS:
-        return None
-    if triton_attention_unavailable_reason(config.head_dim, dtype, device) is not None:
-        return None
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    return visible_tokens if device.type != "cuda" or _attention_runs(heads, dtype, device) else None
-
-
-@functools.cache
-def _attention_runs(heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> bool:
-    """Tried on a few tokens, forward and back: the layout is chosen long before the kernels are called."""
-    heads, key_heads, head_dim = heads
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # the caller's are not to see this
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), hooks:
-            new = {"dtype": dtype, "device": device, "requires_grad": True}
-            query = torch.zeros(TRIED_TOKENS, heads, head_dim, **new)
-            key = torch.zeros(TRIED_TOKENS, key_heads, head_dim, **new)
-            edge = torch.zeros(TRIED_TOKENS, dtype=torch.bool, device=device)
-            visible = visible_tokens(edge, TRIED_TOKENS)
-            out = local_attention_triton(query, key, key, visible, head_dim**-0.5)
-            torch.autograd.grad(out, (query, key), torch.zeros_like(out))
-    except Exception as error:
-        give_up("local_attention", device, error)
-    return ("local_attention", device) not in FAILED
-
-
-def visible_attention(module, query, key, value, visible, scaling: float, **kwargs) -> tuple[torch.Tensor, None]:
-    """query, key, value (B, H or H_kv, T, K) -> (B, T, H, K), and no weights; visible from `visible_tokens`."""
-    tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, K)
-    output = local_attention_triton(*tensors, visible, scaling)
-    return output.unflatten(0, (query.shape[0], query.shape[2])), None
-
-
 SLOTS = {
     function.__name__: or_definition(function)
     for function in (
         *(rms_norm, add_rms_norm, gated, rotate, linears, gated_linears, block_diagonal, gates),
         *(convolve_with_states, row_losses),
     )
-} | {"kernel_layout": kernel_layout}
+} | {"attention_runs": attention_runs}

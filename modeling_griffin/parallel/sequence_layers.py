@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..elementwise import rotate
-from ..flash_local_attention import OWN_ATTENTION
-from ..linears import linears
+from ..elementwise import linears, rotate
+from ..local_attention import OWN_ATTENTION
 from ..modeling_griffin import eager_attention_forward
 from .chunk_layout import ChunkLayout
 from .neighbours import Ranks, exchange_positions, exchange_tails

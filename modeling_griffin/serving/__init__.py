@@ -1,0 +1,1 @@
+"""Many requests at once, by engines that others make. Importing this imports none of them."""

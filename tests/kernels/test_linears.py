@@ -7,9 +7,9 @@ from torch.nn.utils import parametrize
 
 import modeling_griffin.kernels.linears as fused_linear
 from modeling_griffin import slots
+from modeling_griffin.elementwise import gated_linears, linears
 from modeling_griffin.kernels import dispatch
 from modeling_griffin.kernels.dispatch import GELU_TANH, is_plain
-from modeling_griffin.linears import gated_linears, linears
 from tests.tolerances import assert_close
 
 

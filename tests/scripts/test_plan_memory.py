@@ -40,7 +40,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.causal_lm_loss import CHUNK_ELEMENTS
-from modeling_griffin.kernels import dispatch
+from modeling_griffin.kernels import dispatch, flash_attention
 
 
 PRECISIONS = {"float32": FLOAT32, "autocast": AUTOCAST, "bfloat16": BFLOAT16}
@@ -157,7 +157,7 @@ def test_what_autograd_keeps_to_the_byte(name, precision):
 @pytest.mark.parametrize("name", RUNS)
 def test_what_autograd_keeps_on_a_gpu_to_the_byte(name, precision, monkeypatch):
     monkeypatch.setattr(dispatch, "LEAST_ELEMENTS", 1)  # by the kernels, small as the tensors are
-    monkeypatch.setattr(dispatch, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(flash_attention, "LEAST_TOKENS", 1)
     kinds, changes, shape = RUNS[name]
     config = make_config(kinds, **{"head_dim": 24, **changes})
     ids = torch.randint(0, config.vocab_size, shape, device="cuda")

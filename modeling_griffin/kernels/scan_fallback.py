@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from .gpu import is_kernel_failure, properties
-from .rg_lru_scan_torch import rg_lru_scan_torch
+from ..gpu import is_kernel_failure, properties
+from ..rg_lru_scan_torch import rg_lru_scan_torch
 
 
 logger = logging.get_logger(__name__)

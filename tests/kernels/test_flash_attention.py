@@ -6,19 +6,13 @@ On a CPU the kernel is replaced by its definition; on a GPU it is PyTorch's, in 
 import pytest
 import torch
 
-from modeling_griffin import (
-    GriffinConfig,
-    GriffinForCausalLM,
-    documents,
-    flash_local_attention,
-    gpu,
-)
+from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
 from modeling_griffin.documents import read_layout
-from modeling_griffin.flash_local_attention import Runs, edges_of_runs, flash_unavailable_reason
-from modeling_griffin.kernels import attention, dispatch
+from modeling_griffin.kernels import attention
 from modeling_griffin.kernels.attention import Visible, visible_tokens
 from modeling_griffin.kernels.device import attention_refusal
 from modeling_griffin.kernels.device.known import known_gpu
+from modeling_griffin.kernels.flash_attention import Runs, edges_of_runs, flash_unavailable_reason
 from tests.conftest import make_audible, make_config
 from tests.tolerances import assert_close
 
@@ -59,9 +53,9 @@ def runs_seen(monkeypatch):
         scores = torch.einsum("qhk,shk->hqs", query, key) * scaling
         return torch.einsum("hqs,shk->qhk", scores.masked_fill(~mask, -torch.inf).softmax(-1), value)
 
-    monkeypatch.setattr(flash_local_attention, "varlen_attn", counted, raising=False)
-    monkeypatch.setattr(dispatch, "local_attention_triton", visible)
-    monkeypatch.setattr(documents, "flash_unavailable_reason", lambda *arguments: None)
+    monkeypatch.setattr(flash_attention, "varlen_attn", counted, raising=False)
+    monkeypatch.setattr(flash_attention, "local_attention_triton", visible)
+    monkeypatch.setattr(flash_attention, "flash_unavailable_reason", lambda *arguments: None)
     return seen
 
 
@@ -92,7 +86,7 @@ def logits_and_gradient(model, ids, arguments):
 @pytest.mark.parametrize("kind", ["griffin", "attention"])
 def test_model_agrees_with_eager_attention(kind, layout, kernel, runs_seen, monkeypatch):
     layout_of_kernels = visible_tokens if kernel == "triton" else None
-    monkeypatch.setattr(documents, "kernel_layout", lambda *arguments: layout_of_kernels)
+    monkeypatch.setattr(flash_attention, "kernel_layout", lambda *arguments: layout_of_kernels)
     arguments, runs = layouts()[layout]
     model = make_audible(GriffinForCausalLM(make_config(kind)))
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH))
@@ -100,7 +94,7 @@ def test_model_agrees_with_eager_attention(kind, layout, kernel, runs_seen, monk
     assert set(runs_seen) == {runs if kernel == "varlen" else "triton"}
     model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "flash_unavailable_reason", lambda *arguments: "eager")
+        patch.setattr(flash_attention, "flash_unavailable_reason", lambda *arguments: "eager")
         expected = logits_and_gradient(model, ids, arguments)
     for name, f, e in zip(("logits", "gradient"), found, expected):
         assert_close(name, f, e)
@@ -111,7 +105,7 @@ def test_model_agrees_with_eager_attention(kind, layout, kernel, runs_seen, monk
 @torch.no_grad()
 def test_chunks_behind_a_cache(sizes, triton, runs_seen, monkeypatch):
     """Also with a mask of ones; a single token needs no runs. The Triton kernels take no cached keys."""
-    monkeypatch.setattr(documents, "kernel_layout", lambda *arguments: visible_tokens if triton else None)
+    monkeypatch.setattr(flash_attention, "kernel_layout", lambda *arguments: visible_tokens if triton else None)
     model = make_audible(GriffinForCausalLM(make_config("griffin")))
     ids = torch.randint(0, model.config.vocab_size, (2, LENGTH))
     whole = model(ids, use_cache=False).logits
@@ -178,7 +172,7 @@ def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
     monkeypatch.setattr(gpu, "_PRETENDED", [gpu.GPU("a GPU", "nvidia", capability, 100, 0)])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
-    monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"})
+    monkeypatch.setattr(flash_attention, "PARAMETERS", {"window_size"})
     found = flash_unavailable_reason(config, torch.zeros(1, 2, 16, dtype=torch.bfloat16))
     assert found is None if reason is None else reason in found
 
@@ -210,13 +204,13 @@ def test_choice_of_the_kernel(change, triton, varlen, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
     monkeypatch.setattr(attention, "triton", change.get("installed", "there"))
-    monkeypatch.setattr(dispatch, "_attention_runs", lambda *of: True)
-    monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"} if change.get("window", True) else {})
+    monkeypatch.setattr(flash_attention, "_attention_runs", lambda *of: True)
+    monkeypatch.setattr(flash_attention, "PARAMETERS", {"window_size"} if change.get("window", True) else {})
     tokens = torch.zeros(1, change.get("tokens", 2048), 16, dtype=torch.bfloat16)
     past = change.get("past", False)
-    assert (flash_local_attention.kernel_layout(config, tokens) is not None and not past) == (triton and not past)
+    assert (flash_attention.kernel_layout(config, tokens) is not None and not past) == (triton and not past)
     assert (flash_unavailable_reason(config, tokens, past) is None) == (varlen or (triton and not past))
-    assert flash_local_attention.kernel_layout(config, tokens.float()) is None
+    assert flash_attention.kernel_layout(config, tokens.float()) is None
 
 
 @pytest.mark.gpu
@@ -228,8 +222,8 @@ def test_on_a_gpu(layout, kernel, heads, key_heads, head_dim, monkeypatch):
     if kernel == "triton":
         if (reason := attention_refusal(head_dim, gpu.properties(torch.device("cuda", 0)))) is not None:
             pytest.skip(reason)
-        monkeypatch.setattr(dispatch, "LEAST_TOKENS", 0)
-        monkeypatch.setattr(flash_local_attention, "varlen_attn", None)
+        monkeypatch.setattr(flash_attention, "LEAST_TOKENS", 0)
+        monkeypatch.setattr(flash_attention, "varlen_attn", None)
     torch.manual_seed(0)
     fields = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": head_dim}
     config = GriffinConfig(
@@ -246,7 +240,7 @@ def test_on_a_gpu(layout, kernel, heads, key_heads, head_dim, monkeypatch):
     assert flash_unavailable_reason(model.config, hidden) is None
     found = logits_and_gradient(model, ids, arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "flash_unavailable_reason", lambda *arguments: "compared with a mask")
+        patch.setattr(flash_attention, "flash_unavailable_reason", lambda *arguments: "compared with a mask")
         masked = logits_and_gradient(model, ids, arguments)
     for f, m, r in zip(found, masked, right):
         assert (f - r).norm() <= 1.2 * (m - r).norm() + 1e-3 * r.norm()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .rg_lru_scan_torch import RGLRUScan, rg_lru_scan_torch
+from ..rg_lru_scan_torch import RGLRUScan, rg_lru_scan_torch
 
 
 def rg_lru_scan_torch_or_operator(x, recurrence_gate, input_gate, log_decay, initial_state, reset):

@@ -8,15 +8,19 @@ nothing is compiled for a length.
 Legend: B batch, H heads, H_kv key-value heads, T queries, S keys, K head dimension, W window, N runs.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
 
-from .gpu import flash_refusal, properties
-from .local_attention import LocalMask, local_attention
-from .slots import slot
+from ..cache_layers import attention_layer, is_static, tokens_in_cache
+from ..gpu import flash_refusal, properties
+from .attention import local_attention_triton, triton_attention_unavailable_reason, visible_tokens
+from .fallback import FAILED, give_up
 
 
 try:
@@ -26,6 +30,9 @@ try:
 except ImportError:
     PARAMETERS = {}
 
+logger = logging.get_logger(__name__)
+LEAST_TOKENS = 2048  # below, launches cost as much as the attention, and PyTorch's kernel has fewer
+TRIED_TOKENS = 256
 DTYPES = (torch.float16, torch.bfloat16)
 ENABLE_GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}  # before, the kernel was simply asked
 
@@ -72,12 +79,6 @@ def _varlen_unavailable_reason(head_dim: int, device: torch.device) -> str | Non
     if "window_size" not in PARAMETERS:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
     return flash_refusal(properties(device), head_dim)
-
-
-@slot
-def kernel_layout(config, inputs_embeds: torch.Tensor) -> Callable | None:
-    """What makes the kernels' layout of where runs start, (N,) bool, and the window; None where no kernel is there."""
-    return None
 
 
 def computed_in(x: torch.Tensor) -> torch.dtype:
@@ -142,8 +143,71 @@ def _flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.transpose(1, 2).flatten(0, 1) for x in tensors]
 
 
-# What `read_layout` hands over in place of a mask says which attention can read it. The package adds its own.
-OWN_ATTENTION = {
-    LocalMask: local_attention,
-    Runs: flash_local_attention,
-}
+def attention_runs(config, inputs_embeds, attention_mask, past_key_values, documents):
+    """What flash attention takes in place of a mask; None where it cannot run, or for one token, which needs no mask.
+
+    Behind a cache only rows of one document without padding are runs: how many of the cached keys belong to another
+    document would have to be read from the GPU. Static caches hand over keys in an order of their own.
+    """
+    shape, window = inputs_embeds.shape[:2], config.attention_window_size
+    if shape[1] == 1:
+        return None
+    past = tokens_in_cache(config, past_key_values)
+    if (reason := flash_unavailable_reason(config, inputs_embeds, past > 0)) is not None:
+        if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
+            logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
+        return None
+    if is_static(past_key_values):
+        return None
+    simple = not documents.packed and documents.real is None
+    if past and (not simple or (attention_mask is not None and not bool(attention_mask.all()))):
+        return None
+    layout = None if past else kernel_layout(config, inputs_embeds)
+    if simple and layout is None:
+        num_keys = shape[1]
+        if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(shape[1], attention_layer(past_key_values))
+        return runs_of_rows(shape, num_keys, window, inputs_embeds.device)
+    if is_tracing(documents.start) and (documents.real is not None or layout is None):
+        return None  # values would have to be read
+    edge = edges_of_runs(documents.start, documents.real)
+    if edge is None:
+        return None
+    return runs_of_edges(edge, window) if layout is None else layout(edge.flatten(), window)
+
+
+def kernel_layout(config, inputs_embeds) -> Callable | None:
+    """Of a model that flash attention can run: runs without further keys are the Triton kernels'."""
+    dtype, device = computed_in(inputs_embeds), inputs_embeds.device
+    if inputs_embeds.shape[:2].numel() < LEAST_TOKENS:
+        return None
+    if triton_attention_unavailable_reason(config.head_dim, dtype, device) is not None:
+        return None
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return visible_tokens if device.type != "cuda" or _attention_runs(heads, dtype, device) else None
+
+
+@functools.cache
+def _attention_runs(heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Tried on a few tokens, forward and back: the layout is chosen long before the kernels are called."""
+    heads, key_heads, head_dim = heads
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # the caller's are not to see this
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
+            new = {"dtype": dtype, "device": device, "requires_grad": True}
+            query = torch.zeros(TRIED_TOKENS, heads, head_dim, **new)
+            key = torch.zeros(TRIED_TOKENS, key_heads, head_dim, **new)
+            edge = torch.zeros(TRIED_TOKENS, dtype=torch.bool, device=device)
+            visible = visible_tokens(edge, TRIED_TOKENS)
+            out = local_attention_triton(query, key, key, visible, head_dim**-0.5)
+            torch.autograd.grad(out, (query, key), torch.zeros_like(out))
+    except Exception as error:
+        give_up("local_attention", device, error)
+    return ("local_attention", device) not in FAILED
+
+
+def visible_attention(module, query, key, value, visible, scaling: float, **kwargs) -> tuple[torch.Tensor, None]:
+    """query, key, value (B, H or H_kv, T, K) -> (B, T, H, K), and no weights; visible from `visible_tokens`."""
+    tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, K)
+    output = local_attention_triton(*tensors, visible, scaling)
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None

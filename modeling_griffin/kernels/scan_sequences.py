@@ -1,0 +1,76 @@
+"""The scan over sequences end to end, beyond the plain scan: its layout, and a walk where each has about one token.
+
+A process that serves many requests needs it; a model does not, so that it does not go to the Hub.
+"""
+
+import torch
+
+from ..gpu import on_its_device
+from ..rg_lru_scan_triton import overlap_options
+
+
+try:
+    import triton
+
+    from .scan_sequences_kernels import lay_out_kernel, walk_kernel
+except ImportError:
+    triton = None
+
+
+def lay_out_sequences(layout, x, reset, tile, count: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """`count` cleared words, or None for 0, and the marks and sequence numbers of `lay_out_kernel`."""
+    (_, length, channels), number = x.shape, layout.cu_seqlens.shape[0] - 1
+    words = x.new_empty(count, dtype=torch.int64) if count else None
+    marks = x.new_empty(triton.cdiv(length, tile.steps) * tile.segments, dtype=torch.int64)
+    sequence = x.new_empty(length, dtype=torch.int32)
+    segments = 256 // tile.rows
+    programs = max(triton.cdiv(count, 4096), triton.cdiv(length, 256), min(number, 128))
+    lay_out_kernel[(programs,)](
+        layout.cu_seqlens,
+        layout.starts,
+        reset,
+        layout.entering,
+        words,
+        marks,
+        sequence,
+        layout.leaving,
+        count,
+        marks.numel(),
+        length,
+        number,
+        channels,
+        number.bit_length(),
+        HAS_STARTS=layout.starts is not None,
+        HAS_RESET=reset is not None,
+        HAS_ENTERING=layout.entering is not None,
+        CHAINED=count > 0,
+        PDL=overlap_options(x)["PDL"],
+        BLOCK=4096,
+        SEGMENTS=segments,
+        ROWS=tile.rows,
+        CHANNELS=512,
+        num_warps=4,
+    )
+    return words, marks, sequence
+
+
+def launch_walk(exact: bool, inputs, sequences, outputs, channels_each: int = 256) -> None:
+    x, (cu_seqlens, starts) = inputs[0], sequences
+    _, length, channels = x.shape
+    number = cu_seqlens.shape[0] - 1
+    with on_its_device(x):
+        walk_kernel[(number + 1, triton.cdiv(channels, channels_each))](
+            *inputs,
+            *sequences,
+            *outputs,
+            length,
+            number,
+            channels,
+            HAS_INITIAL=inputs[4] is not None,
+            HAS_RESET=inputs[5] is not None,
+            HAS_STARTS=starts is not None,
+            MASKED=channels % channels_each != 0,
+            EXACT=exact,
+            CHANNELS=channels_each,
+            num_warps=channels_each // 64,
+        )

@@ -1,0 +1,116 @@
+"""Kernels of the scan for sequences end to end: one lays them out for the scan's own kernels, one walks over tokens.
+
+Names and PDL as in `rg_lru_scan_triton_kernels`.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("Triton is not installed") from error
+
+from ..rg_lru_scan_triton_math import decay, load, sigmoid, square_root, store, to_float32
+
+
+@triton.jit
+def sequence_of(p_cu_seqlens, t, N, halvings):
+    """How many of the N sequences end at or before t: the one that holds it, or N behind the last."""
+    low, high = t * 0, t * 0 + N
+    for _ in range(halvings):
+        middle = (low + high) >> 1
+        is_open = low < high
+        is_later = tl.load(p_cu_seqlens + 1 + middle, mask=is_open, other=0) <= t
+        low = tl.where(is_open & is_later, middle + 1, low)
+        high = tl.where(is_open & (is_later == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["N_WORDS", "N_MARKS", "T", "N", "halvings"])
+def lay_out_kernel(
+    p_cu_seqlens, p_starts, p_reset, p_entering,
+    p_words, p_marks, p_sequence, p_leaving,
+    N_WORDS, N_MARKS, T, N, C, halvings,
+    HAS_STARTS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_ENTERING: tl.constexpr, CHAINED: tl.constexpr,
+    PDL: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What the scan needs to know of sequences, and its words cleared as by `clear_kernel`.
+
+    p_sequence (T,): the sequence of each token. p_marks: a word of 64 bits for each ROWS tokens; of token i, bit i says
+    that a sequence's first token is there, bit 16 + i a reset, bit 32 + i a sequence's last token. What leaves an empty
+    sequence, (N, C), is what enters.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    if CHAINED:
+        i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(p_words + i, tl.full([BLOCK], 0, tl.int64), mask=i < N_WORDS)
+
+    i_s, i_r = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, ROWS)[None, :]
+    t = program * (SEGMENTS * ROWS) + i_s * ROWS + i_r
+    m = t < T
+    n = sequence_of(p_cu_seqlens, t, N, halvings)
+    tl.store(p_sequence + t, n, mask=m)
+    is_first = m & (tl.load(p_cu_seqlens + n) == t)
+    is_reset = is_first
+    if HAS_STARTS:
+        is_reset = is_reset & ((n == N) | (tl.load(p_starts + n, mask=m & (n < N), other=0) != 0))
+    if HAS_RESET:
+        is_reset = is_reset | (tl.load(p_reset + t, mask=m, other=0) != 0)
+    is_first = is_first & (n < N)
+    is_last = m & (n < N) & (tl.load(p_cu_seqlens + n + 1, mask=n < N, other=-1) == t + 1)
+    marks = (
+        (is_first.to(tl.int64) << i_r) | (is_reset.to(tl.int64) << (i_r + 16)) | (is_last.to(tl.int64) << (i_r + 32))
+    )
+    segment = program * SEGMENTS + tl.arange(0, SEGMENTS)
+    tl.store(p_marks + segment, tl.sum(marks, 1), mask=segment < N_MARKS)
+
+    c = tl.arange(0, CHANNELS)
+    i_n = program
+    while i_n < N:
+        if tl.load(p_cu_seqlens + i_n) == tl.load(p_cu_seqlens + i_n + 1):
+            row = i_n.to(tl.int64) * C
+            for first in range(0, C, CHANNELS):
+                state = tl.full([CHANNELS], 0.0, tl.float32)
+                if HAS_ENTERING:
+                    state = tl.load(p_entering + row + first + c, mask=first + c < C, other=0.0)
+                tl.store(p_leaving + row + first + c, state, mask=first + c < C)
+        i_n += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def walk_kernel(
+    p_x, p_recurrence_gate, p_input_gate, p_log_decay, p_initial_state, p_reset, p_cu_seqlens, p_starts,
+    p_hidden, p_last_state,
+    T, N, C,
+    HAS_INITIAL: tl.constexpr, HAS_RESET: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """N sequences end to end, token after token: for about one each. Program N has what lies behind the last."""
+    i_n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    m, is_sequence = c < C, i_n < N
+    t = tl.load(p_cu_seqlens + i_n).to(tl.int64)
+    end = tl.load(p_cu_seqlens + i_n + 1, mask=is_sequence, other=T).to(tl.int64)
+    fresh = t < end
+    if HAS_STARTS:
+        fresh = fresh & ((i_n == N) | (tl.load(p_starts + i_n, mask=is_sequence, other=1) != 0))
+    log_decay = load(p_log_decay + c, m, 0.0, MASKED)
+    state = tl.full([CHANNELS], 0.0, tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(p_initial_state + i_n * C + c, mask=m & is_sequence & (fresh == 0), other=0.0)
+    while t < end:
+        offset = t * C + c
+        r = load(p_recurrence_gate + offset, m, 0.0, MASKED)
+        i = load(p_input_gate + offset, m, 0.0, MASKED)
+        x = load(p_x + offset, m, 0.0, MASKED)
+        if HAS_RESET:
+            fresh = fresh | (tl.load(p_reset + t) != 0)
+        a, y = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT)
+        multiplier = tl.where(fresh, 1.0, square_root(y, EXACT))
+        a = tl.where(fresh, 0.0, a)
+        state = tl.fma(a, state, (multiplier * sigmoid(to_float32(i), EXACT)) * to_float32(x))
+        store(p_hidden + offset, state, m, MASKED)
+        fresh = t < 0  # never
+        t += 1
+    tl.store(p_last_state + i_n * C + c, state, mask=m & is_sequence)
