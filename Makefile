@@ -6,12 +6,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TRANSFORMERS_VERSION ?=
+TRITON_VERSION ?= 3.6.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSION))
 
-.PHONY: demo test test-common test-gpu lint format clean
+.PHONY: demo test test-common test-gpu portability lint format clean
 
 demo: $(VENV)/train.done
 	$(BIN)/python scripts/demo.py
@@ -25,6 +26,10 @@ test-common: $(VENV)/test.done
 
 test-gpu: $(VENV)/test.done
 	$(BIN)/python -m pytest -m gpu tests
+
+# Compiles the kernels for GPUs that need not be there. PORTABILITY=--quick: the tightest of each, in a few minutes.
+portability: $(VENV)/portability.done
+	PYTHONPATH=.:$(VENV)/triton $(BIN)/python scripts/check_portability.py $(PORTABILITY)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
@@ -45,6 +50,11 @@ $(VENV)/torch.done:
 
 $(VENV)/train.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train]'
+	touch $@
+
+# A PyTorch for CPUs brings no Triton: its compiler is put beside the environment, where the tests do not see it.
+$(VENV)/portability.done: $(VENV)/test.done
+	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) --no-deps --target $(VENV)/triton triton==$(TRITON_VERSION)
 	touch $@
 
 # recurrentgemma is DeepMind's code, which the tests compare with; its own dependencies are JAX, which they do not need.

@@ -1,7 +1,7 @@
 """Local attention on a GPU: flash attention over runs of tokens, each with a window of its own.
 
 A batch of documents, packed or padded, is a list of runs that attend to themselves only. Two kernels take them: ours in
-Triton, the faster one on a Hopper GPU, where there are many tokens and every key has a query; and PyTorch's,
+Triton, the faster one where there are many tokens and every key has a query; and PyTorch's,
 `torch.nn.attention.varlen`. No mask is built, nothing of size T x T or T x W is computed outside the kernels, and
 nothing is compiled for a length.
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu import capability
+from .gpu import flash_refusal, properties
 from .local_attention import LocalMask, local_attention
 from .slots import slot
 
@@ -27,8 +27,6 @@ except ImportError:
     PARAMETERS = {}
 
 DTYPES = (torch.float16, torch.bfloat16)
-LARGEST_HEAD, ON_SMALL_GPUS = 256, 192  # PyTorch's backward pass needs the shared memory of an A100, H100 or B200
-LARGE_GPUS = ((8, 0), (9, 0), (10, 0))
 ENABLE_GQA = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}  # before, the kernel was simply asked
 
 
@@ -73,12 +71,7 @@ def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: boo
 def _varlen_unavailable_reason(head_dim: int, device: torch.device) -> str | None:
     if "window_size" not in PARAMETERS:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen with a window, 2.11 has"
-    if capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    largest = LARGEST_HEAD if capability(device) in LARGE_GPUS else ON_SMALL_GPUS
-    if head_dim % 8 or head_dim > largest:
-        return f"head_dim is {head_dim}, flash attention takes multiples of 8 up to {largest}, on this GPU"
-    return None
+    return flash_refusal(properties(device), head_dim)
 
 
 @slot

@@ -1,37 +1,159 @@
-"""What a GPU is: the one file that asks PyTorch for a device's properties. What follows from them: `kernels/device.py`.
+"""What a GPU is: the one file that asks PyTorch for a device's properties. What follows from them: `kernels.device`.
 
 It ships, because the scan and flash attention do, which have to know whether a device can run them.
 """
 
 import contextlib
+import functools
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) compute capability of an NVIDIA GPU; (0, 0) of anything else."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
+class GPU(NamedTuple):
+    """What kernels are chosen by. A device that is no GPU has vendor "none" and zeros.
+
+    vendor: "nvidia", "amd" or "none". capability: (major, minor) of an NVIDIA GPU, (0, 0) of anything else.
+    shared_memory: bytes that a block may opt into. architecture: an AMD GPU's, for example "gfx942".
+    """
+
+    name: str = "CPU"
+    vendor: str = "none"
+    capability: tuple[int, int] = (0, 0)
+    multiprocessors: int = 1
+    shared_memory: int = 0
+    architecture: str = ""
+
+
+OLDEST_FOR_TRITON = (7, 5)  # below, Triton's code does not assemble
+OLDEST_FOR_FLASH = (8, 0)
+AMD_SWITCH = "GRIFFIN_TRITON_ON_AMD"
+ON_AMD = (
+    "on AMD GPUs everything is in plain PyTorch (scan, convolution, gates, norms, rotation, activation, loss, local "
+    f"attention, and generate in Transformers' loop); the environment variable {AMD_SWITCH}=1 turns the Triton kernels "
+    "on, which compile for gfx90a and gfx942 but were never run there"
+)
+AMD_THAT_WAITS = "gfx9"  # CDNA: for others the compiler drops what makes the words of the scan's look-back visible
+COMPILER_WORDS = ("Triton", "PassManager", "C compiler", "ptxas", "LLVM")  # in plain RuntimeErrors of Triton's
+OLDEST_TRITON = (3, 5)  # before, programmatic dependent launch is missing; PyTorch 2.9 brings 3.5
+FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too
+
+
+_PRETENDED: list[GPU] = []
+
+
+@contextlib.contextmanager
+def pretending(gpu: GPU) -> Iterator[None]:
+    """Inside, every device is said to be this GPU: to see what would be chosen on one that is not there."""
+    _PRETENDED.append(gpu)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()
+
+
+def properties(device: torch.device) -> GPU:
+    """Of this device; cached, since launches ask."""
+    if _PRETENDED:
+        return _PRETENDED[-1]
+    return GPU() if device.type != "cuda" else _of_gpu(device.index if device.index is not None else _current())
+
+
+def _current() -> int:
+    return torch.cuda.current_device()
+
+
+@functools.cache
+def _of_gpu(index: int) -> GPU:
+    found, is_amd = torch.cuda.get_device_properties(index), torch.version.hip is not None
+    return GPU(
+        found.name,
+        "amd" if is_amd else "nvidia",
+        (0, 0) if is_amd else torch.cuda.get_device_capability(index),
+        found.multi_processor_count,
+        found.shared_memory_per_block if is_amd else found.shared_memory_per_block_optin,
+        found.gcnArchName.partition(":")[0] if is_amd else "",
+    )
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; 1 of a device that is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may opt into; 0 of a device that is no GPU."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return properties(device).multiprocessors
 
 
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends: programmatic dependent launch, from capability 9 on."""
-    return capability(device)[0] >= 9
+    return properties(device).capability >= (9, 0)
+
+
+def register_limit(registers: int | None, device: torch.device) -> dict[str, int]:
+    """Launch options that keep a thread to so many registers; only Triton's compiler for NVIDIA has one."""
+    return {} if registers is None or properties(device).vendor == "amd" else {"maxnreg": registers}
 
 
 def on_its_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def triton_refusal(gpu: GPU) -> str | None:
+    """None where kernels in Triton can run on this GPU, else why not."""
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed"
+    if version < OLDEST_TRITON:
+        return f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if gpu.vendor == "nvidia" and gpu.capability < OLDEST_FOR_TRITON:
+        return f"{gpu.name} has compute capability {_dotted(gpu.capability)}, Triton's kernels need 7.5"
+    if gpu.vendor == "amd" and os.environ.get(AMD_SWITCH, "0") in ("", "0"):
+        return ON_AMD
+    if gpu.vendor == "amd" and not gpu.architecture.startswith(AMD_THAT_WAITS):
+        return f"{gpu.name} is {gpu.architecture}, the kernels are compiled for gfx90a and gfx942: the scan could hang"
+    return None
+
+
+def no_kernels_reason(device: torch.device) -> str | None:
+    """`triton_refusal` of this device; found once, since every layer asks."""
+    return triton_refusal(_PRETENDED[-1]) if _PRETENDED else _no_kernels_reason(device)
+
+
+@functools.cache
+def _no_kernels_reason(device: torch.device) -> str | None:
+    return triton_refusal(properties(device))
+
+
+@functools.cache
+def _triton_version() -> tuple[int, int] | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def is_kernel_failure(error: Exception) -> bool:
+    """Whether a kernel did not compile or start, or its compiler is missing: what another way of computing mends.
+
+    Not so when memory ran out or a kernel was wrong: for both PyTorch has subclasses of RuntimeError.
+    """
+    own = type(error).__module__.partition(".")[0] == "triton"
+    plain = type(error) is RuntimeError and any(word in str(error) for word in COMPILER_WORDS)
+    return own or plain or isinstance(error, (OSError, subprocess.SubprocessError))
+
+
+def flash_refusal(gpu: GPU, head_dim: int) -> str | None:
+    """None where PyTorch's flash attention, forward and backward, takes heads of this size, else why not."""
+    if gpu.capability < OLDEST_FOR_FLASH:
+        return "the GPU is older than compute capability 8.0"
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim is {head_dim}, flash attention takes multiples of 8 up to 256"
+    if 192 < head_dim <= 224 and gpu.capability not in FULL_FLASH_BACKWARD:
+        return f"head_dim is {head_dim}, flash attention takes no multiples of 8 from 200 to 224 on {gpu.name}"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu import can_overlap, on_its_device
+from .gpu import can_overlap, no_kernels_reason, on_its_device, register_limit
+from .rg_lru_scan_triton_fallback import backward_or_torch, forward_or_torch
 
 
 try:
@@ -49,13 +50,16 @@ class Tile(NamedTuple):
 # fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
 FORWARD, FORWARD_NARROW, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(8, 16, 32, 96), Tile(4, 8, 64, 96)
+FORWARD_NARROW_RESETS = Tile(8, 16, 32, 128)  # at 96 registers 192 bytes a thread would lie in memory
 BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
 
 
-def _forward_tile(batch: int, channels: int, exact: bool) -> Tile:
+def _forward_tile(batch: int, channels: int, exact: bool, resets: bool = False) -> Tile:
     if exact:
         return FORWARD_FLOAT32
-    return FORWARD if batch * channels > 64 * 128 else FORWARD_NARROW
+    if batch * channels > 64 * 128:
+        return FORWARD
+    return FORWARD_NARROW_RESETS if resets else FORWARD_NARROW
 
 
 def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
@@ -70,13 +74,12 @@ def triton_unavailable_reason(x: torch.Tensor) -> str | None:
     """None where the kernels can run on `x`, else why not."""
     if triton is None:
         return "Triton is not installed"
-    if torch.version.hip is not None:
-        return "the kernels were never run on ROCm"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, the kernels compute in float32"
     if not x.is_cuda and PTX.value:  # under Triton's interpreter they run on a CPU
         return f"x is on {x.device.type}"
-    return None
+    # A traced model cannot read a GPU's properties; the operator asks again when it runs.
+    return None if torch.compiler.is_compiling() else no_kernels_reason(x.device)
 
 
 def rg_lru_scan_triton(
@@ -92,7 +95,8 @@ def rg_lru_scan_triton(
     Gradients are deterministic. Second derivatives raise.
     """
     state = None if initial_state is None else initial_state.float()
-    return _OPERATORS.forward(x, recurrence_gate, input_gate, log_decay.float(), state, reset)
+    inputs = (x, recurrence_gate, input_gate, log_decay.float(), state, reset)
+    return forward_or_torch(_OPERATORS.forward, inputs)
 
 
 def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
@@ -104,7 +108,7 @@ def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
     if x.shape[1] == 1:
         _launch_step(exact, inputs, (hidden, last_state))
     else:
-        tile = _forward_tile(x.shape[0], x.shape[2], exact)
+        tile = _forward_tile(x.shape[0], x.shape[2], exact, reset is not None)
         _launch(forward_kernel, tile, exact, inputs, (hidden, last_state))
     return hidden, last_state
 
@@ -211,7 +215,7 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, **flags) -> None:
             ROWS=tile.rows,
             CHANNELS=tile.channels,
             num_warps=tile.num_warps,
-            maxnreg=tile.max_registers,
+            **register_limit(tile.max_registers, x.device),
             **(_overlap(x) if chained else {"PDL": False}),
             **flags,
         )
@@ -225,7 +229,7 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, d_hidden, d_last_state):
     saved = ctx.saved_tensors  # once: activation checkpointing computes them at each access
     d_hidden = torch.zeros_like(saved[-1]) if d_hidden is None else d_hidden
-    *gradients, d_initial_state = _OPERATORS.backward(d_hidden, d_last_state, *saved)
+    *gradients, d_initial_state = backward_or_torch(_OPERATORS.backward, d_hidden, d_last_state, *saved)
     return *gradients, None if saved[4] is None else d_initial_state, None
 
 

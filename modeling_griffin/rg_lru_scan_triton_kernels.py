@@ -24,7 +24,17 @@ try:
     import triton
     import triton.language as tl
 
-    from .rg_lru_scan_triton_math import compute_again, decay, load, reciprocal, sigmoid, square_root, store, to_float32
+    from .rg_lru_scan_triton_math import (
+        AMD,
+        compute_again,
+        decay,
+        load,
+        reciprocal,
+        sigmoid,
+        square_root,
+        store,
+        to_float32,
+    )
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
@@ -36,7 +46,7 @@ PUBLISHED = tl.constexpr(1 << 30)  # in a vote of the look-back: all words are t
 
 
 @triton.jit
-def _compose(a_1, b_1, a_2, b_2):
+def compose(a_1, b_1, a_2, b_2):
     """The map h -> a_2 (a_1 h + b_1) + b_2."""
     return a_1 * a_2, tl.fma(a_2, b_1, b_2)
 
@@ -67,7 +77,20 @@ def _pack(a, b):
 @triton.jit
 def _publish(p_word, a, b, mask):
     """The word is read soon, and written again: it should not give way to the tiles that pass through the cache."""
-    tl.store(p_word, _pack(a, b), mask=mask, eviction_policy="evict_last")
+    if AMD:  # written through: on MI300 the chip's parts have caches of their own
+        tl.store(p_word, _pack(a, b), mask=mask, cache_modifier=".wt")
+    else:
+        tl.store(p_word, _pack(a, b), mask=mask, eviction_policy="evict_last")
+
+
+@triton.jit
+def _poll(p_words, mask, other):
+    """Past every cache that other programs do not write to; for AMD the compiler drops `volatile`."""
+    if AMD:
+        words = tl.load(p_words, mask=mask, other=other, cache_modifier=".cv")
+    else:
+        words = tl.load(p_words, mask=mask, other=other, volatile=True)
+    return words
 
 
 @triton.jit
@@ -107,14 +130,14 @@ def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHA
     state = tl.full([CHANNELS], 0.0, tl.float32)
     waiting = n_before > 0
     while waiting:
-        words = tl.load(p_words + offset, mask=is_word & (i_tile >= 0), other=other, volatile=True)
+        words = _poll(p_words + offset, is_word & (i_tile >= 0), other)
         high = (words >> 32).to(tl.int32)
         waiting = _is_waiting(high, i_word, is_word, WORDS)
         if not waiting:
             a = (high - 1).to(tl.float32, bitcast=True)
             b = words.to(tl.int32).to(tl.float32, bitcast=True)
             if SEGMENTS > 1:
-                a, b = tl.associative_scan((a, b), 0, _compose)
+                a, b = tl.associative_scan((a, b), 0, compose)
             state = tl.sum(tl.where(i_s == SEGMENTS - 1, b, 0.0), 0)
     return state
 

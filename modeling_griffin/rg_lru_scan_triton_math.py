@@ -15,6 +15,7 @@ except ImportError as error:
 
 # Inline PTX where a kernel is compiled for NVIDIA; the interpreter runs the plain expression beside it.
 PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+AMD = tl.constexpr(torch.version.hip is not None)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_LOW = tl.constexpr(1.925963033500e-08)  # log2(e) minus its float32 rounding
 LN_2 = tl.constexpr(0.6931471805599453)

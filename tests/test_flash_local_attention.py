@@ -11,11 +11,14 @@ from modeling_griffin import (
     GriffinForCausalLM,
     documents,
     flash_local_attention,
+    gpu,
 )
 from modeling_griffin.documents import read_layout
 from modeling_griffin.flash_local_attention import Runs, edges_of_runs, flash_unavailable_reason
 from modeling_griffin.kernels import attention, dispatch
 from modeling_griffin.kernels.attention import Visible, visible_tokens
+from modeling_griffin.kernels.device import attention_refusal
+from modeling_griffin.kernels.device.known import known_gpu
 from tests.conftest import make_audible, make_config
 from tests.tolerances import assert_close
 
@@ -161,7 +164,10 @@ def test_reasons():
         ((8, 0), 256, None),
         ((9, 0), 256, None),
         ((8, 9), 192, None),
-        ((8, 9), 256, "up to 192"),
+        ((8, 9), 200, "from 200 to 224"),
+        ((10, 3), 224, "from 200 to 224"),
+        ((12, 0), 256, None),
+        ((8, 0), 224, None),
         ((9, 0), 264, "up to 256"),
         ((9, 0), 20, "multiples of 8"),
     ],
@@ -169,7 +175,7 @@ def test_reasons():
 def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
     config = make_config("griffin", head_dim=head_dim)
     config._attn_implementation = "sdpa"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gpu, "_PRETENDED", [gpu.GPU("a GPU", "nvidia", capability, 100, 0)])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
     monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"})
@@ -182,8 +188,12 @@ def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
     [
         ({}, True, True),
         ({"tokens": 2047}, False, True),
-        ({"capability": (8, 0)}, False, True),
-        ({"capability": (10, 0)}, False, True),
+        ({"gpu": "sm_75"}, False, False),
+        ({"gpu": "sm_80"}, True, True),
+        ({"gpu": "sm_89"}, True, True),
+        ({"gpu": "sm_100"}, True, True),
+        ({"gpu": "sm_120", "head_dim": 256}, True, True),
+        ({"gpu": "sm_89", "head_dim": 208, "past": True}, False, False),
         ({"window": False}, True, False),
         ({"window": False, "past": True}, False, False),
         ({"past": True}, True, True),
@@ -192,13 +202,15 @@ def test_heads_that_a_gpu_can_take(capability, head_dim, reason, monkeypatch):
     ],
 )
 def test_choice_of_the_kernel(change, triton, varlen, monkeypatch):
-    """Triton on Hopper, for many tokens; PyTorch's for others, and for keys without a query."""
+    """Triton for many tokens; PyTorch's for others, and for keys without a query."""
     config = make_config("griffin", head_dim=change.get("head_dim", 128))
     config._attn_implementation = "sdpa"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: change.get("capability", (9, 0)))
+    monkeypatch.setattr(gpu, "_PRETENDED", [known_gpu(change.get("gpu", "sm_90"))])
+    monkeypatch.setattr(gpu, "_triton_version", lambda: (3, 6) if change.get("installed", "there") else None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
     monkeypatch.setattr(attention, "triton", change.get("installed", "there"))
+    monkeypatch.setattr(dispatch, "_attention_runs", lambda *of: True)
     monkeypatch.setattr(flash_local_attention, "PARAMETERS", {"window_size"} if change.get("window", True) else {})
     tokens = torch.zeros(1, change.get("tokens", 2048), 16, dtype=torch.bfloat16)
     past = change.get("past", False)
@@ -214,8 +226,8 @@ def test_choice_of_the_kernel(change, triton, varlen, monkeypatch):
 def test_on_a_gpu(layout, kernel, heads, key_heads, head_dim, monkeypatch):
     """No further from float32 eager attention than SDPA with a mask in bfloat16 is, times 1.2."""
     if kernel == "triton":
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("needs a Hopper GPU")
+        if (reason := attention_refusal(head_dim, gpu.properties(torch.device("cuda", 0)))) is not None:
+            pytest.skip(reason)
         monkeypatch.setattr(dispatch, "LEAST_TOKENS", 0)
         monkeypatch.setattr(flash_local_attention, "varlen_attn", None)
     torch.manual_seed(0)

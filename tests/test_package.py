@@ -27,7 +27,7 @@ SHIPPED = sorted(
         *("rg_lru", "rg_lru_scan", "rg_lru_scan_reference", "rg_lru_scan_torch", "rg_lru_scan_triton"),
         *("rg_lru_scan_triton_around", "rg_lru_scan_triton_kernels", "rg_lru_scan_triton_math"),
         *("rg_lru_scan_triton_step", "causal_conv1d", "local_attention", "flash_local_attention", "elementwise"),
-        *("linears", "causal_lm_loss", "rollback", "tensor_parallel"),
+        *("linears", "causal_lm_loss", "rollback", "tensor_parallel", "rg_lru_scan_triton_fallback"),
     )
 )
 PUBLIC = {

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..causal_conv1d import CausalConv1d
+from ..gpu import no_kernels_reason
 from ..modeling_griffin import (
     GriffinAttention,
     GriffinDecoderLayer,
@@ -23,7 +24,6 @@ from ..modeling_griffin import (
     GriffinRotaryEmbedding,
 )
 from ..rg_lru import RGLRU, BlockDiagonalLinear, Decay
-from .ops import triton
 from .original import CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_class, patched_function
 
 
@@ -58,8 +58,8 @@ def fused_obstacles(model) -> Iterator[str]:
 
 def _around_the_model(model) -> Iterator[str]:
     config, device = model.config, model.device
-    if device.type == "cuda" and (triton is None or torch.version.hip is not None):
-        yield "Triton for an NVIDIA GPU is missing"
+    if device.type == "cuda" and (reason := no_kernels_reason(device)) is not None:
+        yield reason
     attention = config._attn_implementation
     if attention not in ATTENTIONS and not attention.startswith("flash_attention"):
         yield f"attn_implementation = {attention!r}"

@@ -20,6 +20,7 @@ from ..kernels.device import (
     PROJECT,
     matmul_tile,
     product_tile,
+    properties,
 )
 
 
@@ -73,7 +74,7 @@ class Gemms:
             options |= {"ROWS": x.shape[0], "EVEN": even, **tile}
             project_kernel[(programs,)](*tensors, eps, *padded_sizes, **options)
         else:
-            tile = matmul_tile(MATMUL, sizes, x.shape[1], x.shape[0])
+            tile = matmul_tile(MATMUL, sizes, x.shape[1], x.shape[0], properties(x.device))
             grid, scratch = self._shared(tile, sizes, 1, x)
             options |= {"EVEN": _is_even(tile, sizes, x.shape[1]), **tile}
             matmul_kernel[grid](*tensors, *scratch, eps, x.shape[0], *padded_sizes, **options)
@@ -90,7 +91,7 @@ class Gemms:
             grid = (triton.cdiv(width, tile["BLOCK_N"]),)
             gated_project_kernel[grid](*tensors, norm.eps, width, D=x.shape[1], **options)
         else:
-            tile = matmul_tile(MATMUL_GATED, [width], x.shape[1], x.shape[0])
+            tile = matmul_tile(MATMUL_GATED, [width], x.shape[1], x.shape[0], properties(x.device))
             grid, scratch = self._shared(tile, [width], 2, x)
             options = {"EVEN": _is_even(tile, [width], x.shape[1]), **self.launch, **tile}
             gated_matmul_kernel[grid](*tensors, *scratch, norm.eps, x.shape[0], width, D=x.shape[1], **options)

@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from ..causal_conv1d import convolve
 from ..elementwise import rms_norm
-from ..kernels.device import MATVEC_ROWS, RECURRENT, RECURRENT_ROW
+from ..kernels.device import MATVEC_ROWS, attention_split, largest_logits_block, recurrent_tile
 from ..rg_lru_scan import rg_lru_scan
 from .linear import Gemms
 
@@ -130,10 +130,6 @@ def rotated(x: torch.Tensor, clock: Clock) -> torch.Tensor:
     return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, kept), dim=-1)
 
 
-ATTENTION_PROGRAMS = 256  # about two for each multiprocessor
-END_BLOCK = 16384  # logits that are compared at a time: 64 bytes of bfloat16 a thread
-
-
 class KernelOps(PlainOps):
     """The same as few launches, each of which reads every weight and state once.
 
@@ -169,7 +165,7 @@ class KernelOps(PlainOps):
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
 
     def end(self, logits, token, clock):
-        block = min(END_BLOCK, triton.next_power_of_2(logits.shape[1]))
+        block = largest_logits_block(logits.shape[1])
         end_kernel[(logits.shape[0],)](
             *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=16, **self.launch
         )
@@ -201,47 +197,39 @@ class KernelOps(PlainOps):
             *(gates.recurrence_gate.weight, gates.recurrence_gate.bias, gates.input_gate.weight, gates.input_gate.bias),
             *(log_decay, clock.time, *x.shape),
         )
-        options = {"P": width, "TAPS": past.shape[1], **self.launch}
+        tile = recurrent_tile(x.shape[0], width)
+        options = {"P": width, "TAPS": past.shape[1], **self.launch, **tile}
+        tiles = blocks * triton.cdiv(width, tile["BLOCK_C"])
         if x.shape[0] in MATVEC_ROWS:
-            grid = (blocks * triton.cdiv(width, RECURRENT_ROW["BLOCK_C"]), x.shape[0])
-            block_p = min(256, triton.next_power_of_2(width))
-            recurrent_row_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT_ROW)
-            return out
-        block_p = min(128, max(32, triton.next_power_of_2(width) // 8))
-        grid = (blocks * triton.cdiv(width, RECURRENT["BLOCK_C"]), triton.cdiv(x.shape[0], RECURRENT["BLOCK_B"]))
-        recurrent_kernel[grid](*tensors, **options, BLOCK_P=block_p, **RECURRENT)
+            recurrent_row_kernel[(tiles, x.shape[0])](*tensors, **options)
+        else:
+            recurrent_kernel[(tiles, triton.cdiv(x.shape[0], tile["BLOCK_B"]))](*tensors, **options)
         return out
 
     def attend(self, q, k, v, keys, values, clock, scaling):
         batch, key_heads, window, head_dim = keys.shape
-        heads, block_s = q.shape[1] // head_dim, 32 if head_dim > 128 else 64
-        blocks = triton.next_power_of_2(triton.cdiv(window, block_s))
-        splits = min(blocks, triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, batch * key_heads)))
-        block_k = max(16, triton.next_power_of_2(head_dim))
+        heads, rings = q.shape[1] // head_dim, batch * key_heads
+        tile = attention_split(rings, heads // key_heads, window, head_dim, q.element_size(), q.device)
         out = torch.empty_like(q)
-        attention_kernel[(batch * key_heads, splits)](
+        attention_kernel[(rings, tile["SPLITS"])](
             *(q, k, v, clock.cos, clock.sin, keys, values, clock.time, clock.padding, out),
-            *(*self._shared_attention(q, splits, heads), scaling, window),
-            SPLIT=blocks // splits * block_s,
-            SPLITS=splits,
+            *(*self._shared_attention(q, rings, tile["SPLITS"], heads), scaling, window),
             K=head_dim,
             KEY_HEADS=key_heads,
             GROUP=heads // key_heads,
             ROTARY=clock.cos.shape[1],
             BLOCK_G=max(16, triton.next_power_of_2(heads // key_heads)),
-            BLOCK_K=block_k,
-            BLOCK_S=block_s,
-            num_warps=4,
+            **tile,
             **self.launch,
         )
         return out
 
-    def _shared_attention(self, q: torch.Tensor, splits: int, heads: int) -> tuple[torch.Tensor, ...]:
-        """Where splits of a head leave their sums, largest scores and totals, and how many have done so."""
+    def _shared_attention(self, q: torch.Tensor, tiles: int, splits: int, heads: int) -> tuple[torch.Tensor, ...]:
+        """Where splits leave their sums, largest scores and totals, and for each of `tiles` how many have done so."""
         if splits == 1:
             return q, q, q, q
-        if self.counters is None:
-            self.counters = torch.zeros(ATTENTION_PROGRAMS, dtype=torch.int32, device=q.device)
+        if self.counters is None or len(self.counters) < tiles:
+            self.counters = torch.zeros(tiles, dtype=torch.int32, device=q.device)
         new, parts = {"dtype": torch.float32, "device": q.device}, q.shape[0] * heads * splits
         sums = torch.empty(parts * (q.shape[1] // heads), **new)
         return sums, torch.empty(parts, **new), torch.empty(parts, **new), self.counters

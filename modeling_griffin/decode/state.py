@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..gpu import can_overlap
-from ..kernels.device import decode_gemm_fits
+from ..kernels.device import can_overlap, decode_gemm_fits, properties
 from .lease import Lease
 from .network import RecordedStep, in_order
 from .ops import Clock, KernelOps, PlainOps
@@ -30,7 +29,7 @@ class DecodeStep(RecordedStep, Lease):
     def __init__(self, base: nn.Module, head: nn.Linear, batch: int, slots: int | None = None):
         ops, device = PlainOps(), head.weight.device
         if device.type == "cuda":
-            ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(device))
+            ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(properties(device)))
         self.slots, self.checked = slots or base.config.attention_window_size, False
         self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
         with torch.inference_mode(False), torch.no_grad():

@@ -1,8 +1,8 @@
-"""Local attention on a Hopper GPU: causal, over a window, within runs of tokens; forward and backward in Triton.
+"""Local attention on a GPU from Ampere on: causal, over a window, within runs of tokens, forward and backward.
 
 What a token sees is two numbers, the first and the last token: rows, packed documents and padding need no more, and
 nothing of the kernels depends on how many runs there are. `attention_kernels` has the kernels; this file
-chooses tiles, launches, and tells autograd.
+launches and tells autograd; `device.training` has the tiles.
 
 The gradients take two kernels and so seven products, not five: one that computes all at once holds keys and would add
 to the queries' gradient of other programs, by atomics, whose order and so whose rounding changes from run to run, and
@@ -17,7 +17,11 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import capability, multiprocessors, on_its_device
+from ..gpu import multiprocessors, on_its_device, properties, register_limit
+from .device import training
+from .device.training import ATTENTION_BLOCK as BLOCK
+from .device.training import AttentionTile as Tile
+from .device.training import attention_refusal, first_that_fits
 
 
 try:
@@ -34,7 +38,6 @@ except ImportError:
 
 DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
-BLOCK = 128  # tokens; programs are ordered by blocks of this size, and have such a block or a part of it
 LOG2_E = 1.4426950408889634
 
 
@@ -50,25 +53,6 @@ class Visible(NamedTuple):
     last: torch.Tensor
     query_blocks: torch.Tensor
     key_blocks: torch.Tensor
-
-
-class Tile(NamedTuple):
-    """A program holds `held` tokens of `pack` heads and walks over `walked` at a time. pack: 1 where keys are held."""
-
-    pack: int
-    held: int
-    walked: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None  # of a thread
-
-
-# By the head dimension, rounded up to a power of two. 128: the fastest of a sweep on an H100; the others compile
-# without spills and were not timed.
-FORWARD = {64: Tile(1, 128, 128, 8, 3), 128: Tile(1, 64, 64, 4, 3), 256: Tile(1, 128, 64, 8, 2)}
-QUERY_GRADIENT = {64: Tile(1, 128, 64, 8, 2), 128: Tile(1, 64, 64, 4, 2), 256: Tile(1, 128, 32, 8, 2)}
-KEY_GRADIENTS = {64: Tile(1, 128, 64, 8, 3), 128: Tile(1, 64, 64, 4, 2), 256: Tile(1, 64, 32, 8, 2)}
-PROGRAMS = 4  # for each multiprocessor, at least, with keys: where there are fewer blocks, heads are divided
 
 
 def visible_tokens(edge: torch.Tensor, window: int) -> Visible:
@@ -97,9 +81,7 @@ def triton_attention_unavailable_reason(head_dim: int, dtype: torch.dtype, devic
         return f"head_dim is {head_dim}, the kernels take multiples of 8 up to {LARGEST_HEAD}"
     if dtype not in DTYPES:
         return f"dtype is {dtype}, the kernels take float16 and bfloat16"
-    if device.type == "cuda" and capability(device) != (9, 0):
-        return "the tiles are chosen for GPUs of compute capability 9.0"
-    return None
+    return attention_refusal(head_dim, properties(device))
 
 
 @torch.compiler.disable  # a compiled layer calls it as it is
@@ -147,7 +129,7 @@ class _LocalAttention(torch.autograd.Function):
 
 def attention_forward(query, key, value, first, blocks, scaling: float, tile: Tile | None = None):
     """The output, and log2 of each softmax's denominator (H, N). All tensors of this and the next two contiguous."""
-    tile = tile or _packed(FORWARD[_padded(query)], query, key)
+    tile = tile or _packed(_tile(training.ATTENTION_FORWARD, query), query, key)
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
     arguments = (query, key, value, first, blocks, out, lse, len(query), scaling * LOG2_E)
     _launch_on_queries(forward_kernel, tile, arguments)
@@ -156,7 +138,7 @@ def attention_forward(query, key, value, first, blocks, scaling: float, tile: Ti
 
 def query_gradient(query, key, value, out, d_out, lse, first, blocks, scaling: float, tile: Tile | None = None):
     """d_query, and delta (H, N): what each row of the scores' gradients has subtracted."""
-    tile = tile or _packed(QUERY_GRADIENT[_padded(query)], query, key)
+    tile = tile or _packed(_tile(training.ATTENTION_QUERY_GRADIENT, query), query, key)
     d_query, delta = torch.empty_like(query), torch.empty_like(lse)
     arguments = (query, key, value, out, d_out, lse, first, blocks, d_query, delta, len(query))
     _launch_on_queries(query_gradient_kernel, tile, (*arguments, scaling * LOG2_E, scaling))
@@ -175,13 +157,13 @@ def _launch_on_queries(kernel, tile: Tile, arguments) -> None:
             *(heads, key.shape[1], dim, _padded(query), BLOCK, tile.pack, tile.held, tile.walked),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
+            **register_limit(tile.max_registers, query.device),
         )
 
 
 def key_gradients(query, key, value, d_out, lse, delta, first, last, blocks, scaling: float, tile: Tile | None = None):
     """d_key and d_value."""
-    tile = tile or KEY_GRADIENTS[_padded(query)]
+    tile = tile or _tile(training.ATTENTION_KEY_GRADIENTS, query)
     (tokens, heads, dim), key_heads = query.shape, key.shape[1]
     blocks_of_heads = triton.cdiv(tokens, BLOCK) * key_heads
     at_once = _heads_at_once(heads // key_heads, blocks_of_heads, query.device)
@@ -196,14 +178,14 @@ def key_gradients(query, key, value, d_out, lse, delta, first, last, blocks, sca
                 *(heads, key_heads, dim, _padded(query), BLOCK, tile.held, tile.walked),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
-                maxnreg=tile.max_registers,
+                **register_limit(tile.max_registers, query.device),
             )
     return tuple(gradients.unbind(0)) if parts == 1 else tuple(_sum_of_parts(x, key) for x in gradients)
 
 
 def _heads_at_once(group: int, blocks: int, device: torch.device) -> int:
     """How many query heads of a group one program adds up: all, if there are programs enough."""
-    return min(group, max(1, triton.cdiv(group * blocks, PROGRAMS * multiprocessors(device))))
+    return min(group, max(1, triton.cdiv(group * blocks, training.ATTENTION_PROGRAMS * multiprocessors(device))))
 
 
 def _sum_of_parts(parts: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -212,6 +194,10 @@ def _sum_of_parts(parts: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         with on_its_device(key):
             sum_of_parts_kernel[(triton.cdiv(total.numel(), 1024),)](parts, total, total.numel(), len(parts), 1024)
     return total
+
+
+def _tile(table: dict[int, list[Tile]], query: torch.Tensor) -> Tile:
+    return first_that_fits(table[_padded(query)], properties(query.device))
 
 
 def _padded(query: torch.Tensor) -> int:

@@ -16,16 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, total=None):
-    if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total)
+from .arithmetic import dot
 
 
 @triton.jit
@@ -59,13 +50,13 @@ def forward_kernel(
 def _attend(
     q, k, v, out, total, top, i_key, first, i_token, log2_scale, KEYS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    s = _dot(q, tl.trans(k))
+    s = dot(q, tl.trans(k))
     if MASKED:
         s = tl.where(_visible(i_key + tl.arange(0, KEYS)[None], first[:, None], i_token[:, None]), s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1) * log2_scale)
     p = tl.exp2(s * log2_scale - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    out = _dot(p.to(v.dtype), v, out * shrink[:, None])
+    out = dot(p.to(v.dtype), v, out * shrink[:, None])
     return out, total * shrink + tl.sum(p, 1), new_top
 
 
@@ -101,11 +92,11 @@ def query_gradient_kernel(
 def _add_d_q(
     q, k, v, d_out, lse, delta, d_q, i_key, first, i_token, log2_scale, KEYS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    p = tl.exp2(_dot(q, tl.trans(k)) * log2_scale - lse[:, None])
+    p = tl.exp2(dot(q, tl.trans(k)) * log2_scale - lse[:, None])
     if MASKED:
         p = tl.where(_visible(i_key + tl.arange(0, KEYS)[None], first[:, None], i_token[:, None]), p, 0.0)
-    d_p = _dot(d_out, tl.trans(v))
-    return _dot((p * (d_p - delta[:, None])).to(k.dtype), k, d_q)
+    d_p = dot(d_out, tl.trans(v))
+    return dot((p * (d_p - delta[:, None])).to(k.dtype), k, d_q)
 
 
 @triton.jit(do_not_specialize=["heads_at_once", "parts"])
@@ -141,15 +132,15 @@ def key_gradients_kernel(
             i_statistic = i_head.to(tl.int64) * N + i_inside
             lse, delta = tl.load(p_lse + i_statistic), tl.load(p_delta + i_statistic)
             # The scores stand transposed, keys as rows, so that both sums take them as they come from the product.
-            p = tl.exp2(_dot(k, tl.trans(q)) * log2_scale - lse[None])
+            p = tl.exp2(dot(k, tl.trans(q)) * log2_scale - lse[None])
             if MASKED:
                 visible = _visible(
                     start + tl.arange(0, KEYS)[:, None], tl.load(p_first + i_inside)[None], i_token[None]
                 )
                 p = tl.where(visible & (i_token < N)[None], p, 0.0)
-            d_v = _dot(p.to(d_out.dtype), d_out, d_v)
-            d_p = _dot(v, tl.trans(d_out))
-            d_k = _dot((p * (d_p - delta[None])).to(q.dtype), q, d_k)
+            d_v = dot(p.to(d_out.dtype), d_out, d_v)
+            d_p = dot(v, tl.trans(d_out))
+            d_k = dot((p * (d_p - delta[None])).to(q.dtype), q, d_k)
     i_key, i_dim = start + tl.arange(0, KEYS)[:, None], tl.arange(0, DIM)[None]
     i_key_head = (part.to(tl.int64) * N + i_key) * H_KV + key_head
     m_key = (i_key < N) & (i_dim < K)

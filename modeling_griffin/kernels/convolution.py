@@ -1,18 +1,18 @@
 """The depthwise convolution over time on a GPU: one fused Triton kernel forward, one backward, at the speed of memory.
 
 Forward moves 2 tensors of (B, T, C), backward 3: each is read or written once, and nothing is put in front of x.
-`convolution_kernels` has the kernels; this file chooses tiles, launches, and tells autograd.
+`convolution_kernels` has the kernels; this file launches and tells autograd; `device.training` has the tiles.
 
 Legend: B batch, T time, C channels, W taps.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..causal_conv1d import behind_state, no_states, states_behind, tokens_since_start
 from ..gpu import on_its_device
+from .device.training import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD
+from .device.training import ConvolutionTile as Tile
 
 
 try:
@@ -21,22 +21,6 @@ try:
     from .convolution_kernels import backward_kernel, forward_kernel
 except ImportError:
     triton = None
-
-
-class Tile(NamedTuple):
-    """A program's share: chunks * rows steps of `channels` channels; a chunk is loaded at once, then walked."""
-
-    chunks: int
-    rows: int
-    channels: int
-    num_warps: int
-
-    @property
-    def steps(self) -> int:
-        return self.chunks * self.rows
-
-
-FORWARD, BACKWARD = Tile(1, 16, 128, 1), Tile(16, 16, 64, 1)
 
 
 def causal_conv1d_triton(
@@ -89,7 +73,7 @@ class _CausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_x else None, state, weight, document_start)
         y = torch.empty_like(x)
         if y.numel():
-            _launch(forward_kernel, _tile(FORWARD, x), (x, weight, state, bias, document_start, y))
+            _launch(forward_kernel, _tile(CONVOLUTION_FORWARD, x), (x, weight, state, bias, document_start, y))
         return y
 
     @staticmethod
@@ -99,7 +83,7 @@ class _CausalConv1d(torch.autograd.Function):
         d_y = d_y.contiguous()
         d_x = torch.empty_like(d_y)
         d_state = None if state is None else torch.empty_like(state)
-        tile = _tile(BACKWARD, d_y)
+        tile = _tile(CONVOLUTION_BACKWARD, d_y)
         # Sums over each run, then over the runs in a fixed order: no atomics, the same result every time.
         runs = d_y.shape[0] * triton.cdiv(d_y.shape[1], tile.steps)
         partial = d_y.new_empty(runs, weight.numel() + d_y.shape[2], dtype=torch.float32) if ctx.needs_x else None

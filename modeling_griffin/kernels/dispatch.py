@@ -6,6 +6,7 @@ operations read and write all of their tensors, and autograd keeps what lies bet
 long on them as on its GEMMs. Small tensors stay eager, where launches cost more than the memory.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from .attention import local_attention_triton, triton_attention_unavailable_reas
 from .block_diagonal import BlockDiagonalProduct
 from .convolution import convolve_on_gpu
 from .elementwise import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm, triton_rotate
+from .fallback import FAILED, give_up, or_definition
 from .gates import gates_unavailable_reason, rg_lru_gates
 from .linears import gelu_gated_linears, joined_linears
 from .loss import KernelRowLosses
@@ -26,6 +28,7 @@ from .loss import KernelRowLosses
 
 LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much as the memory
 LEAST_TOKENS = 2048  # of attention; below, launches cost as much as the attention, and PyTorch's kernel has fewer
+TRIED_TOKENS = 256
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
@@ -141,7 +144,27 @@ def kernel_layout(config, inputs_embeds) -> Callable | None:
         return None
     if triton_attention_unavailable_reason(config.head_dim, dtype, device) is not None:
         return None
-    return visible_tokens
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return visible_tokens if device.type != "cuda" or _attention_runs(heads, dtype, device) else None
+
+
+@functools.cache
+def _attention_runs(heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Tried on a few tokens, forward and back: the layout is chosen long before the kernels are called."""
+    heads, key_heads, head_dim = heads
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # the caller's are not to see this
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
+            new = {"dtype": dtype, "device": device, "requires_grad": True}
+            query = torch.zeros(TRIED_TOKENS, heads, head_dim, **new)
+            key = torch.zeros(TRIED_TOKENS, key_heads, head_dim, **new)
+            edge = torch.zeros(TRIED_TOKENS, dtype=torch.bool, device=device)
+            visible = visible_tokens(edge, TRIED_TOKENS)
+            out = local_attention_triton(query, key, key, visible, head_dim**-0.5)
+            torch.autograd.grad(out, (query, key), torch.zeros_like(out))
+    except Exception as error:
+        give_up("local_attention", device, error)
+    return ("local_attention", device) not in FAILED
 
 
 def visible_attention(module, query, key, value, visible, scaling: float, **kwargs) -> tuple[torch.Tensor, None]:
@@ -152,9 +175,9 @@ def visible_attention(module, query, key, value, visible, scaling: float, **kwar
 
 
 SLOTS = {
-    function.__name__: function
+    function.__name__: or_definition(function)
     for function in (
         *(rms_norm, add_rms_norm, gated, rotate, linears, gated_linears, block_diagonal, gates),
-        *(convolve_with_states, row_losses, kernel_layout),
+        *(convolve_with_states, row_losses),
     )
-}
+} | {"kernel_layout": kernel_layout}

@@ -9,21 +9,19 @@ Legend: N rows, D columns. Kernels: p_ pointer, i_ index, m_ mask.
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import multiprocessors, on_its_device
+from ..gpu import multiprocessors, on_its_device, register_limit
+from .device.training import GATED_BACKWARD, GATED_FORWARD, NORM_BACKWARD, ROTATED_ROWS, norm_tile
 
 
 try:
     import triton
     import triton.language as tl
+
+    from .arithmetic import gelu, gelu_and_slope
 except ImportError:
     triton = None
 
 LARGEST_ROW = 16384  # columns: a program of the norm holds a row in registers
-# Chosen on an H100, see docs/designs/training.md.
-NORM_BACKWARD = (4, 64)  # programs for each multiprocessor, which walk over rows; registers of a thread
-NORM_ELEMENTS = 1024  # a program of the norm takes several rows where they have fewer columns
-ROTATED_ROWS = 32  # heads of tokens a program rotates
-GATED_FORWARD, GATED_BACKWARD = (16, 128, 2), (8, 128, 8)  # rows and columns at a time, and how often
 
 
 def triton_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -61,7 +59,7 @@ class _AddRMSNorm(torch.autograd.Function):
             x, added = x.contiguous(), residual.contiguous()
             total = stored = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
         normed, columns = torch.empty_like(total), total.shape[-1]
-        rows, tile = total.numel() // columns, _norm_tile(columns)
+        rows, tile = total.numel() // columns, norm_tile(columns)
         with on_its_device(total):
             _norm_forward[(-(-rows // tile["ROWS"]),)](*(x, added, weight, normed, stored, rows, columns, eps), **tile)
         ctx.save_for_backward(total, weight)
@@ -82,7 +80,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = total.numel() // total.shape[-1], total.shape[-1]
-    tile, (per_processor, registers) = _norm_tile(columns), NORM_BACKWARD
+    tile, (per_processor, registers) = norm_tile(columns), NORM_BACKWARD
     programs = min(-(-rows // tile["ROWS"]), per_processor * multiprocessors(total.device))
     d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
     d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
@@ -90,7 +88,7 @@ def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor
         _norm_backward[(programs,)](
             *(d_normed, d_total, total, weight, d_x, partial, rows, columns, eps),
             **tile,
-            maxnreg=registers,
+            **register_limit(registers, total.device),
         )
     return d_x, partial.sum(0).to(weight.dtype)
 
@@ -158,12 +156,6 @@ def gelu_gated_backward(d_y, gate, x, sums: bool) -> tuple[torch.Tensor, torch.T
 
 def _grid(tile: tuple[int, int, int], rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // (tile[0] * tile[2])), -(-columns // tile[1])
-
-
-def _norm_tile(columns: int) -> dict[str, int]:
-    """Whole rows, as many as give each thread something to do: one of 1024 columns, 16 of 64."""
-    num_warps, width = 4 if columns <= 1024 else 8 if columns <= 8192 else 16, triton.next_power_of_2(columns)
-    return {"ROWS": max(1, NORM_ELEMENTS // width), "COLUMNS": width, "num_warps": num_warps}
 
 
 if triton is not None:
@@ -238,19 +230,12 @@ if triton is not None:
         tl.store(p_y + p_first + R, (second * cos_2 + first * sin_2).to(p_y.dtype.element_ty), mask=m)
 
     @triton.jit
-    def _gelu(x):
-        """gelu(x) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3), and its derivative."""
-        square = x * x
-        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
-
-    @triton.jit
     def _gated_forward(p_gate, p_x, p_y, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None]
         for step in tl.static_range(STEPS):
             row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
             i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
-            activated, _ = _gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
+            activated = gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
             y = activated * tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
             tl.store(p_y + i, y.to(p_y.dtype.element_ty), mask=m)
 
@@ -266,7 +251,7 @@ if triton is not None:
             row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
             i, m = row.to(tl.int64) * D + column, (row < N) & (column < D)
             d_y = tl.load(p_d_y + i, mask=m, other=0.0).to(tl.float32)
-            activated, slope = _gelu(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
+            activated, slope = gelu_and_slope(tl.load(p_gate + i, mask=m, other=0.0).to(tl.float32))
             x = tl.load(p_x + i, mask=m, other=0.0).to(tl.float32)
             d_gate, d_x = d_y * x * slope, d_y * activated
             tl.store(p_d_gate + i, d_gate.to(p_d_gate.dtype.element_ty), mask=m)

@@ -8,12 +8,19 @@ plain batched products. `gates_kernels` has the kernels.
 Legend: C channels, N gate blocks, W = C / N their width, M rows: all axes of x but the last, flattened.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import capability, on_its_device
+from ..gpu import on_its_device, properties, register_limit
+from .device.training import (
+    GATES_BACKWARD,
+    GATES_BACKWARD_WIDE,
+    GATES_FORWARD,
+    GATES_FORWARD_WIDE,
+    NARROW_GATES,
+    GateTile,
+    gates_refusal,
+)
 
 
 try:
@@ -27,31 +34,13 @@ DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_WIDTH = 256  # a program holds ROWS * W sums in registers
 
 
-class Tile(NamedTuple):
-    """A program's share of the work and of the GPU."""
-
-    rows: int
-    depth: int  # at most; channels summed over at a time
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None  # of a thread
-
-
-# Up to NARROW columns, 128 registers hold what a thread needs, and two programs share a multiprocessor.
-NARROW = 160
-FORWARD, FORWARD_WIDE = Tile(64, 32, 4, 4), Tile(128, 32, 8, 3)
-BACKWARD, BACKWARD_WIDE = Tile(128, 32, 8, 3, 128), Tile(128, 32, 8, 2)
-
-
 def gates_unavailable_reason(x: torch.Tensor, *parameters: torch.Tensor) -> str | None:
     """None where `rg_lru_gates` can run on these, else why not. `dispatch.pays` is asked before."""
     if x.dtype not in DTYPES or any(parameter.dtype != x.dtype for parameter in parameters):
         return f"x and parameters are {[t.dtype for t in (x, *parameters)]}, allowed is one of float16 and bfloat16"
     if (width := parameters[0].shape[-1]) > LARGEST_WIDTH:
         return f"gate blocks are {width} wide, the kernels take up to {LARGEST_WIDTH}"
-    if x.is_cuda and capability(x.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
+    return gates_refusal(properties(x.device))
 
 
 def rg_lru_gates(
@@ -79,7 +68,7 @@ class _Gates(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         r, i = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
         inputs = _contiguous(x, weight_r, bias_r, weight_i, bias_i)
-        tile = FORWARD if weight_r.shape[-1] <= NARROW else FORWARD_WIDE
+        tile = GATES_FORWARD if weight_r.shape[-1] <= NARROW_GATES else GATES_FORWARD_WIDE
         _launch(forward_kernel, tile, weight_r, (*inputs, r, i), programs_per_tile=2)
         return r, i, x
 
@@ -97,7 +86,7 @@ class _Gates(torch.autograd.Function):
 
 
 def _backward(d_r, d_i, d_same, weight_r, weight_i):
-    tile = BACKWARD if weight_r.shape[-1] <= NARROW else BACKWARD_WIDE
+    tile = GATES_BACKWARD if weight_r.shape[-1] <= NARROW_GATES else GATES_BACKWARD_WIDE
     d_x = torch.empty_like(d_r)
     tiles = triton.cdiv(d_r.numel() // d_r.shape[-1], tile.rows)
     # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
@@ -116,7 +105,7 @@ def _contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _launch(kernel, tile: Tile, weight: torch.Tensor, tensors, programs_per_tile: int = 1) -> None:
+def _launch(kernel, tile: GateTile, weight: torch.Tensor, tensors, programs_per_tile: int = 1) -> None:
     x, (blocks, width, _) = tensors[0], weight.shape
     rows = x.numel() // x.shape[-1]
     first, rest, depth = _cover(width, tile.depth)
@@ -132,7 +121,7 @@ def _launch(kernel, tile: Tile, weight: torch.Tensor, tensors, programs_per_tile
             DEPTH=depth,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
+            **register_limit(tile.max_registers, x.device),
         )
 
 

@@ -1,4 +1,4 @@
-"""The two Triton kernels of `gates_triton`: both gates' products of one block, and the way back to their input.
+"""The two Triton kernels of `gates`: both gates' products of one block, and the way back to their input.
 
 A program has ROWS rows of one gate block, whose WIDTH channels need not be a power of two: its columns are FIRST, a
 power of two, and REST, the power of two that covers what remains, or 0. The sum runs over DEPTH channels at a time, in
@@ -13,17 +13,10 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
+from .arithmetic import dot
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 SIZES = ["M", "N"]  # compile once, whatever these are
-
-
-@triton.jit
-def _dot(a, b, total):
-    if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -79,9 +72,9 @@ def forward_kernel(
     for start in range(0, WIDTH, DEPTH):
         k = start + tl.arange(0, DEPTH)
         x = _load(p_x, row, k, N * WIDTH, 1, rows, WIDTH)
-        first = _dot(x, _load(p_weight, k, j, WIDTH, 1, WIDTH, WIDTH), first)
+        first = dot(x, _load(p_weight, k, j, WIDTH, 1, WIDTH, WIDTH), first)
         if REST:
-            rest = _dot(x, _load(p_weight, k, j_rest, WIDTH, 1, WIDTH, WIDTH), rest)
+            rest = dot(x, _load(p_weight, k, j_rest, WIDTH, 1, WIDTH, WIDTH), rest)
     _store(p_y, first + _load_row(p_bias, j, WIDTH), row, j, N * WIDTH, rows, WIDTH)
     if REST:
         _store(p_y, rest + _load_row(p_bias, j_rest, WIDTH), row, j_rest, N * WIDTH, rows, WIDTH)
@@ -125,11 +118,11 @@ def backward_kernel(
         k = start + tl.arange(0, DEPTH)
         d_r = _load(p_d_r, row, k, N * WIDTH, 1, rows, WIDTH)
         d_i = _load(p_d_i, row, k, N * WIDTH, 1, rows, WIDTH)
-        first = _dot(d_r, _load(p_weight_r, k, j, 1, WIDTH, WIDTH, WIDTH), first)
-        first = _dot(d_i, _load(p_weight_i, k, j, 1, WIDTH, WIDTH, WIDTH), first)
+        first = dot(d_r, _load(p_weight_r, k, j, 1, WIDTH, WIDTH, WIDTH), first)
+        first = dot(d_i, _load(p_weight_i, k, j, 1, WIDTH, WIDTH, WIDTH), first)
         if REST:
-            rest = _dot(d_r, _load(p_weight_r, k, j_rest, 1, WIDTH, WIDTH, WIDTH), rest)
-            rest = _dot(d_i, _load(p_weight_i, k, j_rest, 1, WIDTH, WIDTH, WIDTH), rest)
+            rest = dot(d_r, _load(p_weight_r, k, j_rest, 1, WIDTH, WIDTH, WIDTH), rest)
+            rest = dot(d_i, _load(p_weight_i, k, j_rest, 1, WIDTH, WIDTH, WIDTH), rest)
         tl.store(p_d_bias_r + k, tl.sum(d_r.to(tl.float32), 0), mask=k < WIDTH)
         tl.store(p_d_bias_i + k, tl.sum(d_i.to(tl.float32), 0), mask=k < WIDTH)
     if p_d_same is not None:

@@ -7,6 +7,7 @@ import torch
 
 from ..causal_lm_loss import columns_and_scale, softmax_gradient
 from ..gpu import on_its_device
+from .device.training import LOSS_GRADIENTS, LOSSES
 
 
 try:
@@ -14,8 +15,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-LOSSES, GRADIENTS = (2048, 8), (4096, 8)  # logits a program reads at a time, and its warps; chosen on an H100
 
 
 class KernelRowLosses(torch.autograd.Function):
@@ -58,8 +57,8 @@ def row_gradients(logits, targets, log_sums, scale) -> torch.Tensor:
     with on_its_device(logits):
         _gradients_kernel[(len(logits),)](
             *(logits.contiguous(), targets, log_sums, scale.contiguous(), gradient, logits.shape[1]),
-            COLUMNS=GRADIENTS[0],
-            num_warps=GRADIENTS[1],
+            COLUMNS=LOSS_GRADIENTS[0],
+            num_warps=LOSS_GRADIENTS[1],
         )
     return gradient
 

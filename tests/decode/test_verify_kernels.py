@@ -14,11 +14,11 @@ from _decode_helpers import (
 )
 from tolerances import assert_close
 
-import modeling_griffin.decode.speculative.ops as draft_ops
 from modeling_griffin.decode.ops import Clock, KernelOps
 from modeling_griffin.decode.speculative.ops import KernelVerifyOps, PlainVerifyOps
 from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
+from modeling_griffin.kernels.device import decode as tiles
 
 
 pytestmark = needs_kernels
@@ -42,7 +42,8 @@ def unwritten(*shape, dtype=torch.float32) -> torch.Tensor:
 @torch.no_grad()
 def test_attention(dtype, programs, tokens, heads, key_heads, head_dim, window, monkeypatch):
     """In many splits of the ring and in few; twice by the same kernels: what the first has counted is forgotten."""
-    monkeypatch.setattr(draft_ops, "DRAFT_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "DRAFT_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 1)
     poison_what_is_new(monkeypatch)
     q, k, v = (normal(tokens, n * head_dim, dtype=dtype) for n in (heads, key_heads, key_heads))
     rings = [normal(1, key_heads, window, head_dim, dtype=dtype) for _ in range(2)]

@@ -23,6 +23,7 @@ from modeling_griffin.kernels.attention import (
     triton_attention_unavailable_reason,
     visible_tokens,
 )
+from modeling_griffin.kernels.device import training
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -153,7 +154,7 @@ def test_interpreted(layout, case, loops, poison, monkeypatch):
     turn = case + list(LAYOUTS).index(layout)
     (of_queries, of_keys), heads, dtype = TILES[case], HEADS[turn % len(HEADS)], DTYPES[turn % 2]
     for name, tile in (("FORWARD", of_queries), ("QUERY_GRADIENT", of_queries), ("KEY_GRADIENTS", of_keys)):
-        monkeypatch.setattr(module, name, {64: Tile(*tile, 4, 2)})
+        monkeypatch.setattr(training, f"ATTENTION_{name}", {64: [Tile(*tile, 4, 2)]})
     check(*LAYOUTS[layout], *heads, dtype, "cpu")
 
 

@@ -38,8 +38,8 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 def small_tiles(monkeypatch):
     """In the interpreter every row of every program is Python; edges of tiles come sooner."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_conv, "FORWARD", Tile(2, 8, 64, 1))
-        monkeypatch.setattr(triton_conv, "BACKWARD", Tile(4, 4, 64, 1))
+        monkeypatch.setattr(triton_conv, "CONVOLUTION_FORWARD", Tile(2, 8, 64, 1))
+        monkeypatch.setattr(triton_conv, "CONVOLUTION_BACKWARD", Tile(4, 4, 64, 1))
 
 
 def make_inputs(length, channels, taps, dtype, batch=2, starts=(), has_state=True, parameter_dtype=None):
@@ -129,8 +129,8 @@ def test_without_state(length, starts):
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17])
 def test_more_taps_than_a_program_has_rows(length, monkeypatch):
-    monkeypatch.setattr(triton_conv, "FORWARD", Tile(1, 2, 64, 1))
-    monkeypatch.setattr(triton_conv, "BACKWARD", Tile(2, 1, 64, 1))
+    monkeypatch.setattr(triton_conv, "CONVOLUTION_FORWARD", Tile(1, 2, 64, 1))
+    monkeypatch.setattr(triton_conv, "CONVOLUTION_BACKWARD", Tile(2, 1, 64, 1))
     check(make_inputs(length, 16, 7, torch.float32, starts=[9]))
 
 

@@ -25,7 +25,7 @@ if not INTERPRETED:
 @pytest.fixture(autouse=True)
 def short_rows(monkeypatch):
     """Many turns over a row."""
-    for name in ("LOSSES", "GRADIENTS"):
+    for name in ("LOSSES", "LOSS_GRADIENTS"):
         monkeypatch.setattr(causal_lm_loss_triton, name, (128, 4))
 
 

@@ -1,6 +1,6 @@
-"""Triton kernels of one decoding step's products for many rows: matrix products that are paced by reading weights once.
+"""Triton GEMMs of one decoding step, for many rows: paced by reading weights once.
 
-Names and PDL as in `decode_kernels`. A program has BLOCK_N outputs of a matrix and all rows; where outputs are too few
+Names and PDL as in `gemv`. A program has BLOCK_N outputs of a matrix and all rows; where outputs are too few
 for all multiprocessors, SPLITS programs share them, each with some of the inputs, and the last one to end adds up what
 the others have left, in their order, so that results are the same every time.
 
@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
-from .gemv import gelu_tanh
+from ...kernels.arithmetic import gelu
 
 
 @triton.jit
@@ -191,6 +191,6 @@ def gated_matmul_kernel(
         sums_gate, sums_up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
         i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         gate = _scaled(sums_gate, squares, eps, p_b_gate, i_n, N, D, True, True)
-        y = gelu_tanh(gate) * _scaled(sums_up, squares, eps, p_b_up, i_n, N, D, True, True)
+        y = gelu(gate) * _scaled(sums_up, squares, eps, p_b_up, i_n, N, D, True, True)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         tl.store(p_y + i_m * N + i_n[None, :], y.to(p_y.dtype.element_ty), mask=(i_m < M) & (i_n < N)[None, :])

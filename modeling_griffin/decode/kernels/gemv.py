@@ -1,4 +1,4 @@
-"""Triton kernels of one decoding step: every token's work for few rows, at the speed at which weights are read.
+"""Triton GEMVs of one decoding step and what stands around them, at the speed at which weights are read.
 
 Names: p_ pointer, i_ index, m_ mask. Sums are float32; what is stored has the dtype of its tensor. A tensor's time is
 read from the device, so that a recorded CUDA graph can be replayed: the same launch serves every step.
@@ -14,12 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
-
-@triton.jit
-def gelu_tanh(x):
-    """0.5 x (1 + tanh(z)) = x sigmoid(2 z)."""
-    z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * z))
+from ...kernels.arithmetic import gelu
 
 
 @triton.jit
@@ -178,7 +173,7 @@ def gated_project_kernel(
     b_up = tl.load(p_b_up + i_n, mask=m_n, other=0.0).to(tl.float32)
     ys = _products(p_x, p_norm, (p_w_gate, p_w_up), i_n, eps, N, D, ROWS, 2, True, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD)
     for row in tl.static_range(ROWS):
-        y = gelu_tanh(ys[2 * row] + b_gate) * (ys[2 * row + 1] + b_up)
+        y = gelu(ys[2 * row] + b_gate) * (ys[2 * row + 1] + b_up)
         tl.store(p_y + row * N + i_n, y.to(p_y.dtype.element_ty), mask=m_n)
 
 
@@ -211,7 +206,7 @@ def gate_kernel(p_gate, p_up, p_y, SIZE, PDL: tl.constexpr, BLOCK: tl.constexpr)
     wait_for_the_kernel_before(PDL)
     gate = tl.load(p_gate + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(p_up + i, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_y + i, (gelu_tanh(gate) * up).to(p_y.dtype.element_ty), mask=mask)
+    tl.store(p_y + i, (gelu(gate) * up).to(p_y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -247,7 +242,7 @@ def _in_order(x):
 
 @triton.jit
 def end_kernel(p_logits, p_token, p_time, V: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):
-    """token (B,): the likeliest of logits (B, V), the first of several; time (1,) += 1. One program: one row.
+    """token (B,): argmax of logits (B, V), the first of several; time (1,) += 1. One program: one row.
 
     No kernel in front reads the time any more once the last of them has ended. A block is asked for before the one in
     front of it is looked at; each thread keeps the best of its places, and only these are compared between threads.

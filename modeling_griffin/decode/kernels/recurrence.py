@@ -1,6 +1,6 @@
 """Triton kernels of one decoding step's recurrent branch: convolution, gates, recurrence and the branch's gate.
 
-Names and PDL as in `decode_kernels`. Two kernels: for few rows sums, for many products of matrices. In both a program
+Names and PDL as in `gemv`. Two kernels: the gates as a GEMV for few rows, as a GEMM for many. In both a program
 has BLOCK_C channels and asks for its gates' weights before anything else. It needs the convolution of its whole gate
 block, so that a block's programs read the same past; none of them reads this step's slot, which they write.
 
@@ -14,26 +14,9 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
-from .gemv import gelu_tanh, wait_for_the_kernel_before
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _one_minus_exp(z):
-    """1 - exp(z) for z <= 0; near 0 from the series, the difference has no digits there."""
-    p = 1.0 + z * (1.0 / 9)
-    p = 1.0 + z * (1.0 / 8) * p
-    p = 1.0 + z * (1.0 / 7) * p
-    p = 1.0 + z * (1.0 / 6) * p
-    p = 1.0 + z * (1.0 / 5) * p
-    p = 1.0 + z * (1.0 / 4) * p
-    p = 1.0 + z * (1.0 / 3) * p
-    p = 1.0 + z * (1.0 / 2) * p
-    return tl.where(z > -0.5, -z * p, 1.0 - tl.exp(z))
+from ...kernels.arithmetic import gelu
+from ...rg_lru_scan_triton_math import decay, sigmoid, square_root
+from .gemv import wait_for_the_kernel_before
 
 
 @triton.jit
@@ -68,17 +51,20 @@ def load_gates(p_w_r, p_w_i, start: tl.constexpr, i_j, P: tl.constexpr, BLOCK_P:
 
 
 @triton.jit
-def coefficients(r, i, log_decay, u):
-    """a and b of h_t = a h_{t-1} + b, from both gates before the sigmoid and the convolution's output."""
-    log_a = log_decay * _sigmoid(r)
-    return tl.exp(log_a), tl.sqrt(_one_minus_exp(2.0 * log_a)) * _sigmoid(i) * u.to(tl.float32)
+def coefficients(r, i, log_decay, u, EXACT: tl.constexpr):
+    """a and b of h_t = a h_{t-1} + b, from both gates before the sigmoid and the convolution's output.
+
+    EXACT: as in the scan's kernels, for weights in float32.
+    """
+    a, y = decay(log_decay, sigmoid(r, EXACT), EXACT)
+    return a, square_root(y, EXACT) * sigmoid(i, EXACT) * u.to(tl.float32)
 
 
 @triton.jit
 def _store_step(p_past, p_state, p_out, h, x, y, row, channel, m, time, C, TAPS: tl.constexpr):
     tl.store(p_state + row * C + channel, h, mask=m)
     tl.store(p_past + (row * TAPS + time % TAPS) * C + channel, x, mask=m)
-    out = h * gelu_tanh(y.to(tl.float32))
+    out = h * gelu(y.to(tl.float32))
     tl.store(p_out + row * C + channel, out.to(p_out.dtype.element_ty), mask=m)
 
 
@@ -118,7 +104,7 @@ def recurrent_row_kernel(
             w_r, w_i = load_gates(p_w_r, p_w_i, start + BLOCK_P, i_j, P, BLOCK_P)
             i_p += BLOCK_P
             past = _convolved_past(p_past, p_conv_w, p_conv_b, i_b, i_block * P + i_p, i_p < P, i_p < P, time, C, TAPS)
-    a, b = coefficients(r, i, log_decay, own_u)
+    a, b = coefficients(r, i, log_decay, own_u, p_x.dtype.element_ty == tl.float32)
     h = a * h + b
     _store_step(p_past, p_state, p_out, h, x, y, i_b, i_c, m_c, time, C, TAPS)
 
@@ -166,6 +152,6 @@ def recurrent_kernel(
         r = tl.dot(us[i_tile], tiles[i_tile * 2], r, input_precision="ieee")
         i = tl.dot(us[i_tile], tiles[i_tile * 2 + 1], i, input_precision="ieee")
     u = _convolved(own_past, p_x, p_conv_w, row, i_c, own, m_c, C, TAPS)
-    a, b = coefficients(r, i, log_decay, u)
+    a, b = coefficients(r, i, log_decay, u, p_x.dtype.element_ty == tl.float32)
     h = a * h + b
     _store_step(p_past, p_state, p_out, h, x, y, row, i_c, own, time, C, TAPS)

@@ -1,10 +1,10 @@
 """Triton kernels of a step over N tokens of one row: the recurrent branch, which drafts are right, what they leave.
 
-Names and PDL as in `decode_kernels`. What is read before the wait has been left by earlier steps, or is a weight.
+Names and PDL as in `gemv`. What is read before the wait has been left by earlier steps, or is a weight.
 
 Legend: N tokens, C RG-LRU channels, P channels of a gate block. past (TAPS, C), a ring of the convolution's inputs;
 state (C,) float32, h: both as they are before the first of the tokens. new_x (N, C), new_h (N, C) float32: of each.
-report (1 + N,) int64: how many tokens are accepted, and the likeliest token behind each of them.
+report (1 + N,) int64: how many tokens are accepted, and the argmax of the logits of each.
 """
 
 try:
@@ -13,14 +13,10 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
-from .gemv import gelu_tanh, wait_for_the_kernel_before
+from ...kernels.arithmetic import gelu
+from ...rg_lru_scan_triton_kernels import compose
+from .gemv import wait_for_the_kernel_before
 from .recurrence import coefficients, load_gates
-
-
-@triton.jit
-def _compose(a_1, b_1, a_2, b_2):
-    """The map h -> a_2 (a_1 h + b_1) + b_2."""
-    return a_1 * a_2, tl.fma(a_2, b_1, b_2)
 
 
 @triton.jit
@@ -80,27 +76,27 @@ def draft_recurrent_kernel(
         r = tl.dot(u, tiles[start // BLOCK_P * 2], r, input_precision="ieee")
         i = tl.dot(u, tiles[start // BLOCK_P * 2 + 1], i, input_precision="ieee")
     u = _convolved(p_x, p_past, p_conv_w, p_conv_b, token, i_c, own, m_c, time, C, TAPS)
-    a, b = coefficients(r, i, log_decay, u)
-    a, b = tl.associative_scan((a, b), 0, _compose)
+    a, b = coefficients(r, i, log_decay, u, p_x.dtype.element_ty == tl.float32)
+    a, b = tl.associative_scan((a, b), 0, compose)
     h = a * h + b
     x = tl.load(p_x + token * C + i_c, mask=own, other=0.0)
     y = tl.load(p_y + token * C + i_c, mask=own, other=0.0).to(tl.float32)
     tl.store(p_new_x + token * C + i_c, x, mask=own)
     tl.store(p_new_h + token * C + i_c, h, mask=own)
-    tl.store(p_out + token * C + i_c, (h * gelu_tanh(y)).to(p_out.dtype.element_ty), mask=own)
+    tl.store(p_out + token * C + i_c, (h * gelu(y)).to(p_out.dtype.element_ty), mask=own)
 
 
 @triton.jit
 def accept_kernel(p_tokens, p_report, p_token, p_time, N, PDL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A token (N,) is right where the one in front of it finds it the likeliest; the first is. One program.
+    """A token (N,) is accepted where it is the argmax of the one in front of it; the first is. One program.
 
-    report[0]: how many are up to the first that is wrong; time goes on by as many. token (1,): the likeliest behind.
+    report[0]: how many are before the first rejected; time goes on by as many. token (1,): argmax of the last of them.
     """
     i_n = tl.arange(0, BLOCK_N)
     wait_for_the_kernel_before(PDL)
-    likeliest = tl.load(p_report + 1 + i_n, mask=i_n < N, other=0)
+    argmax = tl.load(p_report + 1 + i_n, mask=i_n < N, other=0)
     following = tl.load(p_tokens + 1 + i_n, mask=i_n + 1 < N, other=-1)
-    last = tl.min(tl.where(likeliest == following, BLOCK_N, i_n), 0)
+    last = tl.min(tl.where(argmax == following, BLOCK_N, i_n), 0)
     tl.store(p_token, tl.load(p_report + 1 + last))
     tl.store(p_report, (last + 1).to(tl.int64))
     tl.store(p_time, tl.load(p_time) + last + 1)

@@ -1,6 +1,6 @@
 """Triton kernels of attention for N tokens of one row, which see a ring of keys and values and each other.
 
-Names and splits as in `decode_attention_kernels`. The ring is read and not written: N slots of it still hold what the
+Names and splits as in `attention`. The ring is read and not written: N slots of it still hold what the
 first tokens see. New keys and values lie in buffers of their own, and those of accepted tokens are copied afterwards.
 
 Legend: N tokens, H heads, K head dimension, W attention window, S splits of the window.
@@ -12,21 +12,22 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
-from .attention import all_splits, rotated
+from .attention import all_splits, attended, rotated
 from .gemv import wait_for_the_kernel_before
 
 
 @triton.jit
-def _attended(q, k, v, seen, scaling, top, total, sums):
-    """The largest score, the total and the sums of a tile of queries, with these keys and values added."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-    scores = tl.where(seen, scores, -1e30)
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shares = tl.where(seen, tl.exp(scores - new_top[:, None]), 0.0)
-    shrink = tl.exp(top - new_top)
-    total = total * shrink + tl.sum(shares, 1)
-    sums = tl.dot(shares.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
-    return new_top, total, sums
+def _ages(i_s, slot, W):
+    """Of the ring's slots, how old what they hold is at the first of the new tokens."""
+    return tl.where(i_s < slot, slot - i_s, slot - i_s + W)
+
+
+@triton.jit
+def _load_ring(p_keys, p_values, i_s, age, kept, W, i_k, m_k, K: tl.constexpr):
+    """Keys and values of earlier tokens, (BLOCK_S, BLOCK_K), zeros elsewhere; and which slots there are."""
+    is_there = (i_s < W) & (age <= kept)
+    tile, mask = i_s[:, None] * K + i_k[None, :], is_there[:, None] & m_k[None, :]
+    return tl.load(p_keys + tile, mask=mask, other=0.0), tl.load(p_values + tile, mask=mask, other=0.0), is_there
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def draft_attention_kernel(
     p_sums, p_top, p_total, p_count, scaling, N, W, PDL: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
     K: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a key head, of any tokens, against SPLIT slots of the ring; the last split: the new keys too.
 
@@ -59,37 +61,38 @@ def draft_attention_kernel(
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    q = tl.zeros((BLOCK_M, BLOCK_K), p_q.dtype.element_ty)
-    for start in range(0, SPLIT, BLOCK_S):
-        i_s = tl.program_id(1) * SPLIT + start + tl.arange(0, BLOCK_S)
-        age = tl.where(i_s < slot, slot - i_s, slot - i_s + W)  # of the slot, at the first token
-        is_there = (i_s < W) & (age <= kept)
-        tile = i_s[:, None] * K + i_k[None, :]
-        k = tl.load(p_keys + tile, mask=is_there[:, None] & m_k[None, :], other=0.0)
-        v = tl.load(p_values + tile, mask=is_there[:, None] & m_k[None, :], other=0.0)
-        if start == 0:  # here, so that old keys and values are asked for before the wait
-            wait_for_the_kernel_before(PDL)
-            turn = i_token[:, None] * ROTARY
-            q = rotated(p_q, p_cos + turn, p_sin + turn, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
+    i_first = tl.program_id(1) * SPLIT + tl.arange(0, BLOCK_S)
+    # The first block is asked for before the wait, which stands outside of the loop: inside, it would not be pipelined.
+    age = _ages(i_first, slot, W)
+    k, v, is_there = _load_ring(p_keys, p_values, i_first, age, kept, W, i_k, m_k, K)
+    wait_for_the_kernel_before(PDL)
+    turn = i_token[:, None] * ROTARY
+    q = rotated(p_q, p_cos + turn, p_sin + turn, i_query[:, None] * K, i_k[None, :], m_q, ROTARY)
+    seen = is_there[None, :] & (age[None, :] + i_token[:, None] < W)
+    top, total, sums = attended(q, k, v, seen, scaling, top, total, sums)
+    for start in tl.range(BLOCK_S, SPLIT, BLOCK_S, num_stages=STAGES):
+        age = _ages(i_first + start, slot, W)
+        k, v, is_there = _load_ring(p_keys, p_values, i_first + start, age, kept, W, i_k, m_k, K)
         seen = is_there[None, :] & (age[None, :] + i_token[:, None] < W)
-        top, total, sums = _attended(q, k, v, seen, scaling, top, total, sums)
+        top, total, sums = attended(q, k, v, seen, scaling, top, total, sums)
     if is_last_split:
-        turn = tl.minimum(i_n, N - 1)[:, None] * ROTARY
-        tile = (i_n * KEY_HEADS + i_head)[:, None] * K
+        new_turn = tl.minimum(i_n, N - 1)[:, None] * ROTARY
+        row = (i_n * KEY_HEADS + i_head)[:, None] * K
         m_new = m_n[:, None] & m_k[None, :]
-        k = rotated(p_k, p_cos + turn, p_sin + turn, tile, i_k[None, :], m_new, ROTARY)
-        v = tl.load(p_v + tile + i_k[None, :], mask=m_new, other=0.0)
+        new_k = rotated(p_k, p_cos + new_turn, p_sin + new_turn, row, i_k[None, :], m_new, ROTARY)
+        new_v = tl.load(p_v + row + i_k[None, :], mask=m_new, other=0.0)
         if i_tile == 0:
-            new_tile = (i_head * N + i_n)[:, None] * K + i_k[None, :]
-            tl.store(p_new_keys + new_tile, k, mask=m_new)
-            tl.store(p_new_values + new_tile, v, mask=m_new)
-        seen = m_n[None, :] & (i_n[None, :] <= i_token[:, None])
-        top, total, sums = _attended(q, k, v, seen, scaling, top, total, sums)
+            i_new = (i_head * N + i_n)[:, None] * K + i_k[None, :]
+            tl.store(p_new_keys + i_new, new_k, mask=m_new)
+            tl.store(p_new_values + i_new, new_v, mask=m_new)
+        is_past = m_n[None, :] & (i_n[None, :] <= i_token[:, None])
+        top, total, sums = attended(q, new_k, new_v, is_past, scaling, top, total, sums)
     is_last = True
     if SPLITS > 1:
         sums, total, is_last = all_splits(
-            p_sums, p_top, p_total, p_count + tl.program_id(0), sums, top, total, i_query, i_k, m_m, m_k, K, SPLITS
-        )
+            p_sums, p_top, p_total, p_count + tl.program_id(0), sums, top, total, i_query, i_k, m_m, m_k, K, SPLITS,
+            AHEAD,
+        )  # fmt: skip
     if is_last:
         y = sums / total[:, None]
         tl.store(p_out + i_query[:, None] * K + i_k[None, :], y.to(p_out.dtype.element_ty), mask=m_q)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from ...causal_conv1d import convolve
-from ...kernels.device import RECURRENT
+from ...kernels.device import RECURRENT, draft_attention_split
 from ...rg_lru_scan import rg_lru_scan
 from ..ops import Clock, KernelOps, PlainOps, rotated, triton
 
@@ -102,7 +102,6 @@ class PlainVerifyOps(PlainOps):
             ring.index_copy_(3, slots, torch.where(is_new, new[:, None], ring.index_select(3, slots)))
 
 
-DRAFT_PROGRAMS = 128  # of attention: about one for each multiprocessor
 QUERIES = 16  # of a program; with more, their sums do not fit into its registers
 
 
@@ -128,25 +127,20 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
 
     def attend(self, q, k, v, keys, values, new_keys, new_values, clock, scaling):
         number, (_, key_heads, window, head_dim) = len(q), keys.shape
-        heads, block_s = q.shape[1] // head_dim, 32 if head_dim > 128 else 64
+        heads = q.shape[1] // head_dim
         tiles = key_heads * triton.cdiv(number * heads // key_heads, QUERIES)
-        blocks = triton.next_power_of_2(triton.cdiv(window, block_s))
-        splits = min(blocks, triton.next_power_of_2(triton.cdiv(DRAFT_PROGRAMS, tiles)))
+        tile = draft_attention_split(tiles, QUERIES, window, head_dim, q.element_size(), q.device)
         out = torch.empty_like(q)
-        draft_attention_kernel[(tiles, splits)](
+        draft_attention_kernel[(tiles, tile["SPLITS"])](
             *(q, k, v, clock.cos, clock.sin, keys, values, new_keys, new_values, clock.time, clock.padding, out),
-            *(*self._shared_attention(q, splits, heads), scaling, number, window),
-            SPLIT=blocks // splits * block_s,
-            SPLITS=splits,
+            *(*self._shared_attention(q, tiles, tile["SPLITS"], heads), scaling, number, window),
             K=head_dim,
             KEY_HEADS=key_heads,
             GROUP=heads // key_heads,
             ROTARY=clock.cos.shape[1],
             BLOCK_M=QUERIES,
             BLOCK_N=_block(number),
-            BLOCK_K=_block(head_dim),
-            BLOCK_S=block_s,
-            num_warps=4,
+            **tile,
             **self.launch,
         )
         return out

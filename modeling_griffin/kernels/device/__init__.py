@@ -1,0 +1,57 @@
+"""What follows from a GPU: whether a kernel runs on it, and by which tiles. Nothing else knows one GPU from another.
+
+`gpu` (a flat file, which ships) asks PyTorch what a device is; `training` and `decode` have the tables of tiles, of
+which the first that fits the GPU's shared memory is taken; `known` has the properties of GPUs that need not be there.
+`python -m modeling_griffin.kernels.device` says what a machine gets, and why.
+
+The scan's tiles stay in `rg_lru_scan_triton`: it ships to the Hub, alone, and takes 18 KB at most, which every GPU has.
+"""
+
+from ...gpu import GPU, can_overlap, multiprocessors, properties, register_limit
+from .decode import (
+    GATED,
+    MATMUL,
+    MATMUL_DTYPES,
+    MATMUL_GATED,
+    MATMUL_ROWS,
+    MATVEC_ROWS,
+    PROJECT,
+    RECURRENT,
+    RECURRENT_ROW,
+    attention_split,
+    decode_gemm_fits,
+    draft_attention_split,
+    largest_logits_block,
+    matmul_tile,
+    product_tile,
+    recurrent_tile,
+)
+from .training import attention_refusal, first_that_fits, gates_refusal
+
+
+__all__ = [
+    "GATED",
+    "GPU",
+    "MATMUL",
+    "MATMUL_DTYPES",
+    "MATMUL_GATED",
+    "MATMUL_ROWS",
+    "MATVEC_ROWS",
+    "PROJECT",
+    "RECURRENT",
+    "RECURRENT_ROW",
+    "attention_refusal",
+    "attention_split",
+    "can_overlap",
+    "decode_gemm_fits",
+    "draft_attention_split",
+    "first_that_fits",
+    "gates_refusal",
+    "largest_logits_block",
+    "matmul_tile",
+    "multiprocessors",
+    "product_tile",
+    "properties",
+    "recurrent_tile",
+    "register_limit",
+]

@@ -1,0 +1,61 @@
+"""Where a Triton kernel of the scan does not compile or start: the torch backend takes over, with one warning."""
+
+from collections.abc import Callable
+
+import torch
+from transformers.utils import logging
+
+from .gpu import is_kernel_failure, properties
+from .rg_lru_scan_torch import rg_lru_scan_torch
+
+
+logger = logging.get_logger(__name__)
+FAILED: dict[torch.device, str] = {}  # devices on which a kernel of the scan failed, and how
+
+
+def forward_or_torch(kernels: Callable, inputs: tuple, sequences: tuple = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """kernels(*inputs, *sequences); after a failure `rg_lru_scan_torch` of the inputs, then and ever after.
+
+    inputs: x, both gates, log_decay, initial_state, reset. sequences: further arguments, with which a failure raises.
+    """
+    device = inputs[0].device
+    if torch.compiler.is_compiling():
+        return kernels(*inputs, *sequences)
+    if device not in FAILED:
+        try:
+            return kernels(*inputs, *sequences)
+        except Exception as error:
+            _remember(error, device, sequences)
+    return rg_lru_scan_torch(*inputs)
+
+
+def backward_or_torch(kernels: Callable, d_hidden, d_last_state, *saved) -> tuple[torch.Tensor, ...]:
+    """The gradients of x, both gates, log_decay and initial_state; saved: as `kernels` takes it, inputs first."""
+    inputs, sequences = saved[:6], saved[7:]
+    if inputs[0].device not in FAILED or any(each is not None for each in sequences):
+        try:
+            return kernels(d_hidden, d_last_state, *saved)
+        except Exception as error:
+            _remember(error, inputs[0].device, sequences)
+    return _gradients(d_hidden, d_last_state, *inputs)
+
+
+def _remember(error: Exception, device: torch.device, sequences: tuple) -> None:
+    if not is_kernel_failure(error) or any(each is not None for each in sequences):
+        raise error
+    FAILED[device] = f"{type(error).__name__}: {error}"
+    first_line = FAILED[device].splitlines()[0]
+    logger.warning(
+        f"RG-LRU scan: a Triton kernel failed on {device} ({properties(device).name}), the torch backend runs from now "
+        f"on, exact but slower: {first_line}"
+    )
+
+
+def _gradients(d_hidden, d_last_state, *inputs) -> tuple[torch.Tensor, ...]:
+    leaves = [None if x is None or x.dtype == torch.bool else x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        hidden, last_state = rg_lru_scan_torch(*leaves[:5], inputs[5])
+    d_last_state = torch.zeros_like(last_state) if d_last_state is None else d_last_state
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    gradients = torch.autograd.grad((hidden, last_state), wanted, (d_hidden, d_last_state))
+    return gradients if len(gradients) == 5 else (*gradients, torch.zeros_like(last_state))

@@ -1,0 +1,136 @@
+"""Who runs what on which GPU: the choice by properties, and that it stands in one place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_griffin import gpu
+from modeling_griffin.kernels.device import __main__ as report
+from modeling_griffin.kernels.device import attention_refusal, decode, training
+from modeling_griffin.kernels.device.known import KNOWN, known_gpu
+
+
+PACKAGE = Path(__file__).parents[2] / "modeling_griffin"
+TABLES = (training.ATTENTION_FORWARD, training.ATTENTION_QUERY_GRADIENT, training.ATTENTION_KEY_GRADIENTS)
+FROM_AMPERE_ON = [name for name, known in KNOWN.items() if known.capability >= (8, 0)]
+QUESTIONS = ("get_device_capability", "get_device_properties", "capability")
+PROCESSORS = {108, 114, 132, 148, 170, 264}  # of GPUs that tiles might be tempted to know
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there(monkeypatch):
+    monkeypatch.setattr(gpu, "_triton_version", lambda: (3, 6))
+
+
+def asks_a_gpu(path: Path) -> list[str]:
+    """Lines that ask PyTorch what a device is, compare capabilities, or have a GPU's number of multiprocessors."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = getattr(node, "attr", getattr(node, "id", ""))
+        number = node.value if isinstance(node, ast.Constant) and type(node.value) is int else None
+        if name in QUESTIONS or number in PROCESSORS:
+            found.append(f"{path.name}:{node.lineno}: {name or number}")
+    return found
+
+
+def test_only_one_place_knows_gpus():
+    allowed = [PACKAGE / "gpu.py", *(PACKAGE / "kernels" / "device").glob("*.py")]
+    found = [line for path in PACKAGE.rglob("*.py") if path not in allowed for line in asks_a_gpu(path)]
+    assert not found, found
+
+
+def test_the_search_finds_what_it_looks_for(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("import torch\nwide = torch.cuda.get_device_capability() == (9, 0)\nprograms = 132\n")
+    assert len(asks_a_gpu(path)) == 2
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", FROM_AMPERE_ON)
+def test_local_attention_has_tiles_that_fit(name, head_dim):
+    assert attention_refusal(head_dim, KNOWN[name]) is None
+    for table in TABLES:
+        tile = training.first_that_fits(table[head_dim], KNOWN[name])
+        assert 0 < tile.shared_memory <= KNOWN[name].shared_memory
+        if KNOWN[name].shared_memory == 227 * 1024:  # what was measured stays what is taken
+            assert tile is table[head_dim][0]
+
+
+def test_where_local_attention_is_not_run():
+    assert "older than compute capability 8.0" in attention_refusal(128, KNOWN["sm_75"])
+    assert "no tiles" in attention_refusal(256, KNOWN["sm_89"]._replace(shared_memory=48 * 1024))
+    assert "environment variable" in attention_refusal(128, KNOWN["gfx942"])
+
+
+def test_old_compilers_and_old_gpus_get_pytorch(monkeypatch):
+    assert gpu.triton_refusal(KNOWN["sm_75"]) is None
+    assert "6.1" in gpu.triton_refusal(KNOWN["sm_75"]._replace(capability=(6, 1)))
+    monkeypatch.setattr(gpu, "_triton_version", lambda: (3, 4))
+    assert "Triton 3.4 is older than 3.5" in gpu.triton_refusal(KNOWN["sm_90"])
+    monkeypatch.setattr(gpu, "_triton_version", lambda: None)
+    assert "not installed" in gpu.triton_refusal(KNOWN["sm_90"])
+
+
+def test_the_switch_for_amd(monkeypatch):
+    reason = gpu.triton_refusal(KNOWN["gfx942"])
+    assert "plain PyTorch" in reason and gpu.AMD_SWITCH in reason and "never run" in reason
+    monkeypatch.setenv(gpu.AMD_SWITCH, "1")
+    assert gpu.triton_refusal(KNOWN["gfx942"]) is None and gpu.triton_refusal(KNOWN["gfx90a"]) is None
+    assert "could hang" in gpu.triton_refusal(KNOWN["gfx1100"])
+    with gpu.pretending(KNOWN["gfx942"]):
+        assert gpu.register_limit(96, torch.device("meta")) == {}
+    with gpu.pretending(KNOWN["sm_90"]):
+        assert gpu.register_limit(96, torch.device("meta")) == {"maxnreg": 96}
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
+@pytest.mark.parametrize("window", [1, 64, 1000, 1024, 2049, 8192])
+@pytest.mark.parametrize("heads", [1, 3, 16, 64, 1000])
+def test_splits_cover_the_ring(heads, window, head_dim, itemsize):
+    """All slots, no split without one, and not many more programs than are asked for."""
+    with gpu.pretending(KNOWN["sm_90"]):
+        tile = decode.attention_split(heads, 10, window, head_dim, itemsize, torch.device("meta"))
+    split, splits = tile["SPLIT"], tile["SPLITS"]
+    assert splits * split >= window > (splits - 1) * split and split % tile["BLOCK_S"] == 0
+    assert splits <= max(1, 1.5 * decode.ATTENTION_PROGRAMS * 132 / heads)
+
+
+@pytest.mark.parametrize(
+    "rows, window, head_dim, splits",
+    [
+        (1, 1024, 128, 16),
+        (16, 1024, 128, 16),
+        (64, 1024, 128, 4),
+        (1, 2048, 256, 64),
+        (1, 2049, 256, 65),
+        (64, 2049, 256, 5),
+    ],
+)
+def test_splits_on_a_hopper_gpu(rows, window, head_dim, splits):
+    """As they were measured; a window of 2049 costs one block more than 2048, not as many again."""
+    with gpu.pretending(KNOWN["sm_90"]):
+        assert decode.attention_split(rows, 10, window, head_dim, 2, torch.device("meta"))["SPLITS"] == splits
+        assert decode.draft_attention_split(10, 16, 1024, 128, 2, torch.device("meta"))["SPLITS"] == 16
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_report(name, capsys):
+    report.main(["--gpu", name])
+    text = capsys.readouterr().out
+    assert KNOWN[name].name in text
+    for feature in ("scan", "gates", "heads of 64", "heads of 256", "GEMV", "GEMM"):
+        assert feature in text
+    assert ("measured" in text) == (name == "sm_90")
+    assert "Traceback" not in text and (gpu.AMD_SWITCH in text) == (KNOWN[name].vendor == "amd")
+
+
+def test_the_report_of_a_cpu():
+    assert "no GPU" in report.report(gpu.GPU())
+
+
+def test_an_unknown_gpu():
+    with pytest.raises(ValueError, match="gpu = 'sm_91': allowed are sm_75"):
+        known_gpu("sm_91")

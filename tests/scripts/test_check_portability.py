@@ -1,0 +1,124 @@
+"""The compile check: what it calls a fault, and that it finds one in a kernel that has it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import check_portability
+import pytest
+
+
+SCRIPT = Path(check_portability.__file__)
+LAUNCH = {
+    "case": "scan (1, 4096)",
+    "name": "forward_kernel",
+    "seconds": 3.0,
+    "error": None,
+    "shared_memory": 2048,
+    "limit": 101376,
+    "registers": 96,
+    "spills": 0,
+    "allowed_spills": 128,
+    "shared_words": None,
+    "hidden_words": False,
+}
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, None),
+        ({"shared_memory": 101377}, "101377 bytes of shared memory, allowed are 101376"),
+        ({"spills": 129}, "spills 129 bytes a thread, allowed are 128"),
+        ({"spills": None}, None),
+        ({"seconds": 20.5}, "compiled for 20 s"),
+        ({"error": "CompilationError: x"}, "CompilationError: x"),
+        ({"shared_words": "4 x 64"}, "two readers"),
+        ({"hidden_words": True}, "a cache of their own"),
+    ],
+)
+def test_faults(change, fault):
+    found = check_portability._faults("sm_89 2B bfloat16", {**LAUNCH, **change})
+    assert len(found) == (fault is not None)
+    assert fault is None or (fault in found[0] and "sm_89 2B bfloat16, scan (1, 4096), forward_kernel" in found[0])
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_is_printed(verbose, capsys):
+    """A line for a GPU, a shape and a dtype; with --verbose one for each launch too."""
+    failures = check_portability._report("sm_89 2B bfloat16", [LAUNCH, {**LAUNCH, "spills": 500}], verbose)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "sm_89 2B bfloat16: 2 launches, 6 s, at most 2048 bytes, 1 failures" and len(failures) == 1
+    assert len(others) == (2 if verbose else 0)
+
+
+@pytest.mark.parametrize("per_thread, found", [("[1, 2]", False), ("[1, 4]", True)])
+def test_words_with_two_readers(per_thread, found):
+    """4 warps of 32 threads hold 4 x 64 words: two each and no word twice, or four each and every word twice."""
+
+    class Compiled:
+        name = "forward_kernel"
+        constants = {"SEGMENTS": 4, "CHANNELS": 64}
+        text = {
+            "ttgir": f"#blocked = #ttg.blocked<{{sizePerThread = {per_thread}, threadsPerWarp = [1, 32], "
+            "warpsPerCTA = [4, 1], order = [1, 0]}>\n%0 = tt.load : tensor<4x64xi64, #blocked>\n"
+            "%1 = arith.extsi : tensor<4x1xi64, #blocked>"
+        }
+
+    assert (check_portability._shared_words(Compiled) is not None) == found
+
+
+@pytest.mark.parametrize(
+    "load, store, hidden",
+    [("sc0 sc1", "sc0 sc1", False), ("glc", "glc", False), ("", "sc0 sc1", True), ("sc0", "", True)],
+)
+def test_words_in_a_cache(load, store, hidden):
+    class Compiled:
+        constants = {"CHAINED": True}
+        text = {
+            "amdgcn": f"\tbuffer_load_dwordx2 v[4:5], v66, s[44:47], 0 offen {load}\n"
+            f"\tbuffer_store_dwordx2 v[2:3], v64, s[40:43], 0 offen {store}\n"
+        }
+
+    assert check_portability._hidden_words(Compiled) == hidden
+
+
+def test_a_process_that_fails_is_a_failure(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: no such module\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    with pytest.raises(SystemExit, match="sm_89 9B float32: ImportError: no such module"):
+        check_portability.main(["--gpu", "sm_89", "--shape", "9B", "--dtype", "float32"])
+
+
+@needs_triton
+def test_a_kernel_that_does_not_fit():
+    """A tile of local attention that asks for more than 99 KB is found, by name."""
+    program = """
+import torch
+from portability.compiled_launches import capturing, target_of
+from modeling_griffin import gpu
+from modeling_griffin.kernels import attention
+from modeling_griffin.kernels.device.known import known_gpu
+
+known = known_gpu("sm_89")
+with gpu.pretending(known), capturing(target_of("sm_89")) as found:
+    query, key = (torch.empty(256, heads, 256, dtype=torch.bfloat16, device="meta") for heads in (2, 1))
+    each, blocks = (torch.empty(n, dtype=torch.int32, device="meta") for n in (256, 2))
+    attention.attention_forward(query, key, key, each, blocks, 0.1, attention.Tile(1, 128, 64, 8, 2))
+    attention.attention_forward(query, key, key, each, blocks, 0.1)
+wide, chosen = found
+assert wide.shared_memory > known.shared_memory >= chosen.shared_memory > 0, found
+assert wide.error is None and wide.registers and wide.seconds > 0
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPT.parents[1], env=_environment(), capture_output=True
+    )
+    assert run.returncode == 0, run.stderr.decode()
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(SCRIPT.parents[1]), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
