@@ -544,7 +544,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         """Reads tokens into a `GenerationState`: `serving/batch.py`."""
         return require_slot("prefill")(self, input_ids, state, chunk_size)
 
-    def generate_batch(self, queue, **options) -> list:
+    def generate_batch(self, queue=None, **options) -> list:
         """Many requests side by side, all results: `serving/batch.py`."""
         return require_slot("generate_batch")(self, queue, **options)
 

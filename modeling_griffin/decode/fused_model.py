@@ -29,6 +29,7 @@ from .original import CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_cl
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # for gradient checkpointing
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # hooks that record outputs when a call asks for them
 
 
@@ -142,7 +143,7 @@ def _in_module(module: nn.Module, cls: type | None, shapes: tuple | None, like: 
     if (name := own_function(module)) is not None:
         return f"has a {name} of its own"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks):
+    if not all(_changes_nothing(hook) for hook in hooks):
         return "has a hook"
     if cls is GELU_TANH and not is_gelu_tanh(module):
         return "is another activation"
@@ -157,6 +158,13 @@ def _in_module(module: nn.Module, cls: type | None, shapes: tuple | None, like: 
         filter(None, (_in_parameter(module, name, shape, like) for name, shape in zip(names, shapes))),
         None,
     )
+
+
+def _changes_nothing(hook) -> bool:
+    """Hooks of Transformers and PEFT that only look, or ask for the gradient of what they see."""
+    module, name = getattr(hook, "__module__", "") or "", getattr(hook, "__name__", "")
+    asks = name in ASKS_FOR_GRADIENTS and module.split(".")[0] in ("transformers", "peft")
+    return module == OUTPUT_CAPTURING or asks
 
 
 def _in_parameter(module: nn.Module, name: str, shape: tuple | None, like: torch.Tensor) -> str | None:
