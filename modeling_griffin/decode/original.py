@@ -12,12 +12,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import causal_conv1d, elementwise, linears, modeling_griffin, rg_lru, rg_lru_scan, slots
+from .. import causal_conv1d, elementwise, modeling_griffin, rg_lru, rg_lru_scan, slots
 from ..kernels.dispatch import SLOTS
 
 
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
-SOURCES = (causal_conv1d, elementwise, linears, modeling_griffin, rg_lru, rg_lru_scan)
+SOURCES = (causal_conv1d, elementwise, modeling_griffin, rg_lru, rg_lru_scan)
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of every module
 CLASSES = (
     modeling_griffin.GriffinForCausalLM,

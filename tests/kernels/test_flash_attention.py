@@ -8,7 +8,7 @@ import torch
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
 from modeling_griffin.documents import read_layout
-from modeling_griffin.kernels import attention
+from modeling_griffin.kernels import attention, flash_attention
 from modeling_griffin.kernels.attention import Visible, visible_tokens
 from modeling_griffin.kernels.device import attention_refusal
 from modeling_griffin.kernels.device.known import known_gpu
