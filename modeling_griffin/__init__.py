@@ -21,6 +21,7 @@ from .decode.generate import beam_search, sample
 from .decode.speculative.generate import decode_with_drafts
 from .kernels import dispatch
 from .kernels.attention import Visible
+from .kernels.device import wanted_on_amd
 from .kernels.flash_attention import Runs, flash_local_attention, visible_attention
 from .kernels.scan_fallback import backward_or_torch, forward_or_torch
 from .kernels.scan_operator import rg_lru_scan_torch_or_operator
@@ -49,7 +50,7 @@ from .slots import fill_slots
 from .training.record import record_training, stop_recording
 
 
-fill_slots(**dispatch.SLOTS)
+fill_slots(**dispatch.SLOTS, wanted_on_amd=wanted_on_amd)
 fill_slots(rg_lru_scan_by_torch=rg_lru_scan_torch_or_operator)
 fill_slots(run_forward=forward_or_torch, run_backward=backward_or_torch)
 fill_slots(

@@ -5,12 +5,12 @@ It ships, because the scan and flash attention do, which have to know whether a 
 
 import contextlib
 import functools
-import os
-import subprocess
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from .slots import slot
 
 
 class GPU(NamedTuple):
@@ -37,7 +37,6 @@ ON_AMD = (
     "on, which compile for gfx90a and gfx942 but were never run there"
 )
 AMD_THAT_WAITS = "gfx9"  # CDNA: for others the compiler drops what makes the words of the scan's look-back visible
-COMPILER_WORDS = ("Triton", "PassManager", "C compiler", "ptxas", "LLVM")  # in plain RuntimeErrors of Triton's
 OLDEST_TRITON = (3, 5)  # before, programmatic dependent launch is missing; PyTorch 2.9 brings 3.5
 FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too
 
@@ -99,6 +98,12 @@ def on_its_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+@slot
+def wanted_on_amd() -> bool:
+    """Whether a person has turned the kernels on where nobody has run them; the installed package asks AMD_SWITCH."""
+    return False
+
+
 def triton_refusal(gpu: GPU) -> str | None:
     """None where kernels in Triton can run on this GPU, else why not."""
     version = _triton_version()
@@ -108,7 +113,7 @@ def triton_refusal(gpu: GPU) -> str | None:
         return f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     if gpu.vendor == "nvidia" and gpu.capability < OLDEST_FOR_TRITON:
         return f"{gpu.name} has compute capability {_dotted(gpu.capability)}, Triton's kernels need 7.5"
-    if gpu.vendor == "amd" and os.environ.get(AMD_SWITCH, "0") in ("", "0"):
+    if gpu.vendor == "amd" and not wanted_on_amd():
         return ON_AMD
     if gpu.vendor == "amd" and not gpu.architecture.startswith(AMD_THAT_WAITS):
         return f"{gpu.name} is {gpu.architecture}, the kernels are compiled for gfx90a and gfx942: the scan could hang"
@@ -132,16 +137,6 @@ def _triton_version() -> tuple[int, int] | None:
     except ImportError:
         return None
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-def is_kernel_failure(error: Exception) -> bool:
-    """Whether a kernel did not compile or start, or its compiler is missing: what another way of computing mends.
-
-    Not so when memory ran out or a kernel was wrong: for both PyTorch has subclasses of RuntimeError.
-    """
-    own = type(error).__module__.partition(".")[0] == "triton"
-    plain = type(error) is RuntimeError and any(word in str(error) for word in COMPILER_WORDS)
-    return own or plain or isinstance(error, (OSError, subprocess.SubprocessError))
 
 
 def flash_refusal(gpu: GPU, head_dim: int) -> str | None:

@@ -11,7 +11,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .rg_lru_scan_triton_around import sequence_of
+    from .scan_sequences_kernels import sequence_of
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 

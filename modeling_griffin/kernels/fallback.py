@@ -5,18 +5,30 @@ call that needs gradients is tried, forward and back, on tensors that autograd d
 """
 
 import functools
+import subprocess
 from collections.abc import Callable
 
 import torch
 from transformers.utils import logging
 
-from ..gpu import is_kernel_failure, properties
+from ..gpu import properties
 
 
 logger = logging.get_logger(__name__)
 FAILED: dict[tuple, str] = {}  # (name, device): how a kernel failed there
 _TRIED: set[tuple] = set()  # (name, device, dtype, size) whose way back is known to run, or which no kernel takes
+COMPILER_WORDS = ("Triton", "PassManager", "C compiler", "ptxas", "LLVM")  # in plain RuntimeErrors of Triton's
 LARGE = 20  # bits of a number of elements, from which on sizes are not told apart
+
+
+def is_kernel_failure(error: Exception) -> bool:
+    """Whether a kernel did not compile or start, or its compiler is missing: what another way of computing mends.
+
+    Not so when memory ran out or a kernel was wrong: for both PyTorch has subclasses of RuntimeError.
+    """
+    own = type(error).__module__.partition(".")[0] == "triton"
+    plain = type(error) is RuntimeError and any(word in str(error) for word in COMPILER_WORDS)
+    return own or plain or isinstance(error, (OSError, subprocess.SubprocessError))
 
 
 def or_definition(function: Callable) -> Callable:

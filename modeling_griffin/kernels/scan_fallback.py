@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
-from ..gpu import is_kernel_failure, properties
+from ..gpu import properties
 from ..rg_lru_scan_torch import rg_lru_scan_torch
+from .fallback import is_kernel_failure
 
 
 logger = logging.get_logger(__name__)

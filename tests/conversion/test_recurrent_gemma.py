@@ -98,7 +98,7 @@ def test_default_key_value_heads_are_not_multi_query():
         {"block_types": ["recurrent"]},
         {"block_types": ["attention", "recurrent"], "num_hidden_layers": 5},
         {"num_key_value_heads": 2, "lru_width": 48, "conv1d_width": 3, "logits_soft_cap": 50.0},
-        {"tie_word_embeddings": False, "eos_token_id": [1, 107], "dtype": torch.bfloat16, "rms_norm_eps": 1e-5},
+        {"tie_word_embeddings": False, "eos_token_id": [1, 7], "dtype": torch.bfloat16, "rms_norm_eps": 1e-5},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
     ],
 )

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from modeling_griffin import gpu
-from modeling_griffin import rg_lru_scan_triton_fallback as scan_fallback
-from modeling_griffin.kernels import fallback
+from modeling_griffin.kernels import fallback, scan_fallback
 from modeling_griffin.rg_lru_scan import rg_lru_scan
 
 
@@ -144,9 +142,11 @@ def test_the_scan_without_a_state(warnings, monkeypatch):
 
 
 def test_what_is_a_failure_of_a_kernel():
-    assert gpu.is_kernel_failure(OutOfResources("")) and gpu.is_kernel_failure(FileNotFoundError("gcc"))
-    assert gpu.is_kernel_failure(RuntimeError("Failed to find C compiler"))
-    assert not gpu.is_kernel_failure(torch.OutOfMemoryError("Triton")) and not gpu.is_kernel_failure(KeyError("x"))
+    assert fallback.is_kernel_failure(OutOfResources("")) and fallback.is_kernel_failure(FileNotFoundError("gcc"))
+    assert fallback.is_kernel_failure(RuntimeError("Failed to find C compiler"))
+    assert not fallback.is_kernel_failure(torch.OutOfMemoryError("Triton")) and not fallback.is_kernel_failure(
+        KeyError("x")
+    )
 
 
 def test_what_no_kernel_takes_is_asked_once_more_only(doubled, monkeypatch):

@@ -226,7 +226,6 @@ def test_pulled_by_remote_code_and_pushed_again(hub, author, reader, expected):
     first, again = hub.files("me/griffin"), hub.files("me/again")
     for name in ["config.json", "model.safetensors", *CODE]:
         assert again[name] == first[name], name
-    assert 'from_pretrained("me/again"' in again["README.md"].decode()
     assert reader.run('result = pulled_logits("me/again")') == expected
 
 
@@ -272,7 +271,7 @@ def test_save_pretrained_that_pushes(hub, author, reader, expected, tmp_path):
 
 @pytest.mark.parametrize("facts", ["keep_model_card(trainer, datasets=['me/words'])", ""], ids=["facts", "bare"])
 def test_trainer_that_pushes(facts, hub, author, reader):
-    """What stock Trainer uploads during training loads, and at the end the card is ours, with further facts or without.
+    """What stock Trainer uploads during training loads; the card is ours where one line has asked for it.
 
     Trainers of other models write the card that they wrote.
     """
@@ -301,7 +300,7 @@ def test_trainer_that_pushes(facts, hub, author, reader):
     during, trained, other = author.run(code, folder=str(author.home / repo[3:]))
     assert {"README.md", "config.json", "model.safetensors", *CODE} <= set(during)
     card = hub.files(repo)["README.md"].decode()
-    assert "license: mit" in card and "## Λ, the learnt decay" in card and ("- me/words" in card) == bool(facts)
+    assert "license: mit" in card and ("## Λ, the learnt decay" in card) == ("- me/words" in card) == bool(facts)
     assert "Λ" not in other and "generated_from_trainer" in other and "- en" in other
     assert reader.run(f'result = pulled_logits("{repo}")') == trained
 

@@ -7,7 +7,9 @@ which the first that fits the GPU's shared memory is taken; `known` has the prop
 The scan's tiles stay in `rg_lru_scan_triton`: it ships to the Hub, alone, and takes 18 KB at most, which every GPU has.
 """
 
-from ...gpu import GPU, can_overlap, multiprocessors, properties, register_limit
+import os
+
+from ...gpu import AMD_SWITCH, GPU, can_overlap, multiprocessors, properties, register_limit
 from .decode import (
     GATED,
     MATMUL,
@@ -53,5 +55,11 @@ __all__ = [
     "product_tile",
     "properties",
     "recurrent_tile",
+    "wanted_on_amd",
     "register_limit",
 ]
+
+
+def wanted_on_amd() -> bool:
+    """Whether AMD_SWITCH, an environment variable, turns the kernels on where nobody has run them."""
+    return os.environ.get(AMD_SWITCH, "0") not in ("", "0")
