@@ -27,7 +27,7 @@ from tqdm import tqdm
 from modeling_griffin import rg_lru_scan
 from modeling_griffin.documents import read_layout
 from modeling_griffin.elementwise import gated, gated_linears, linears, rotate
-from modeling_griffin.kernels.flash_attention import OWN_ATTENTION
+from modeling_griffin.local_attention import OWN_ATTENTION
 from modeling_griffin.modeling_griffin import GriffinForCausalLM
 from modeling_griffin.rg_lru import gates
 

@@ -1,6 +1,6 @@
 """Times one query's attention over a ring, by how many splits share it, on a GPU.
 
-    python scripts/time_decode_attention.py --output $OUT/decode_attention
+    python scripts/time_decode_attention.py --output build/decode_attention
 
 Each setting is first compared with plain PyTorch. Times are of one layer, medians of replays of a CUDA graph of 16
 layers with rings of their own, so that keys come from memory as in a step. Writes OUTPUT.md and prints it: a row for a

@@ -1,6 +1,6 @@
 """Times designs of the scan's kernels against the one that is used, on a GPU; nothing that is wrong is timed.
 
-    python scripts/time_scan_designs.py --output $OUT/scan_designs        forward, backward, packed rows with resets
+    python scripts/time_scan_designs.py --output build/scan_designs        forward, backward, packed rows with resets
 
 Each design is first compared with the float64 reference (at most twice the torch backend's error, in bfloat16) and run
 50 times for equal bits. Times are medians of replays of a CUDA graph, as in `benchmark_scan.py`; the share is of the
@@ -15,12 +15,17 @@ from pathlib import Path
 
 import torch
 from benchmark_scan import FLOOR, _copy_ceiling, _inputs, _time
-from benchmarks.scan_designs_kernels import persistent_forward_kernel
 
 from modeling_griffin import rg_lru_scan_triton as scan
 from modeling_griffin.gpu import can_overlap, multiprocessors, register_limit
 from modeling_griffin.rg_lru_scan import rg_lru_scan
 from modeling_griffin.rg_lru_scan_triton import Tile
+
+
+try:
+    from benchmarks.scan_designs_kernels import persistent_forward_kernel
+except ImportError:  # without Triton there is nothing to time, but its help is shown
+    persistent_forward_kernel = None
 
 
 SHAPES = [(8, 4096, 2560), (4, 2048, 4096), (1, 32768, 2560), (1, 131072, 4096)]

@@ -15,6 +15,7 @@ ROWS = re.findall(r"^\| `([\w.]+)(?::(\w+))?` \| (.+?) \| (.+?) \|$", PAGE, flag
 # Names of ours that hold an underscore in front, or of namedtuples and Python itself.
 PYTHONS = {"_", "_replace", "_fields", "_asdict", "_make"}
 WRITTEN_ELSEWHERE = {"_C", "_functorch"}  # parts of a listed path
+NOT_INSTALLED_HERE = {"_attention_ops", "_active"}  # vLLM's table, docs/vllm.md; Triton's driver, check_portability.py
 
 
 def follow(path: str):
@@ -53,7 +54,11 @@ def private_names() -> dict[str, set[str]]:
                     own.add(node.attr)
                 else:
                     read.setdefault(node.attr, set()).add(str(path.relative_to(ROOT)))
-    return {name: files for name, files in read.items() if name not in own | PYTHONS | WRITTEN_ELSEWHERE}
+    return {
+        name: files
+        for name, files in read.items()
+        if name not in own | PYTHONS | WRITTEN_ELSEWHERE | NOT_INSTALLED_HERE
+    }
 
 
 def test_the_code_uses_no_other():

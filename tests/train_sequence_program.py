@@ -3,16 +3,19 @@
 Leaves a folder for each run, and results.pt with what was refused.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
 
 import torch
-from _script_helpers import write_run
 from accelerate.state import AcceleratorState
-from train import run
 
+from tests._script_helpers import write_run  # which puts scripts/ on the path
 from tests.ranks import join_group, start_ranks
+
+
+run = importlib.import_module("train").run
 
 
 def settings(folder: Path, rows: int, **changes) -> str:

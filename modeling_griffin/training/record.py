@@ -93,10 +93,7 @@ class TrainingRecorder:
         reason = self._ineligible_reason(model, arguments)
         batch = None if reason else _batch(self, arguments)
         if batch is None or reason:
-            self._say(
-                reason
-                or "rows are longer than the recorded lengths, or their padding is not on the right with labels of -100"
-            )
+            self._say(reason or "rows are too long, or have padding that is not on the right with labels of -100")
             return None
         self._keep_what_is_accumulated()
         step = self._step(model, batch)
