@@ -141,7 +141,7 @@ def make_trainer(model_arguments, data_arguments, training_arguments, resume: Re
     Raises ValueError where the ranks, or the checkpoint `resume.checkpoint`, have other settings, data or models.
     """
     checkpoint = resume.checkpoint
-    settings = settings_of(data_arguments, training_arguments)
+    settings = settings_of(data_arguments, training_arguments, model_arguments.sequence_parallel_size)
     check_same_on_all_ranks({"settings": settings})
     name = model_arguments.model_name_or_path
     tokenizer, rows, (train, held_out) = make_rows(name, data_arguments, training_arguments, checkpoint)
@@ -249,7 +249,8 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
     try:
         model_arguments, data_arguments, training_arguments, resume = read_arguments(argv)
         check_processes(training_arguments.distributed_state, read_request())
-        start = decided_by_rank_0(lambda: where_to_start(data_arguments, training_arguments, resume))
+        shared_by = model_arguments.sequence_parallel_size
+        start = decided_by_rank_0(lambda: where_to_start(data_arguments, training_arguments, resume, shared_by))
         resume.checkpoint, is_over = start
         if is_over:
             end_of_complete_run(resume.checkpoint, training_arguments)

@@ -47,7 +47,17 @@ def main(rank: int, folder: Path) -> None:
         torch.save({"refused": refused}, folder / "results.pt")
     elif rank == 1:
         checkpoint = str(folder / "two" / "checkpoint-3")
-        train(folder / "two 1", 3, 1, "--output_dir", str(folder / "resumed"), "--resume", checkpoint)
+        train(
+            folder / "two 1",
+            3,
+            1,
+            "--output_dir",
+            str(folder / "resumed"),
+            "--resume",
+            checkpoint,
+            "--allow_changed",
+            "processes",
+        )
 
 
 def refusal(folder: Path, sequence: int) -> str:

@@ -39,8 +39,11 @@ ALLOWED = {
 }
 
 
-def settings_of(data_arguments, training_arguments) -> dict:
-    """{name: value as JSON has it} of all that the numbers of a run depend on, but for its texts and its model."""
+def settings_of(data_arguments, training_arguments, shared_by: int = 1) -> dict:
+    """{name: value as JSON has it} of all that the numbers of a run depend on, but for its texts and its model.
+
+    shared_by: how many processes share each row, see sequence_parallel_size.
+    """
     training = {
         name: value
         for name, value in training_arguments.to_dict().items()
@@ -48,7 +51,7 @@ def settings_of(data_arguments, training_arguments) -> dict:
     }
     data = {name: getattr(data_arguments, name) for name in (*DATA_SETTINGS, *TOKEN_SETTINGS)}
     processes = training_arguments.world_size
-    rows = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * processes
+    rows = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * processes // shared_by
     settings = {**data, **training, "processes": processes, "rows of a step": rows}
     return mask_values(json.loads(json.dumps(settings, default=str)))
 

@@ -15,14 +15,16 @@ from training.ranks import leave_together
 CHANGEABLE = {"use_cache", *TOKEN_IDS}
 
 
-def where_to_start(data_arguments: DataArguments, arguments, resume: Resume) -> tuple[str | None, bool]:
+def where_to_start(
+    data_arguments: DataArguments, arguments, resume: Resume, shared_by: int = 1
+) -> tuple[str | None, bool]:
     """(the checkpoint to continue from, or None; whether all of that run is done). Before anything is read."""
     checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir)
     check_output_dir(arguments.output_dir)
     if checkpoint is None:
         return None, False
     before = read_manifest(checkpoint).get("settings", {})
-    check_same_settings(checkpoint, before, settings_of(data_arguments, arguments), resume.allow_changed)
+    check_same_settings(checkpoint, before, settings_of(data_arguments, arguments, shared_by), resume.allow_changed)
     is_trained = is_complete(checkpoint, arguments)
     is_over = is_trained and is_final(checkpoint, arguments.output_dir)
     if is_trained and not is_over:

@@ -42,7 +42,7 @@ def test_stored_help_is_the_scripts_own(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", command.WIDTH)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(script.removesuffix(".py")).main(["--help"])
+        importlib.import_module(script.removesuffix(".py")).main()
     assert end.value.code == 0
     own = capsys.readouterr().out.replace(f"usage: {script}", f"usage: griffin {verb}", 1)
     assert command.help_file(verb).read_text(encoding="utf-8").split() == own.split()
