@@ -13,7 +13,7 @@ import torch
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, rg_lru_scan_triton
 from modeling_griffin.decode.ops import KernelOps
-from modeling_griffin.decode.speculative.verify import DraftStep
+from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.gpu import properties, triton_refusal
 from modeling_griffin.kernels import attention, convolution, elementwise, gates, loss
@@ -165,8 +165,8 @@ def _decode(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for rows in (1, 64) if quick else (1, 2, 4, 16, 32, 64, 65):
         yield f"decode, {rows} rows", lambda rows=rows: step(rows)._compute()
 
-    def drafts(tokens: int) -> DraftStep:
-        made = DraftStep(step(1), tokens)
+    def drafts(tokens: int) -> VerifyStep:
+        made = VerifyStep(step(1), tokens)
         made.tokens, made.on_host = (torch.empty_like(each, device=META) for each in (made.tokens, made.on_host))
         return made
 
