@@ -188,7 +188,7 @@ def _error(error: Exception) -> str:
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
-    """The next token of each row: the likeliest, or a sample of its own distribution by its own random number."""
+    """The next token of each row: the argmax, or a sample of its own distribution by its own random number."""
     chosen = logits.argmax(-1)
     groups: dict[tuple, list[int]] = {}
     for number, row in enumerate(rows):

@@ -14,7 +14,7 @@ class GenerationRequest:
     """One generation.
 
     prompt: token ids. state: what was read before the prompt, one row; with it the prompt may be empty.
-    max_new_tokens: from 0. temperature: 0 takes the likeliest token, above 0 samples.
+    max_new_tokens: from 0. temperature: 0 takes the argmax, above 0 samples.
     top_k (0: all) and top_p (1: all): what to sample from, as in Transformers, in this order after the temperature.
     seed: of this generation's own random numbers; the same seed draws the same tokens in any batch.
     eos_token_id: one id or several that end it; None: those of the model's generation configuration; () for none.

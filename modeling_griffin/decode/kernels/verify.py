@@ -47,7 +47,7 @@ def draft_recurrent_kernel(
     p_time, N, C, P: tl.constexpr, TAPS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x, y (N, C) -> out (N, C) = h gelu(y): gates as products of matrices, then a scan over the tokens.
+    """x, y (N, C) -> out (N, C) = h gelu(y): gates as GEMMs, then a scan over the tokens.
 
     Program: BLOCK_C channels of a gate block, all tokens.
     """
