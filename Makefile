@@ -30,6 +30,7 @@ test-gpu: $(VENV)/test.done
 # Compiles the kernels for GPUs that need not be there. PORTABILITY=--quick: the tightest of each, in a few minutes.
 portability: $(VENV)/portability.done
 	PYTHONPATH=.:$(VENV)/triton $(BIN)/python scripts/check_portability.py $(PORTABILITY)
+
 # vLLM's build for a CPU, in an environment of its own: it brings its own PyTorch and Transformers.
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,21 @@ def made_once(factory, name: str, make) -> Path:
             make(folder)
             (folder / "made").touch()
     return folder
+
+
+def run_program(name: str, folder: Path, *words: str, timeout: float = 400) -> None:
+    """Runs tests/`name` with `words` and `folder`, its output in folder/agent.log; all its processes end with it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    with open(folder / "agent.log", "w") as log:
+        command = [sys.executable, f"tests/{name}", *words, str(folder)]
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            process.wait(timeout)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    assert process.returncode == 0, (folder / "agent.log").read_text()[-4000:]
 
 
 def run_to_end(command: list[str], timeout: float, **options) -> subprocess.CompletedProcess:

@@ -10,12 +10,13 @@ comes. Recorded, the host makes two calls. What is recorded has fixed shapes and
   step comes is copied out of it first.
 - Whatever a recorded step depends on (addresses of weights, what is trained, modules, hooks, autocast, dtype) is its
   key. A change of it records anew; what cannot be recorded runs as before, and one line says why.
+- A replay leaves Python out: a hook inside of the model that counts, collects or prints makes steps run as before.
 
 Legend: B rows, T tokens of a row, V vocabulary.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
+
+from ..decode.host_effects import effect_of, global_effect, global_hooks, host_effect
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +85,7 @@ class TrainingRecorder:
         self.key: tuple | None = None
         self.modules: list[nn.Module] = []  # of the key: walking through the tree anew would take as long as a step
         self.pool = None  # of memory, shared by all shapes: their activations are never needed at the same time
+        self.effect: str | None = None  # of Python inside of the model: a replay would leave it out
         self.refused: set[tuple] = set()
         self.in_plain_forward = False
         self.serial = 0  # of forward passes
@@ -131,6 +135,10 @@ class TrainingRecorder:
             self.refused.clear()
             self.modules = list(model.modules())
             self.key, self.pool = _key(model, self.modules), None
+            self.effect = _host_effect(module for module in self.modules if module is not model)
+        if self.effect is not None:
+            self._say(self.effect)
+            return None
         shape = batch.shape_key()
         if shape in self.refused:
             return None
@@ -343,7 +351,20 @@ class _Replay(torch.autograd.Function):
 
 def _key(model: nn.Module, modules: list[nn.Module]) -> tuple:
     """All that a recorded step depends on besides its inputs; modules: all of the model when it was recorded."""
-    return [_state_of(module) for module in modules], repr(vars(model.config)), type(model).forward
+    return [_state_of(module) for module in modules], repr(vars(model.config)), type(model).forward, global_hooks()
+
+
+def _host_effect(modules: Iterable[nn.Module]) -> str | None:
+    """What Python of the user's has to run at each step inside of a recorded one, or None."""
+    if (effect := global_effect()) is not None:
+        return f"a hook on every module {effect}"
+    for module in modules:
+        if (effect := host_effect(module)) is not None:
+            return effect
+        for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
+            if (effect := effect_of(hook, type(module))) is not None:
+                return f"a backward hook {effect}"
+    return None
 
 
 def _state_of(module: nn.Module) -> tuple:

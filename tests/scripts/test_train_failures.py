@@ -1,16 +1,13 @@
 """train.py when things go wrong: killed and dying processes, numbers that are not finite, data and arguments."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from _script_helpers import ROOT, made_once, save_model, write_run
+from _script_helpers import made_once, run_program, save_model, write_run
 from safetensors.torch import load_file
 from train import run
 from training.arguments import read_arguments
@@ -31,17 +28,7 @@ def jobs(tmp_path_factory) -> dict:
 
 def run_jobs(folder: Path) -> None:
     path = write_run(folder, max_steps=40, save_strategy="steps", save_steps=4)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    with open(folder / "agent.log", "w") as log:
-        command = [sys.executable, "tests/failure_program.py", path, str(folder)]
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            process.wait(timeout=400)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    assert process.returncode == 0, (folder / "agent.log").read_text()[-4000:]
+    run_program("failure_program.py", folder, path)
 
 
 def test_killed_processes_end_the_job(jobs):

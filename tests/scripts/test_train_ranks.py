@@ -1,14 +1,10 @@
 """train.py in two processes: they leave together, compare what they have before the first step, and wait in bounds."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from _script_helpers import ROOT, made_once, write_run
+from _script_helpers import made_once, run_program, write_run
 from safetensors.torch import load_file
 
 
@@ -22,17 +18,7 @@ def run_jobs(folder: Path) -> None:
     path = write_run(folder, max_steps=4, save_strategy="steps", save_steps=2)
     lines = (folder / "data.jsonl").read_text().splitlines(keepends=True)
     (folder / "other.jsonl").write_text("".join(lines[:-1]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    with open(folder / "agent.log", "w") as log:
-        command = [sys.executable, "tests/rank_faults_program.py", path, str(folder)]
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            process.wait(timeout=400)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    assert process.returncode == 0, (folder / "agent.log").read_text()[-4000:]
+    run_program("rank_faults_program.py", folder, path)
 
 
 def test_a_complete_run_is_left_together(jobs):

@@ -244,6 +244,37 @@ def test_what_runs_as_before(change, reason, recordings, said):
     assert torch.equal(found.logits, expected.logits) and recordings == [] and reason in said[0]
 
 
+def watch_forward(model, seen):
+    model.model.layers[1].mlp_block.register_forward_hook(lambda module, inputs, output: seen.append("forward"))
+
+
+def watch_backward(model, seen):
+    model.model.layers[1].mlp_block.register_full_backward_hook(lambda *arguments: seen.append("backward"))
+
+
+def watch_every_module(model, seen):
+    head = model.lm_head
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append("every") if module is head else None
+    )
+
+
+@pytest.mark.parametrize("watch", [watch_forward, watch_backward, watch_every_module])
+def test_hooks_that_collect_see_each_step(watch, recordings, said):
+    """Also where they come after steps that were recorded."""
+    batch, model, seen = batches("cpu")["plain"], make_model(), []
+    record_training(model, [21])
+    step(model, batch)
+    handle = watch(model, seen)
+    try:
+        for _ in range(3):
+            step(model, batch)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert len(seen) == 3 and len(recordings) == 1 and "hook" in said[-1]
+
+
 def test_longer_rows_evaluation_and_generation_run_as_before(recordings, said):
     model, ids = make_model(), rows("cpu")
     record_training(model, [16])
