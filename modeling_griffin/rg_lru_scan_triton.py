@@ -70,13 +70,6 @@ def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
     return BACKWARD if batch * channels > 64 * 256 else BACKWARD_TALL
 
 
-def _roomy(tile: Tile, cu_seqlens: torch.Tensor | None) -> Tile:
-    """For sequences end to end, whose marks and states would spill at 96 registers."""
-    if cu_seqlens is None or tile.max_registers is None:
-        return tile
-    return tile._replace(max_registers=max(tile.max_registers, 128))
-
-
 def triton_unavailable_reason(x: torch.Tensor) -> str | None:
     """None where the kernels can run on `x`, else why not."""
     if triton is None:
@@ -134,7 +127,7 @@ def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu
     elif cu_seqlens is not None and x.shape[1] < cu_seqlens.shape[0]:  # about one token each
         require_slot("launch_walk")(exact, inputs, sequences, (hidden, last_state))
     else:
-        tile = _roomy(_forward_tile(x.shape[0], x.shape[2], exact, reset is not None), cu_seqlens)
+        tile = _forward_tile(x.shape[0], x.shape[2], exact, reset is not None and cu_seqlens is None)
         layout = _Layout(*sequences, inputs[4], last_state)
         _launch(forward_kernel, tile, exact, inputs, (hidden, last_state), layout)
     return hidden, last_state
@@ -160,7 +153,7 @@ def _backward(
     arguments = (x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden, d_hidden, d_last_state)
     inputs = _contiguous(*arguments)
     exact = _is_exact(x, recurrence_gate, input_gate)
-    tile = _roomy(_backward_tile(batch, length, channels, exact), cu_seqlens)
+    tile = _backward_tile(batch, length, channels, exact)
     # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
     partial = log_decay.new_empty(batch * triton.cdiv(length, tile.steps), channels)
     outputs = (d_x, d_recurrence_gate, d_input_gate, partial, d_initial_state)

@@ -102,6 +102,11 @@ def _and(a, b):
 
 
 @triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
 def _is_waiting(high, i_word, is_word, WORDS: tl.constexpr):
     """Until all words are published and one of them is complete in every channel: one vote, so one barrier a poll.
 
@@ -163,6 +168,13 @@ def _load_resets(p_reset, t, T, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _load_marks(p_marks):
+    """Bits of each segment, and of the whole tile: what no row of the tile has, no thread spends an instruction on."""
+    marks = tl.load(p_marks)
+    return marks, tl.reduce(tl.reduce(marks, 1, _or), 0, _or)
+
+
+@triton.jit
 def _has(marks, bit: tl.constexpr):
     return ((marks >> bit) & 1) != 0
 
@@ -212,7 +224,7 @@ def forward_kernel(
         xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     if VARLEN:
-        marks = tl.load(p_marks + i_t * SEGMENTS + i_s)
+        marks, any_marks = _load_marks(p_marks + i_t * SEGMENTS + i_s)
     elif HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
@@ -230,7 +242,8 @@ def forward_kernel(
         if VARLEN:  # a sequence goes on from its own state, not from the token in front of it
             is_first = _has(marks, i)
             if HAS_INITIAL:
-                b = tl.fma(a, _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0)), b)
+                if _has(any_marks, i):
+                    b = tl.fma(a, _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0)), b)
             a = tl.where(is_first, 0.0, a)
         a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)
@@ -255,7 +268,8 @@ def forward_kernel(
         h = tl.fma(a_rows[i], h, b_rows[i])
         store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
         if VARLEN:
-            _store_state(p_last_state, p_sequence, t + i, C, c, h, _has(marks, i + 32))
+            if _has(any_marks, i + 32):
+                _store_state(p_last_state, p_sequence, t + i, C, c, h, _has(marks, i + 32))
     if not VARLEN and (i_t + 1) * (SEGMENTS * ROWS) >= T:
         tl.store(p_last_state + i_b * C + c, state, mask=m_end & m_c)
 
@@ -301,7 +315,7 @@ def backward_kernel(
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     if VARLEN:
-        marks = tl.load(p_marks + i_t * SEGMENTS + (SEGMENTS - 1 - i_s))
+        marks, any_marks = _load_marks(p_marks + i_t * SEGMENTS + (SEGMENTS - 1 - i_s))
     elif HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
@@ -313,7 +327,8 @@ def backward_kernel(
         if VARLEN:
             a = tl.where(_has(marks, i) | _has(marks, i + 16), 0.0, a)
             if HAS_D_LAST:
-                d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
+                if _has(any_marks, i + 32):
+                    d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
         elif HAS_RESET:
             a = tl.where(_has(resets, i), 0.0, a)
         a_s, b_s = a_s * a, a * (b_s + d_hidden)
@@ -346,8 +361,9 @@ def backward_kernel(
             is_first = _has(marks, i)
             h_before = tl.where(is_first, 0.0, h_before)
             if HAS_INITIAL:
-                is_entered = is_first & (_has(marks, i + 16) == 0)
-                h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_entered)
+                if _has(any_marks, i):
+                    is_entered = is_first & (_has(marks, i + 16) == 0)
+                    h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_entered)
         elif HAS_INITIAL:
             if i == 0:
                 h_before += tl.load(p_initial_state + i_b * C + c, mask=m_c & (t == 0), other=0.0)
@@ -359,11 +375,13 @@ def backward_kernel(
             d_log_a = tl.where(reset, 0.0, d_log_a)
         dh = to_float32(ds[i]) + k
         if VARLEN and HAS_D_LAST:
-            dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
+            if _has(any_marks, i + 32):
+                dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
         k = a * dh
         if VARLEN:
             if HAS_INITIAL:
-                _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
+                if _has(any_marks, i):
+                    _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
             k = tl.where(is_first, 0.0, k)
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r

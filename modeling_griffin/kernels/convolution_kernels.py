@@ -235,26 +235,55 @@ def _goes_on(p_starts, n, N, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr):
 
 
 @triton.jit
+def _end_of(p_cu_seqlens, n, N):
+    """The token behind sequence n; for N, behind the last, beyond all tokens."""
+    return tl.load(p_cu_seqlens + n + 1, mask=n < N, other=2**31 - 1).to(tl.int32)
+
+
+@triton.jit
+def _rows_in_front(
+    p_x, p_state, p_starts, n, age, c, m_c, N, C,
+    DTYPE: tl.constexpr, W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """The W - 1 rows in front of the token at p_x, nearest first, which is the age-th of sequence n."""
+    goes_on = _goes_on(p_starts, n, N, HAS_STATE, HAS_STARTS)
+    rows = ()
+    for k in tl.static_range(1, W):
+        x = _load_rounded(p_x - k * C + c, m_c & (age >= k), DTYPE)
+        if HAS_STATE:
+            x += _load_rounded(p_state + (n.to(tl.int64) * C + c) * W + (W - k + age), m_c & (age < k) & goes_on, DTYPE)
+        rows = rows + (x,)
+    return rows
+
+
+@triton.jit
 def _convolve_run(
-    p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts, p_y, i_run, c, T, N, C, halvings,
+    p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts, p_y, t, c, T, N, C, halvings,
     W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Each tap loads its rows again, from the cache: what it reaches, x or a state, is each row's own matter."""
+    """Walks as `forward_kernel` does; where the next sequence begins, the rows in front are those of its state."""
     dtype: tl.constexpr = p_x.dtype.element_ty
-    t = (i_run * ROWS + tl.arange(0, ROWS))[:, None]
-    n = sequence_of(p_cu_seqlens, t, N, halvings)
-    age = t - tl.load(p_cu_seqlens + n).to(tl.int32)
-    goes_on = _goes_on(p_starts, n, N, HAS_STATE, HAS_STARTS)
     m_c = c < C
-    m = (t < T) & m_c
-    y = tl.full([ROWS, CHANNELS], 0.0, tl.float32) + _load_rounded(p_bias + c, m_c, dtype)
-    for k in tl.static_range(W):
-        x = tl.load(p_x + (t - k).to(tl.int64) * C + c, mask=m & (age >= k), other=0.0).to(tl.float32)
-        if HAS_STATE and k > 0:
-            p = p_state + (n.to(tl.int64) * C + c) * W + (W - k + age)
-            x += _load_rounded(p, m & (age < k) & goes_on, dtype)
-        y = tl.fma(_load_rounded(p_weight + c * W + (W - 1 - k), m_c, dtype), x, y)
-    tl.store(p_y + t.to(tl.int64) * C + c, y.to(dtype), mask=m)
+    weight = _load_weight(p_weight, c, m_c, dtype, W)
+    bias = _load_rounded(p_bias + c, m_c, dtype)
+    p_x += t.to(tl.int64) * C
+    p_y += t.to(tl.int64) * C
+    n = sequence_of(p_cu_seqlens, t, N, halvings)
+    age, end = t - tl.load(p_cu_seqlens + n).to(tl.int32), _end_of(p_cu_seqlens, n, N)
+    past = _rows_in_front(p_x, p_state, p_starts, n, age, c, m_c, N, C, dtype, W, HAS_STATE, HAS_STARTS)
+    xs = ()
+    for i in tl.static_range(ROWS):
+        xs = xs + (_load(p_x + i * C + c, m_c & (t + i < T), True),)
+    for i in tl.static_range(ROWS):
+        if t + i == end:
+            while end <= t + i:  # past the empty ones
+                n += 1
+                end = _end_of(p_cu_seqlens, n, N)
+            past = _rows_in_front(p_x, p_state, p_starts, n, t * 0, c, m_c, N, C, dtype, W, HAS_STATE, HAS_STARTS)
+        x = xs[i].to(tl.float32)
+        y = _add_taps(tl.fma(weight[0], x, bias), weight, past, W)
+        _store(p_y + i * C + c, y, m_c & (t + i < T), True)
+        past = _pushed(past, x, W)
 
 
 @triton.jit
@@ -280,15 +309,15 @@ def _new_state(
 def varlen_kernel(
     p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts,
     p_y, p_new_state,
-    T, N, C, n_runs, halvings,
+    T, N, C: tl.constexpr, n_runs, halvings,
     W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """N sequences end to end in one row. n_runs programs have ROWS steps each, and one a sequence its new state."""
     i_run = tl.program_id(0)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     if i_run < n_runs:
         _convolve_run(
-            p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts, p_y, i_run, c, T, N, C, halvings,
+            p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts, p_y, i_run * ROWS, c, T, N, C, halvings,
             W, HAS_STATE, HAS_STARTS, ROWS, CHANNELS,
         )  # fmt: skip
     else:

@@ -9,6 +9,7 @@ from ..causal_conv1d import convolve
 from ..gpu import on_its_device
 from . import dispatch
 from .convolution import _contiguous, causal_conv1d_triton
+from .device.training import CONVOLUTION_FORWARD
 from .sequences import Sequences, check_sequences
 
 
@@ -50,8 +51,9 @@ def causal_conv1d_varlen(
     number = cu_seqlens.shape[0] - 1
     if state is not None and state.shape != (number, channels, taps):
         raise ValueError(f"state has shape {tuple(state.shape)}: allowed is {(number, channels, taps)}")
-    on_gpu = dispatch.pays(x, state, weight, bias)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias))
+    # Beside one kernel stand some thirty operations, not one: it pays at any size.
+    on_gpu = dispatch.pays(x, state, weight, bias, least=dispatch.LEAST_ELEMENTS if learns else 1)
     if on_gpu and not learns:
         return causal_conv1d_varlen_triton(x, state, weight, bias, cu_seqlens, starts)
     places = Sequences(cu_seqlens, x.shape[1], slots=taps)
@@ -76,11 +78,14 @@ def causal_conv1d_varlen_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as in `causal_conv1d_varlen`, in one launch, without gradients; x as above."""
     x, state, weight, bias, cu_seqlens, starts = _contiguous(x, state, weight, bias, cu_seqlens, starts)
-    (_, length, channels), number, rows = x.shape, cu_seqlens.shape[0] - 1, 16
+    (_, length, channels), number = x.shape, cu_seqlens.shape[0] - 1
     y, new_state = torch.empty_like(x), x.new_empty(number, channels, weight.shape[-1])
+    tile = CONVOLUTION_FORWARD
+    # Where a sequence ends, a program waits for the next one's state: it should not walk over many.
+    rows = min(tile.rows, triton.next_power_of_2(max(length // max(number, 1), 1)))
     runs = triton.cdiv(length, rows)
     with on_its_device(x):
-        varlen_kernel[(runs + number, triton.cdiv(channels, 128))](
+        varlen_kernel[(runs + number, triton.cdiv(channels, tile.channels))](
             x,
             weight,
             state,
@@ -98,7 +103,7 @@ def causal_conv1d_varlen_triton(
             HAS_STATE=state is not None,
             HAS_STARTS=starts is not None,
             ROWS=rows,
-            CHANNELS=128,
-            num_warps=4,
+            CHANNELS=tile.channels,
+            num_warps=tile.num_warps,
         )
     return y, new_state

@@ -28,11 +28,11 @@ LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much a
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
-def pays(first: torch.Tensor, *others) -> bool:
+def pays(first: torch.Tensor, *others, least: int = LEAST_ELEMENTS) -> bool:
     """Whether to leave the eager operations: large plain tensors on a GPU, outside other transformations."""
     return (
         first.is_cuda
-        and first.numel() >= LEAST_ELEMENTS
+        and first.numel() >= least
         and not torch.compiler.is_compiling()
         and triton_unavailable_reason(first) is None
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (first, *others) if isinstance(x, torch.Tensor))

@@ -16,7 +16,7 @@ from modeling_griffin.decode.ops import KernelOps
 from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.gpu import properties, triton_refusal
-from modeling_griffin.kernels import attention, convolution, elementwise, gates, loss
+from modeling_griffin.kernels import attention, convolution, convolution_varlen, elementwise, gates, loss
 from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits
 
 
@@ -51,6 +51,7 @@ def cases(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     if triton_refusal(properties(META)) is not None:
         return
     yield from _scan(shape, dtype, quick)
+    yield from _sequences(shape, dtype, quick)
     yield from _elementwise(shape, dtype, quick)
     if dtype != torch.float32:
         yield from _tensor_cores(shape, dtype)
@@ -80,6 +81,29 @@ def _scan_case(shape: Shape, dtype: torch.dtype, batch: int, length: int, whole:
         inputs = (x, x, x, _new(shape.lru, dtype=torch.float32), state, reset)
         hidden, _ = rg_lru_scan_triton._forward(*inputs)
         rg_lru_scan_triton._backward(hidden, state, *inputs, hidden)
+
+    return launch
+
+
+def _sequences(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    """Sequences end to end: long ones both ways, and one token each, as in serving; with states, and without."""
+    for length, number, whole in [(4096, 16, True), (64, 64, True), *([] if quick else [(4096, 16, False)])]:
+        name = f"{number} sequences of {length} tokens{' with states' if whole else ''}"
+        yield name, _sequences_case(shape, dtype, length, number, whole)
+
+
+def _sequences_case(shape: Shape, dtype: torch.dtype, length: int, number: int, whole: bool) -> Callable:
+    def launch():
+        x, channels = _new(1, length, shape.lru, dtype=dtype), shape.lru
+        state = _new(number, channels, dtype=torch.float32) if whole else None
+        sequences = _new(number + 1, dtype=torch.int32), _new(number, dtype=torch.bool) if whole else None
+        inputs = (x, x, x, _new(channels, dtype=torch.float32), state, None)
+        hidden, _ = rg_lru_scan_triton._forward(*inputs, *sequences)
+        if length > number:
+            rg_lru_scan_triton._backward(hidden, state, *inputs, hidden, *sequences)
+        past = _new(number, channels, 4, dtype=dtype) if whole else None
+        taps = _new(channels, 1, 4, dtype=dtype), _new(channels, dtype=dtype)
+        convolution_varlen.causal_conv1d_varlen_triton(x, past, *taps, *sequences)
 
     return launch
 

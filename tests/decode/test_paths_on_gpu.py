@@ -32,7 +32,7 @@ def adapters(model):
 
 
 def head(model):
-    model.lm_head = nn.Sequential(model.lm_head, nn.Hardtanh(-0.1, 0.1))
+    model.lm_head = nn.Sequential(model.lm_head, nn.LeakyReLU(0.3))  # keeps the order, and errors as small as they were
 
 
 def recorded(model) -> list[str]:
@@ -87,14 +87,15 @@ def test_python_that_has_to_run_is_not_recorded(small_model, paths):
     assert paths[1].step == "transformers"
 
 
-def test_a_host_read_fails_to_be_recorded_and_the_loop_runs(small_model):
-    """`item()` cannot be seen beforehand: the recording fails, the answer is right."""
+def test_a_host_read_fails_to_be_recorded_and_the_loop_runs(small_model, monkeypatch):
+    """`item()` cannot be seen beforehand: the recording fails, the answer is the loop's."""
     model, ids = small_model().cuda(), random_ids(2, 5).cuda()
     model.model.layers[0].mlp_block.register_forward_hook(
-        lambda module, args, output: output * (2.0 if output.sum().item() > 0 else 0.5)
+        lambda module, args, output: output * (2.0 if output.sum().item() > 0 else 0.5)  # of all tokens of the call
     )
+    expected = by_transformers(monkeypatch, model, ids)
     for _ in range(2):
-        assert torch.equal(run(model, ids), run(model, ids, use_cache=False))
+        assert torch.equal(run(model, ids), expected)
     assert recorded(model) == []
 
 
