@@ -41,6 +41,7 @@ test-vllm: $(VLLM_VENV)/vllm.done
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix .

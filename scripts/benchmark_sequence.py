@@ -23,6 +23,7 @@ from benchmarks.birth_certificate import birth_certificate, birth_lines, quantil
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_griffin.parallel import neighbours, parallelize_sequence
+from modeling_griffin.parallel.sequence import SequenceParallel
 
 
 class Recorder:
@@ -36,7 +37,7 @@ class Recorder:
         dist.all_to_all_single, neighbours._all_gather = self._exchange, self._gather
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         dist.all_to_all_single, neighbours._all_gather = self.exchange, self.gather
 
     def _exchange(self, output, buffer, receives, sends, **options):
@@ -52,7 +53,7 @@ class Recorder:
         own = [0 if call[3] is not None else _bytes(call[0], call[2]) for call in self.calls]
         return [_bytes(call[1], call[2]) - less for call, less in zip(self.calls, own)]
 
-    def replay(self, group, device: torch.device) -> float:
+    def replay(self, group: dist.ProcessGroup, device: torch.device) -> float:
         """Seconds of all calls one after another, with nothing beside them."""
         zeros = [
             [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for *shapes, dtype, _, _ in self.calls
@@ -93,7 +94,7 @@ def make_model(size: str, device: torch.device) -> torch.nn.Module:
 class Step(torch.nn.Module):
     """The loss of rows of tokens; DDP calls it as a whole."""
 
-    def __init__(self, model: torch.nn.Module, shared, piece: int):
+    def __init__(self, model: torch.nn.Module, shared: SequenceParallel, piece: int):
         super().__init__()
         self.model, self.piece = model, piece
         self.shared = [shared]  # in a list: it is no module
@@ -122,7 +123,7 @@ def measure(step: torch.nn.Module, ids: torch.Tensor, repeats: int) -> dict:
     return {"seconds": seconds, "loss": loss.item(), "peak": peak.item() or None}
 
 
-def benchmark(arguments, device: torch.device) -> dict:
+def benchmark(arguments: argparse.Namespace, device: torch.device) -> dict:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     vocabulary = SIZES[arguments.size][4]
     found = {}
@@ -146,7 +147,7 @@ def benchmark(arguments, device: torch.device) -> dict:
     return found
 
 
-def what_was_sent(recorder: Recorder, shared, device: torch.device) -> dict:
+def what_was_sent(recorder: Recorder, shared: SequenceParallel, device: torch.device) -> dict:
     """Of the rank that receives most: calls and bytes a step, the largest call, and the seconds of all of them."""
     received = recorder.received()
     most = torch.tensor([sum(received), max(received)], device=device)

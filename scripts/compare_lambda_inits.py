@@ -17,7 +17,9 @@ import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -138,10 +140,10 @@ def _flat(run: dict) -> dict:
 class InThisProcess(concurrent.futures.Executor):
     """--jobs 1."""
 
-    def submit(self, function, *arguments):
+    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> concurrent.futures.Future:
         future = concurrent.futures.Future()
         try:
-            future.set_result(function(*arguments))
+            future.set_result(function(*arguments, **options))
         except Exception as error:
             future.set_exception(error)
         return future

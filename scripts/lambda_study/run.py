@@ -6,12 +6,13 @@ same, so that runs can be compared in pairs.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from lambda_study.tasks import make_task
+from lambda_study.tasks import LanguageTask, SyntheticTask, make_task
 from modeling_griffin import (
     LAMBDA_INITS,
     GriffinConfig,
@@ -79,7 +80,7 @@ def make_model(config: GriffinConfig, seed: int) -> GriffinForCausalLM:
     return model
 
 
-def make_optimizer(model, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """On a GPU ready to be recorded: the rate is a tensor, and all state exists before the first step."""
     decayed, recorded = set(decay_parameter_names(model)), model.device.type == "cuda"
     groups = [
@@ -110,7 +111,7 @@ def _make_state(optimizer: torch.optim.AdamW, model) -> None:
 class Watch:
     """Curve and Λ of a run: `take` at step 0 and at each of `points` evenly spaced steps."""
 
-    def __init__(self, model, task, steps: int, points: int):
+    def __init__(self, model: torch.nn.Module, task: SyntheticTask | LanguageTask, steps: int, points: int):
         self.model, self.task = model, task
         self.steps = {round(steps * k / points) for k in range(points + 1)}
         self.decays = [module for module in model.modules() if isinstance(module, Decay)]
@@ -136,7 +137,7 @@ class Watch:
         return {"memory": [_short(value) for value in quantiles], "moved": _short(moved)}
 
 
-def train(model, task, run: dict) -> Iterator[tuple[int, torch.Tensor]]:
+def train(model: torch.nn.Module, task: SyntheticTask | LanguageTask, run: dict) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (steps taken, loss of the last one), and reads no value off the device itself."""
     settings, steps = run["settings"], run["steps"]
     optimizer = make_optimizer(model, run["learning_rate"], settings["weight_decay"])
@@ -168,7 +169,7 @@ class Recorded:
     function: batch -> a tensor; warm_up: what can run before without changing anything, so that kernels are compiled.
     """
 
-    def __init__(self, function, warm_up):
+    def __init__(self, function: Callable, warm_up: Any):
         self.function, self.warm_up = function, warm_up
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle()  # shared: recordings are replayed one after the other

@@ -45,16 +45,16 @@ class SyntheticTask:
         tokens, targets = self.draw(self.settings["rows"], size, self.generator, **self.options)
         return {"tokens": tokens, "targets": targets}
 
-    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean -log p of the answers, nats."""
         logits = _logits(model, batch["tokens"]).flatten(0, 1)
         return cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORED)
 
-    def validate(self, model) -> dict[str, float]:
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """loss (nats an answer) and accuracy (share of right answers), both means over the trained sizes."""
         return _mean_figures(self._held_out(model, size) for size in self.settings["sizes"])
 
-    def evaluate(self, model) -> list[dict[str, float]]:
+    def evaluate(self, model: torch.nn.Module) -> list[dict[str, float]]:
         return [{"size": size, **self._held_out(model, size)} for size in self.settings["held_out_sizes"]]
 
     @torch.no_grad()
@@ -106,13 +106,13 @@ class LanguageTask:
     def batch(self) -> dict[str, torch.Tensor]:
         return self._batch([self.train_rows[next(self.order)] for _ in range(self.settings["rows"])])
 
-    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """nats a token."""
         with self._autocast():
             return model(**batch, use_cache=False).loss
 
     @torch.no_grad()
-    def validate(self, model) -> dict[str, float]:
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """loss: nats a token, over the first held_out_rows rows of the held-out documents."""
         rows = [self.held_out_rows[i] for i in range(min(self.settings["held_out_rows"], len(self.held_out_rows)))]
         size = self.settings["rows"]
@@ -122,7 +122,7 @@ class LanguageTask:
         nats = torch.stack([loss * count for loss, count in zip(losses, predicted)]).sum()
         return {"loss": nats.item() / sum(predicted)}
 
-    def evaluate(self, model) -> list[dict[str, float]]:
+    def evaluate(self, model: torch.nn.Module) -> list[dict[str, float]]:
         """By position in the document, in rows of `long_length` tokens; `size` is the first position of a bucket."""
         from evaluate_text import bucket_losses, summarize
 
