@@ -19,13 +19,9 @@ class CausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, taps, groups=channels)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor | None = None,
-        document_start: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
-        states_to_keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, state: torch.Tensor | None = None, document_start: torch.Tensor | None = None,
+        real: torch.Tensor | None = None, states_to_keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """
         Args:
             x: (B, T, C).

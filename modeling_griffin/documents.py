@@ -173,13 +173,9 @@ def read_documents(
 
 
 def read_position_ids(
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    boundaries: torch.Tensor | None,
-    past_length: int,
-    shape: tuple[int, int],
-    device: torch.device,
-) -> torch.Tensor:
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, boundaries: torch.Tensor | None,
+    past_length: int, shape: tuple[int, int], device: torch.device,
+) -> torch.Tensor:  # fmt: skip
     """(B, T) positions within each document: as given, else from the packing, the padding, or the cache's length.
 
     Raises ValueError when `position_ids` contradict `boundaries`, see `packing_boundaries`.

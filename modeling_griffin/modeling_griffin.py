@@ -121,14 +121,10 @@ class GriffinAttention(nn.Module):
         self.o_proj = residual_output(query_width, config)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        documents: Documents | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None,
+        documents: Documents | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         input_shape = hidden_states.shape[:-1]
         per_head = (*input_shape, -1, self.head_dim)
         projected = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)

@@ -84,15 +84,10 @@ def triton_unavailable_reason(x: torch.Tensor) -> str | None:
 
 
 def rg_lru_scan_triton(
-    x: torch.Tensor,
-    recurrence_gate: torch.Tensor,
-    input_gate: torch.Tensor,
-    log_decay: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    reset: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None = None,
+    x: torch.Tensor, recurrence_gate: torch.Tensor, input_gate: torch.Tensor, log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None, reset: torch.Tensor | None, cu_seqlens: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Arguments and results as in `rg_lru_scan`. Runs in float32; `triton_unavailable_reason(x)` must be None.
 
     Gradients are deterministic. Second derivatives raise.
