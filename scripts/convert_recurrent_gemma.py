@@ -291,7 +291,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     deepmind = parser.add_argument_group("what a .pt file does not tell (defaults: RecurrentGemma 2B and 9B)")
     deepmind.add_argument("--attention-window-size", type=int, default=2048, help="in DeepMind's sense, without itself")
     deepmind.add_argument("--logits-soft-cap", type=float, default=30.0, help="0 for none")
-    deepmind.add_argument("--no-scale-embeddings", action="store_true")
+    scaled = "embeddings are not multiplied by the square root of the width"
+    deepmind.add_argument("--no-scale-embeddings", action="store_true", help=scaled)
     return parser.parse_args(argv)
 
 

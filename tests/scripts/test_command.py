@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -46,6 +47,15 @@ def test_stored_help_is_the_scripts_own(verb, capsys, monkeypatch):
     assert end.value.code == 0
     own = capsys.readouterr().out.replace(f"usage: {script}", f"usage: griffin {verb}", 1)
     assert command.help_file(verb).read_text(encoding="utf-8").split() == own.split()
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_every_option_says_what_it_does(verb):
+    """On its own line, or on the next one."""
+    lines = command.help_file(verb).read_text(encoding="utf-8").splitlines()
+    for line, after in zip(lines, [*lines[1:], ""]):
+        if line.startswith("  -"):
+            assert re.search(r"\S  +\S", line) or after.startswith(" " * 24), line
 
 
 def test_an_unknown_command_names_those_that_there_are():
