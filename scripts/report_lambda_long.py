@@ -65,7 +65,7 @@ def tokens_to_reach(points: dict[int, float], loss: float) -> float | None:
 
 def measured(runs: Runs) -> Runs:
     """Of a group, the runs that no learning rate was chosen by: of each arm and seed one, at the rate it was given."""
-    return [run for run in runs if not run["phase"].startswith("rate")]
+    return [run for run in runs if run["measured"]]
 
 
 def page(name: str, records: Runs, reference: str) -> str:
@@ -113,7 +113,7 @@ def _seconds_a_step(run: dict) -> float:
 def rate_table(runs: Runs) -> list[str]:
     """The final loss at each learning rate, of the runs that chose or check the rates."""
     found = {
-        (r["arm"], r["learning_rate"]): r for r in runs if r["phase"].startswith("rate") and r["status"] != "paused"
+        (r["arm"], r["learning_rate"]): r for r in runs if not r["measured"] and r["status"] != "paused"
     }
     rates = sorted({rate for _, rate in found})
     if not rates:

@@ -20,6 +20,7 @@ from modeling_griffin.rg_lru_scan import rg_lru_scan
 
 
 FIRST_POINT = 1_000_000  # tokens
+RATES = "rate"  # what the names of phases begin with whose runs choose or check learning rates
 LOOKS = 50  # steps between two looks at the clock
 SCALE_OF = "input_scale_of"  # of an arm: the initialisation whose input scale it has
 
@@ -43,7 +44,7 @@ def plan(study: dict, records: dict[str, dict]) -> list[dict]:
 
 
 def _chosen_rate(study: dict, phase: dict, arm: str, records: dict[str, dict]) -> float | None:
-    """The arm's rate with the lowest final loss in the phase that `rates_of` names; None while a run of it is missing."""
+    """The arm's rate with the lowest final loss in the phase `rates_of`; None while a run of it is missing."""
     source = study["phases"][phase["rates_of"]]
     losses = {}
     for rate in map(float, source["learning_rates"]):
@@ -208,6 +209,7 @@ def run_long(run: dict, study: dict, state: Path, device: str, deadline: float) 
         long_run.save(path)
     return {
         **run,
+        "measured": not run["phase"].startswith(RATES),
         "status": status,
         "parameters": long_run.model.num_parameters(),
         "steps": long_run.steps,

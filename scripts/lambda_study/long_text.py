@@ -139,6 +139,6 @@ class ResidentTextTask(LanguageTask):
         input_ids = self.tokens[index].long()
         is_start = self.is_start[index]
         is_start = is_start | (self.offsets == 0)
-        begin = torch.where(is_start, self.offsets, 0).cummax(dim=1).values
+        begin = (self.offsets * is_start).cummax(dim=1).values
         labels = input_ids.masked_fill(is_start, IGNORED)
         return {"input_ids": input_ids, "position_ids": self.offsets - begin, "labels": labels}
