@@ -1,10 +1,10 @@
 """Makes a training text out of public source packages: `python scripts/gather_text.py configuration/text/long.yaml`.
 
 Every package of the list is fetched by its registry's own client (apt-get, pip, npm) and compared with its checksum.
-Their text files become documents: prose and code in the kinds of text_corpus/documents.py. Each paragraph stays in once,
-a document that others repeat by more than half is left out, and a part of the documents is held out, long ones more
-often, so that there is text to judge long contexts on. The result is the same on every machine: shards of JSON lines
-(kind, held_out, text), and facts.json with counts, checksums and the licences of all packages.
+Their text files become documents: prose and code in the kinds of text_corpus/documents.py. Each paragraph stays in
+once, a document that others repeat by more than half is left out, and a part of the documents is held out, long ones
+more often, so that there is text to judge long contexts on. The result is the same on every machine: shards of JSON
+lines (kind, held_out, text), and facts.json with counts, checksums and the licences of all packages.
 """
 
 import argparse
@@ -101,12 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("list", type=Path, help="a file of configuration/text/")
     parser.add_argument("--output", type=Path, default=Path("build/text"), help="folder of the shards and facts.json")
     parser.add_argument("--archives", type=Path, default=Path("build/archives"), help="where fetched packages stay")
-    parser.add_argument(
-        "--shard", type=int, default=180, help="MB of text in a shard, before compression (default: 180)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="packages read, and shards compressed, at once (default: 2)"
-    )
+    parser.add_argument("--shard", type=int, default=200, help="MB of text in a shard, before compression")
+    parser.add_argument("--jobs", type=int, default=2, help="packages read, and shards compressed, at once")
     arguments = parser.parse_args(argv)
     try:
         wanted = read_list(arguments.list)
@@ -118,10 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     for kind, numbers in facts["kinds"].items():
         print(f"{kind:12} {numbers['documents']:>8,} documents {numbers['bytes'] / MEGABYTE:>8.1f} MB")
     total = sum(shard["bytes"] for shard in facts["shards"])
-    print(
-        f"{facts['total']['bytes'] / MEGABYTE:.1f} MB for training, {facts['total']['held_out_bytes'] / MEGABYTE:.1f} MB"
-    )
-    print(f"held out; {len(facts['shards'])} shards of {total / MEGABYTE:.1f} MB in {arguments.output}")
+    train, held_out = (facts["total"][name] / MEGABYTE for name in ("bytes", "held_out_bytes"))
+    print(f"{train:.1f} MB for training, {held_out:.1f} MB held out")
+    print(f"{len(facts['shards'])} shards of {total / MEGABYTE:.1f} MB in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Writes the page of long runs with several initialisations of Λ: `python scripts/report_lambda_long.py results/FOLDER`.
+"""Writes the page of the long runs with several initialisations of Λ: `python scripts/report_lambda_long.py FOLDER`.
 
-Reads FOLDER/runs.jsonl, which study_lambda_long.py leaves, finished or not. Writes FOLDER.md, with every figure taken from
-the runs, and FOLDER.png: the lead against tokens, loss by position, recall by distance, memories by layer.
+Reads FOLDER/runs.jsonl, which study_lambda_long.py leaves, finished or not. Writes FOLDER.md, with every figure taken
+from the runs, and FOLDER.png: the lead against tokens, loss by position, recall by distance, memories by layer.
 """
 
 import argparse
@@ -93,13 +93,13 @@ def settings_lines(records: Runs) -> list[str]:
     settings = records[0]["settings"]
     data = settings["data"]
     return [
-        f"{data['train']['tokens']:,} training tokens of text and code ({data['train']['bytes']:,} bytes, each paragraph",
-        f"once), {data['held_out']['tokens']:,} held out by document; a BPE of {settings['vocab_size']:,}. Rows of "
-        f"{settings['length']:,} tokens, {settings['rows']} a step;",
+        f"{data['train']['tokens']:,} training tokens of text and code ({data['train']['bytes']:,} bytes, each",
+        f"paragraph once), {data['held_out']['tokens']:,} held out by document; a BPE of {settings['vocab_size']:,}. "
+        f"Rows of {settings['length']:,} tokens, {settings['rows']} a step;",
         f"AdamW, betas 0.9 and 0.95, weight decay {settings['weight_decay']:g} on matrices alone, clipped at "
         f"{settings['max_grad_norm']:g}; a warmup of {settings['warmup']:.0%} and a cosine to zero.",
-        "Runs of one seed share the order of the data and all initial weights but Λ. Losses are of the same held-out rows,",
-        "in nats a token; differences are paired by seed, with the 95% t interval of n - 1 degrees of freedom.",
+        "Runs of one seed share the order of the data and all initial weights but Λ. Losses are of the same held-out",
+        "rows, in nats a token; differences are paired by seed, with the 95% t interval of n - 1 degrees of freedom.",
         "",
         f"A step of {records[0]['parameters']:,} parameters and {records[0]['tokens_a_step']:,} tokens took "
         f"{1000 * _seconds_a_step(records[0]):.1f} ms, evaluations on the way counted.",
@@ -112,9 +112,7 @@ def _seconds_a_step(run: dict) -> float:
 
 def rate_table(runs: Runs) -> list[str]:
     """The final loss at each learning rate, of the runs that chose or check the rates."""
-    found = {
-        (r["arm"], r["learning_rate"]): r for r in runs if not r["measured"] and r["status"] != "paused"
-    }
+    found = {(r["arm"], r["learning_rate"]): r for r in runs if not r["measured"] and r["status"] != "paused"}
     rates = sorted({rate for _, rate in found})
     if not rates:
         return []
@@ -134,7 +132,7 @@ def curve_end(run: dict) -> float:
 
 def loss_table(runs: Runs, reference: str) -> list[str]:
     lines = [
-        f"| arm | learning rate | seeds | final loss | minus `{reference}` | 95% interval | tokens to `{reference}`'s loss |",
+        f"| arm | learning rate | seeds | final loss | minus `{reference}` | 95% interval | tokens to its loss |",
         "|---" * 7 + "|",
     ]
     ends = [run for run in runs if run["status"] == "finished"]
@@ -153,8 +151,8 @@ def loss_table(runs: Runs, reference: str) -> list[str]:
     return [
         *lines,
         "",
-        "The last column reads the arm's own curve, whose learning rate is still high there: it says too little, not too "
-        "much, of what is saved.",
+        "The last column reads the arm's own curve, whose learning rate is still high there: it says too little, not "
+        "too much, of what is saved.",
     ]
 
 
@@ -209,7 +207,7 @@ def by_distance(runs: Runs, title: str, figures: Callable[[dict], dict[int, floa
 
 
 def spectrum_table(runs: Runs) -> list[str]:
-    """Medians of each recurrent layer's memory at r = 0.5 at the start and at the end, and the layers' extremes there."""
+    """Medians of each recurrent layer's memory at r = 0.5 at the start and at the end, and 5% and 95% quantiles."""
     low, middle, high = (QUANTILES.index(q) for q in (0.05, 0.5, 0.95))
     layers = max(len(run["memory"][-1]["layers"]) for run in runs)
     heads = " | ".join(f"layer {k + 1}" for k in range(layers))
@@ -227,10 +225,10 @@ def limits(records: Runs) -> list[str]:
     largest, longest = max(r["parameters"] for r in records), max(r["tokens"] for r in records)
     seeds = len({record["seed"] for record in measured(records)})
     return [
-        f"- Models of more than {largest:,} parameters, more than {longest / 1e6:,.0f}M tokens, more seeds than {seeds}.",
+        f"- Models of more than {largest:,} parameters, {longest / 1e6:,.0f}M tokens and {seeds} seeds.",
         "- Other optimisers, schedules, batch sizes, tokenizers and texts than these.",
-        "- A lead in the middle of a run is one at a high learning rate; only the last point of each length is that of a "
-        "trained model.",
+        "- A lead in the middle of a run is one at a high learning rate; only the last point of each length is that of "
+        "a trained model.",
     ]
 
 
@@ -263,7 +261,8 @@ def draw(records: Runs, reference: str, path: Path) -> None:
 
 
 def _draw_lead(axes, lengths: dict[int, Runs], colours: dict[str, str], reference: str) -> None:
-    for index, (tokens, runs) in enumerate(sorted(lengths.items(), reverse=True)):
+    for index, tokens in enumerate(sorted(lengths, reverse=True)):
+        runs = lengths[tokens]
         for arm, colour in colours.items():
             rows = lead(runs, arm, reference) if arm != reference else []
             if rows:

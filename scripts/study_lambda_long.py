@@ -1,12 +1,14 @@
-"""Trains with several initialisations of Λ to the end of a pretraining: `python scripts/study_lambda_long.py STUDY.yaml`.
+"""Trains with several initialisations of Λ to the end of a pretraining, over as many calls as it takes.
 
     python scripts/gather_text.py configuration/text/long.yaml --output build/text
-    python scripts/study_lambda_long.py configuration/training/lambda_long/h200.yaml --text build/text --output build/long
+    python scripts/study_lambda_long.py configuration/training/lambda_long/h200.yaml \
+        --text build/text --output build/long
     python scripts/report_lambda_long.py build/long
 
-One run at a time on each GPU, in the order of the file's phases; learning rates of a phase are chosen by an earlier one.
-Finished runs are lines of OUTPUT/runs.jsonl and are not repeated. At --time-limit a run is saved under --state and the
-same command goes on from there, to the same weights; its curve up to then is a line "paused", which a later one replaces.
+One run at a time on each GPU, in the order of the file's phases; learning rates of a phase are chosen by an earlier
+one. Finished runs are lines of OUTPUT/runs.jsonl and are not repeated. At --time-limit a run is saved under --state and
+the same command goes on from there, to the same weights; its curve up to then is a line "paused", which a later one
+replaces.
 """
 
 import argparse
@@ -19,8 +21,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from compare_lambda_inits import append_record, drop_unfinished_line, origin, read_records
 from benchmarks.birth_certificate import now
+from compare_lambda_inits import append_record, drop_unfinished_line, origin, read_records
 from lambda_study.long_runs import SCALE_OF, plan, run_long
 from lambda_study.long_text import prepare_shards
 

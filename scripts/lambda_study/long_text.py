@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from lambda_study.tasks import IGNORED, LanguageTask, cut
 from text_corpus.documents import share_of
 from text_corpus.shards import SHARD_NAME, read_shard
+
+from lambda_study.tasks import IGNORED, LanguageTask, cut
 
 
 TOKENIZER_SAMPLE = 20_000_000  # characters that a tokenizer of a few thousand entries is trained on

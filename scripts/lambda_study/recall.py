@@ -1,8 +1,8 @@
 """What a trained language model still knows of a passage that it read `distance` tokens before.
 
 A row is a passage, other text, and the passage again. The figures are of the second passage: its loss, and what it is
-below the loss of the same passage after other text alone. Passages are held-out text, or random tokens, of which nothing
-but the first reading says anything: copying these is what induction heads do.
+below the loss of the same passage after other text alone. Passages are held-out text, or random tokens, of which
+nothing but the first reading says anything: copying these is what induction heads do.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Shards: documents as JSON lines, {"kind", "held_out", "text"}, bzip2-compressed, small enough to be sent one by one."""
+"""Shards: documents as JSON lines (kind, held_out, text), bzip2-compressed, small enough to be sent one by one."""
 
 import bz2
 import concurrent.futures
@@ -12,7 +12,7 @@ SHARD_NAME = "text-{}.jsonl.bz2"
 
 
 class ShardWriter:
-    """Writes FOLDER/text-00.jsonl.bz2 and so on, each of `size` bytes before compression; compresses in the background."""
+    """Writes FOLDER/text-00.jsonl.bz2 and so on, each of `size` bytes before compression, which threads do."""
 
     def __init__(self, folder: Path, size: int, threads: int):
         self.folder, self.size = folder, size
