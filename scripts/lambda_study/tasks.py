@@ -85,6 +85,8 @@ class LanguageTask:
     Settings: rows, length (tokens in a row), held_out_rows (of that length), long_length and long_rows.
     """
 
+    LONG = ("held_out", "held_out_bytes.npy")  # what is read in long rows, and the bytes of its tokens
+
     def __init__(self, settings: dict, seed: int, device: torch.device):
         import datasets
         import numpy as np
@@ -96,11 +98,12 @@ class LanguageTask:
         tokenizer = load_tokenizer(str(folder / "tokenizer"), [], 0)
         self.settings, self.device = settings, device
         self.vocab_size, filler = len(tokenizer), document_ends(tokenizer)[1]
-        self.num_bytes = np.load(folder / "held_out_bytes.npy")
-        train, held_out = (datasets.load_from_disk(str(folder / name)) for name in ("train", "held_out"))
+        self.num_bytes = np.load(folder / self.LONG[1])
+        names = ("train", "held_out", self.LONG[0])
+        train, held_out, long = (datasets.load_from_disk(str(folder / name)) for name in names)
         self.train_rows = PackedRows(train, settings["length"], filler)
         self.held_out_rows = PackedRows(held_out, settings["length"], filler)
-        self.long_rows = PackedRows(held_out, settings["long_length"], filler)
+        self.long_rows = PackedRows(long, settings["long_length"], filler)
         self.order = _endless_order(len(self.train_rows), np.random.default_rng(seed))
 
     def batch(self) -> dict[str, torch.Tensor]:
