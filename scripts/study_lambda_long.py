@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from benchmarks.birth_certificate import now
-from compare_lambda_inits import append_record, drop_unfinished_line, origin, read_records
+from compare_lambda_inits import InThisProcess, append_record, drop_unfinished_line, origin, read_records
 from lambda_study.long_runs import SCALE_OF, plan, run_long
 from lambda_study.long_text import prepare_shards
 
@@ -69,7 +69,10 @@ def run_all(
     """Runs what is missing, one on each device; returns what failed, a line each."""
     records, failed, in_flight = read_records(path), {}, {}
     spawn = multiprocessing.get_context("spawn")
-    workers = {device: concurrent.futures.ProcessPoolExecutor(1, spawn) for device in devices}
+    workers = {
+        device: InThisProcess() if device == "cpu" else concurrent.futures.ProcessPoolExecutor(1, spawn)
+        for device in devices
+    }
     free = list(devices)
     while True:
         while free and time.time() + SHORTEST < deadline:

@@ -3,8 +3,10 @@
 `prepare_shards` leaves what LanguageTask reads, and the documents that long contexts are judged on apart from the rest.
 """
 
+import concurrent.futures
 import hashlib
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +44,9 @@ def prepare_shards(settings: dict, shards: Path, folder: Path, jobs: int) -> dic
 
 def _read_parts(files: list[Path], jobs: int) -> dict[str, list[str]]:
     """Pieces of documents: "train" and "held_out" in an order that the texts alone decide, "long" the longest first."""
-    import multiprocessing
-
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(files))) as pool:
-        documents = [document for shard in pool.map(_shard_documents, files) for document in shard]
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(files)), multiprocessing.get_context("spawn")) as pool:
+        shards = pool.map(_shard_documents, files) if len(files) > 1 else map(_shard_documents, files)
+        documents = [document for shard in shards for document in shard]
     documents.sort(key=lambda document: document[:2])
     train = [piece for _, _, held_out, text in documents if not held_out for piece in cut(text)]
     held_out = [piece for _, _, held_out, text in documents if held_out for piece in cut(text)]
