@@ -5,13 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fine_tuning_runs import LINEAR
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from modeling_griffin import LORA_TARGETS
 
-
-LINEAR = LORA_TARGETS["recurrent"] + LORA_TARGETS["attention"] + LORA_TARGETS["mlp"]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "lru_width": 64, "head_dim": 32, "num_gate_blocks": 4}
 BITSANDBYTES = ("nf4", "nf4, constants too", "int8")
 TORCHAO = ("torchao int8", "torchao float8")
@@ -35,9 +33,10 @@ def make_scheme(name: str, compute_dtype=torch.float32):
     return TorchAoConfig(makers[name.removeprefix("torchao ")]())
 
 
-def load_quantised(folder, name: str, dtype=torch.float32) -> nn.Module:
+def load_quantised(folder, name: str, dtype=torch.float32, device="cpu") -> nn.Module:
     """What lies in `folder` with the scheme's weights, computing in `dtype`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=make_scheme(name, dtype), dtype=dtype)
+    scheme = make_scheme(name, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=scheme, dtype=dtype, device_map=device)
     for module in model.modules():  # a layout of some processors' own, which computes in bfloat16
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -3,17 +3,15 @@
 import pytest
 import torch
 from datasets import Dataset
-from fine_tuning_runs import VOCABULARY, arguments, losses, make_documents
-from peft import LoraConfig, PeftModel, get_peft_model
-from quantised_models import LINEAR, SCHEMES, SIZES, dequantised, largest_error, linears_of, load_quantised
+from fine_tuning_runs import LINEAR, VOCABULARY, arguments, disturb, lora_everywhere, losses, make_documents
+from peft import PeftModel, get_peft_model
+from quantised_models import SCHEMES, SIZES, dequantised, largest_error, linears_of, load_quantised
 from safetensors.torch import load_file
 from tolerances import assert_close
 from torch import nn
 from training.text_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
-
-from modeling_griffin import LORA_TARGETS
 
 
 TRAINED = ["nf4, constants too", "int8", "torchao int8"]
@@ -26,17 +24,6 @@ DECAY = "model.layers.{}.temporal_block.rg_lru.decay.lambda_bias"
 def base(small_model, tmp_path):
     small_model("griffin", "sdpa", vocab_size=VOCABULARY, **SIZES).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=LINEAR,
-        target_parameters=LORA_TARGETS["gates"],
-        modules_to_save=LORA_TARGETS["decay"],
-        task_type="CAUSAL_LM",
-    )
 
 
 def trained_of(model) -> dict[str, nn.Parameter]:
@@ -79,7 +66,7 @@ def test_every_trained_weight_gets_a_gradient_and_learns(base, scheme, checkpoin
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    model = get_peft_model(model, lora())
+    model = get_peft_model(model, lora_everywhere())
     trained = trained_of(model)
     kinds = {name.removeprefix("base_model.model.").split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
     assert {kind.split(".")[-1] for kind in kinds} == {*LINEAR, "recurrence_gate", "input_gate", "decay"}
@@ -99,18 +86,10 @@ def test_every_trained_weight_gets_a_gradient_and_learns(base, scheme, checkpoin
             assert parameter.grad.abs().max() > 0 and not torch.equal(parameter, before[name]), name
 
 
-def disturb(model) -> None:
-    """New adapters do nothing (lora_B is 0); these do."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in trained_of(model).items():
-        if "lora_A" not in name:
-            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
 @pytest.mark.parametrize("scheme", TRAINED)
 @torch.no_grad()
 def test_an_adapter_is_saved_reloaded_and_merged(base, tmp_path, scheme):
-    model, ids = get_peft_model(load_quantised(base, scheme), lora()).eval(), torch.randint(0, 256, (2, 20))
+    model, ids = get_peft_model(load_quantised(base, scheme), lora_everywhere()).eval(), torch.randint(0, 256, (2, 20))
     disturb(model)
     expected = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")
@@ -149,7 +128,7 @@ def assert_lambda_learns_in_float32(model, base) -> None:
 
 @pytest.mark.parametrize("scheme", [TRAINED[0], TRAINED[2]])
 def test_stock_trainer(base, tmp_path, scheme):
-    model = get_peft_model(load_quantised(base, scheme, torch.bfloat16), lora())
+    model = get_peft_model(load_quantised(base, scheme, torch.bfloat16), lora_everywhere())
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -171,7 +150,7 @@ def test_sft_trainer(base, tmp_path, scheme):
         args=SFTConfig(**arguments(tmp_path, max_steps=5, learning_rate=5e-3), packing=True, max_length=32),
         train_dataset=Dataset.from_list(make_documents()),
         processing_class=byte_tokenizer(),
-        peft_config=lora(),
+        peft_config=lora_everywhere(),
     )
     found = losses(trainer)
     assert found[-1] < 0.9 * found[0]
