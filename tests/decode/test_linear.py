@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _decode_helpers import (
+    DEVICE,
     DTYPES,
     INTERPRETED,
     LOGITS,
@@ -108,11 +109,8 @@ def test_who_multiplies_matrices(monkeypatch):
     assert all(takes(rows, dtype, matmul=False) for rows in (1, 2, 4) for dtype in DTYPES)
     assert not any(KernelOps().gemms._as_matrices(torch.empty(1, 8, dtype=dtype)) for dtype in DTYPES)
     assert all(KernelOps().gemms._as_matrices(torch.empty(rows, 8, dtype=torch.bfloat16)) for rows in (2, 4, 64))
-    weights, gemms, x = (
-        torch.empty(16, dtype=torch.bfloat16),
-        KernelOps().gemms,
-        torch.empty(5, 8, dtype=torch.bfloat16),
-    )
+    new = {"dtype": torch.bfloat16, "device": DEVICE}
+    weights, gemms, x = torch.empty(16, **new), KernelOps().gemms, torch.empty(5, 8, **new)
     first, same, other = (make_linear(8, 1, torch.bfloat16) for _ in range(3))
     for each, start in ((first, 0), (same, 8), (other, 4)):
         each.weight.data = weights[start : start + 8].view(1, 8)
