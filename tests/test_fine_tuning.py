@@ -134,7 +134,7 @@ def test_adapters_of_a_bfloat16_model_train_lambda_in_float32(small_model):
 
 
 def test_preparing_for_quantised_training(small_model):
-    """What PEFT does before QLoRA: everything else in float32 and frozen; test_quantised.py has the weights."""
+    """What PEFT does before QLoRA: everything else in float32 and frozen; test_qlora.py has the weights."""
     model = prepare_model_for_kbit_training(small_model("griffin", "sdpa").to(torch.bfloat16))
     assert {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()} == {(torch.float32, False)}
     model = get_peft_model(model, lora_everywhere())

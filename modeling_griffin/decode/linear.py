@@ -18,12 +18,14 @@ from torch import nn
 
 from ..kernels.device import (
     GATED,
+    GATED_NF4,
     MATMUL,
     MATMUL_DTYPES,
     MATMUL_GATED,
     MATMUL_ROWS,
     MATVEC_ROWS,
     PROJECT,
+    PROJECT_NF4,
     matmul_tile,
     product_tile,
     properties,
@@ -153,7 +155,7 @@ class Gemms:
     def _project_nf4(
         self, x: torch.Tensor, norm: nn.Module | None, matrix: "_Matrix", residual: torch.Tensor | None
     ) -> None:
-        width, options = matrix.y.shape[1], self._nf4_options(PROJECT, x, matrix.y.shape[1], matrix)
+        width, options = matrix.y.shape[1], self._nf4_options(PROJECT_NF4, x, matrix.y.shape[1], matrix)
         options |= {"NORM": norm is not None, "BIAS": matrix.bias is not None, "RESIDUAL": residual is not None}
         given = (matrix.bias, residual)
         nf4_project_kernel[(triton.cdiv(width, options["BLOCK_N"]),)](
@@ -181,7 +183,7 @@ class Gemms:
         y = x.new_empty(x.shape[0], width)
         first, second = _Matrix.of(gate, y), _Matrix.of(up, y)
         if type(first.packed) is NF4:
-            options = self._nf4_options(GATED, x, 2 * width, first)
+            options = self._nf4_options(GATED_NF4, x, 2 * width, first)
             both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
             grid = (triton.cdiv(width, options["BLOCK_N"]),)
             nf4_gated_project_kernel[grid](x, norm.weight, first.packed.code, *both, y, norm.eps, width, **options)
@@ -206,7 +208,7 @@ class Gemms:
         packed = unpack(linear)
         if type(packed) is not NF4:
             return weight_of(linear, dtype)
-        y = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
+        y = torch.empty(*packed.shape, dtype=dtype, device=packed.data.device)
         rows, inputs = packed.shape
         nf4_dequantise_kernel[(triton.cdiv(rows, 4), triton.cdiv(inputs, 16 * NF4_BLOCK))](
             *(packed.code, *_nf4_tensors(packed), y, rows),

@@ -12,12 +12,14 @@ import os
 from ...gpu import AMD_SWITCH, GPU, can_overlap, multiprocessors, properties, register_limit
 from .decode import (
     GATED,
+    GATED_NF4,
     MATMUL,
     MATMUL_DTYPES,
     MATMUL_GATED,
     MATMUL_ROWS,
     MATVEC_ROWS,
     PROJECT,
+    PROJECT_NF4,
     RECURRENT,
     RECURRENT_ROW,
     attention_split,
@@ -34,6 +36,7 @@ from .training import attention_refusal, first_that_fits, gates_refusal
 
 __all__ = [
     "GATED",
+    "GATED_NF4",
     "GPU",
     "MATMUL",
     "MATMUL_DTYPES",
@@ -41,6 +44,7 @@ __all__ = [
     "MATMUL_ROWS",
     "MATVEC_ROWS",
     "PROJECT",
+    "PROJECT_NF4",
     "RECURRENT",
     "RECURRENT_ROW",
     "attention_refusal",

@@ -24,6 +24,10 @@ PROJECT = {
     (0, 0): (4, 2, 3),
 }
 GATED = {(0, 0): (2, 2, 3)}
+# Of weights in 4 bits, which take four times the registers once they are numbers. Not measured: as many outputs as no
+# spilling leaves.
+PROJECT_NF4 = {(0, 5120): (2, 2, 4), (0, 0): (2, 2, 3)}
+GATED_NF4 = {(0, 0): (1, 2, 3)}
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
 # From 2 rows up to these a product is one GEMM in one kernel. Beyond, and in other dtypes, it is cuBLAS's, except for
