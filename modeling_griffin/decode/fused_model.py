@@ -168,12 +168,10 @@ def _in_packed(module: nn.Module, shapes: tuple, like: torch.Tensor) -> str | No
     library = type(module).forward.__module__.split(".")[0]
     if library not in ("torch", "bitsandbytes") or own_function(module) is not None:
         return "has a forward of its own"
-    if not all(
-        _changes_nothing(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ):
+    if _has_a_hook(module):
         return "has a hook"
-    if device.type not in packed.ON:
-        return "has packed weights, which have kernels on a GPU alone"
+    if device.type not in packed.ON or properties(device).vendor == "amd":
+        return "has packed weights, which have kernels on an NVIDIA GPU alone"
     if held.data.dtype.is_floating_point and device.type == "cuda" and not float8_fits(properties(device)):
         return "has float8 weights, which this GPU cannot convert"
     if (module.out_features, module.in_features) != shape:

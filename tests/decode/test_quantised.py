@@ -84,7 +84,7 @@ def test_what_the_fused_step_refuses(base, packed_on_a_cpu):
 
 def test_on_a_cpu_the_library_multiplies(base):
     reason = next(fused_obstacles(load_quantised(base, "torchao int8")))
-    assert reason == "layers.0.mlp_block.gate_proj has packed weights, which have kernels on a GPU alone"
+    assert reason == "layers.0.mlp_block.gate_proj has packed weights, which have kernels on an NVIDIA GPU alone"
 
 
 @pytest.mark.parametrize("scheme", ["nf4, constants too", "int8", "torchao int8"])
