@@ -210,7 +210,7 @@ def float8(arguments, output) -> Iterator[dict]:
     for recipe, compiled in ways:
         row = {"recipe": recipe, "compiled": compiled, "batch": arguments.cell[0], "length": arguments.cell[1]}
         yield _try(row, _float8_row, recipe, compiled, arguments)
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 def _float8_row(recipe: str, compiled: bool, arguments) -> dict:
