@@ -64,16 +64,21 @@ class _Matrix(NamedTuple):
 
     @property
     def unit(self) -> float:
-        return 1.0 if self.packed is None else self.packed.unit
+        return getattr(self.packed, "unit", 1.0)
 
     @property
     def kind(self) -> tuple:
         """Those alike can share a launch."""
         scale = None if self.scale is None else self.scale.dtype
-        return type(self.packed), self.weight.dtype, scale, getattr(self.packed, "unit", 1.0), self.bias is None
+        return type(self.packed), self.weight.dtype, scale, self.unit, self.bias is None
+
+    @property
+    def nf4(self) -> NF4:
+        assert isinstance(self.packed, NF4)
+        return self.packed
 
     def nf4_tensors(self) -> tuple[torch.Tensor, ...]:
-        return _nf4_tensors(self.packed)
+        return _nf4_tensors(self.nf4)
 
 
 def _nf4_tensors(packed: NF4) -> tuple[torch.Tensor, ...]:
@@ -159,7 +164,7 @@ class Gemms:
         options |= {"NORM": norm is not None, "BIAS": matrix.bias is not None, "RESIDUAL": residual is not None}
         given = (matrix.bias, residual)
         nf4_project_kernel[(triton.cdiv(width, options["BLOCK_N"]),)](
-            *(x, x if norm is None else norm.weight, matrix.packed.code, *matrix.nf4_tensors()),
+            *(x, x if norm is None else norm.weight, matrix.nf4.code, *matrix.nf4_tensors()),
             *(x if tensor is None else tensor for tensor in given),
             *(matrix.y, 1.0 if norm is None else norm.eps, width),
             **options,
@@ -170,7 +175,7 @@ class Gemms:
         return {
             "D": x.shape[1],
             "ROWS": x.shape[0],
-            "NESTED": matrix.packed.nested_code is not None,
+            "NESTED": matrix.nf4.nested_code is not None,
             "EVEN": matrix.y.shape[1] % tile["BLOCK_N"] == 0,
             "G": tile.pop("BLOCK_D") // NF4_BLOCK,
             **tile,
@@ -186,7 +191,7 @@ class Gemms:
             options = self._nf4_options(GATED_NF4, x, 2 * width, first)
             both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
             grid = (triton.cdiv(width, options["BLOCK_N"]),)
-            nf4_gated_project_kernel[grid](x, norm.weight, first.packed.code, *both, y, norm.eps, width, **options)
+            nf4_gated_project_kernel[grid](x, norm.weight, first.nf4.code, *both, y, norm.eps, width, **options)
             return y
         given = (tensor for each in (first, second) for tensor in (each.weight, each.scale, each.bias))
         tensors = (x, norm.weight, *(x if tensor is None else tensor for tensor in given), y)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 
-ON = ("cuda",)  # devices on which packed weights are read by kernels of our own
+ON: tuple[str, ...] = ("cuda",)  # devices on which packed weights are read by kernels of our own
 NF4_BLOCK = 64  # weights of a row that share a scale
 NESTED_BLOCK = 256  # of these scales, that share one of their own
 

@@ -264,4 +264,4 @@ def _decode_packed(shape: Shape, quick: bool) -> Iterator[Case]:
     for name, make in kinds.items():
         tightest = {"nf4, constants too": (1,), "float8": (64,)}
         for rows in tightest.get(name, ()) if quick else (1, 2, 4, 16, 64):
-            yield f"decode {name}, {rows} rows", lambda make=make, rows=rows: products(make, rows)
+            yield f"decode {name}, {rows} rows", partial(products, make, rows)

@@ -1,11 +1,15 @@
 """The fingerprint of a run: its settings and its rows. A resumed run has the same, or says what may differ."""
 
 import json
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from training.arguments import DataArguments
 from training.masking import mask_values
+
+
+if TYPE_CHECKING:  # which imports this module
+    from training.arguments import DataArguments
 
 
 # Of TrainingArguments: what changes no number of the training. Whatever else there is, in any version, is compared.
@@ -44,11 +48,14 @@ ALLOWED = {
 
 
 def settings_of(
-    data_arguments: DataArguments, training_arguments: TrainingArguments, shared_by: int = 1, float8: str | None = None
+    data_arguments: "DataArguments",
+    training_arguments: TrainingArguments,
+    shared_by: int = 1,
+    float8: str | None = None,
 ) -> dict:
     """{name: value as JSON has it} of all that the numbers of a run depend on, but for its texts and its model.
 
-    shared_by: how many processes share each row, see sequence_parallel_size. float8: see there.
+    shared_by: how many processes share each row, see sequence_parallel_size. float8: the recipe, or None.
     """
     training = {
         name: value
