@@ -78,7 +78,7 @@ $(VENV)/portability.done: $(VENV)/test.done
 
 # recurrentgemma is DeepMind's code, which the tests compare with; its own dependencies are JAX, which they do not need.
 $(VENV)/test.done: $(VENV)/train.done
-	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train,test]'
+	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train,test,quantisation]'
 	$(PIP) --no-deps recurrentgemma
 	touch $@
 

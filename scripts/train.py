@@ -17,6 +17,7 @@ import torch
 from training.arguments import DataArguments, ModelArguments, Resume, read_arguments
 from training.checkpoint import NotSaved, read_manifest, read_state, saving, write_final
 from training.fingerprint import check_same_rows, rows_of, settings_of
+from training.float8 import check_float8, convert
 from training.hub_ids import require_on_hub
 from training.launch import check_checkpoint, check_launch, check_processes, describe, read_request
 from training.masking import mask_secrets
@@ -151,7 +152,8 @@ def make_trainer(
     Raises ValueError where the ranks, or the checkpoint `resume.checkpoint`, have other settings, data or models.
     """
     checkpoint = resume.checkpoint
-    settings = settings_of(data_arguments, training_arguments, model_arguments.sequence_parallel_size)
+    shared_by, float8 = model_arguments.sequence_parallel_size, model_arguments.float8
+    settings = settings_of(data_arguments, training_arguments, shared_by, float8)
     check_same_on_all_ranks({"settings": settings})
     name = model_arguments.model_name_or_path
     tokenizer, rows, (train, held_out) = make_rows(name, data_arguments, training_arguments, checkpoint)
@@ -171,6 +173,7 @@ def make_trainer(
         "scan": describe_backend(training_arguments.device),
         "device": str(training_arguments.device),
         "parameters": get_model_param_count(model),
+        **({} if float8 is None else {"float8_layers": convert(model, float8)}),
         "train_documents": len(train),
         "train_tokens": rows["train_data"].num_tokens,
         "eval_documents": len(held_out),
@@ -191,7 +194,7 @@ def make_trainer(
     print_table(trainer, facts["eval_bytes"] / max(rows["eval_data"].num_predicted, 1))
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
-    share_rows(trainer, model_arguments.sequence_parallel_size)
+    share_rows(trainer, shared_by)
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one
     facts["launch"] = describe(trainer.accelerator)
@@ -259,8 +262,9 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
     try:
         model_arguments, data_arguments, training_arguments, resume = read_arguments(argv)
         check_processes(training_arguments.distributed_state, read_request())
-        shared_by = model_arguments.sequence_parallel_size
-        start = decided_by_rank_0(lambda: where_to_start(data_arguments, training_arguments, resume, shared_by))
+        check_float8(model_arguments.float8, training_arguments.device)
+        shared = model_arguments.sequence_parallel_size, model_arguments.float8
+        start = decided_by_rank_0(lambda: where_to_start(data_arguments, training_arguments, resume, *shared))
         resume.checkpoint, is_over = start
         if is_over:
             end_of_complete_run(resume.checkpoint, training_arguments)
@@ -276,6 +280,8 @@ def run(argv: list[str]) -> tuple[GriffinTrainer, dict]:
     if trainer.is_world_process_zero():
         print(facts["scan"])
         print(facts["launch"])
+        if "float8_layers" in facts:
+            print(f"float8: {facts['float8_layers']} linear layers, {model_arguments.float8}")
         print(
             f"{facts['parameters']:,} parameters; {facts['train_tokens']:,} training tokens in "
             f"{len(trainer.train_dataset):,} rows of {data_arguments.sequence_length}; held out: "

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import datasets
 import torch
+from peft import LoraConfig
 from tolerances import assert_close
 from transformers import TrainerCallback
+
+from modeling_griffin import LORA_TARGETS
 
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 datasets.disable_progress_bars()
 
 VOCABULARY = 258  # bytes, end of text, padding
+LINEAR = LORA_TARGETS["recurrent"] + LORA_TARGETS["attention"] + LORA_TARGETS["mlp"]
 LENGTHS = (1, 9, 23, 4, 2, 17)  # shorter than the convolution, longer than two windows, and one token alone
 
 
@@ -48,6 +52,26 @@ def alone(model, documents: list[dict]) -> tuple[torch.Tensor, dict[str, torch.T
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(total, list(parameters.values()))
     return total.detach(), dict(zip(parameters, gradients)), log_probabilities.detach(), learnt
+
+
+def lora_everywhere(**changes) -> LoraConfig:
+    return LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=LINEAR,
+        target_parameters=LORA_TARGETS["gates"],
+        modules_to_save=LORA_TARGETS["decay"],
+        task_type="CAUSAL_LM",
+        **changes,
+    )
+
+
+def disturb(model) -> None:
+    """New adapters do nothing (lora_B is 0); these do."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 class KeepGradients(TrainerCallback):

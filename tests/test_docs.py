@@ -34,6 +34,7 @@ MARKED = {
     "docs/lambda.md": 1,
     "docs/performance.md": 1,
     "docs/pretraining.md": 1,
+    "docs/quantisation.md": 2,
     "docs/recurrent_gemma.md": 1,
     "docs/sequence_parallel.md": 2,
     "docs/vllm.md": 2,

@@ -8,8 +8,17 @@ import pytest
 import torch
 from _script_helpers import ROOT, make_text, save_model
 from datasets import Dataset
-from fine_tuning_runs import VOCABULARY, arguments, assert_step_equals_documents_alone, losses, make_documents
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from fine_tuning_runs import (
+    LINEAR,
+    VOCABULARY,
+    arguments,
+    assert_step_equals_documents_alone,
+    disturb,
+    lora_everywhere,
+    losses,
+    make_documents,
+)
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from tolerances import assert_close
 from training.text_tokenizer import byte_tokenizer
@@ -21,11 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_griffin import LORA_TARGETS
 from modeling_griffin.saving.save import code_files
-
-
-LINEAR = LORA_TARGETS["recurrent"] + LORA_TARGETS["attention"] + LORA_TARGETS["mlp"]
 
 
 def make_trainer(folder, model, documents, collator, **changes) -> Trainer:
@@ -35,26 +40,6 @@ def make_trainer(folder, model, documents, collator, **changes) -> Trainer:
         train_dataset=Dataset.from_list(documents),
         data_collator=collator,
     )
-
-
-def lora_everywhere(**changes) -> LoraConfig:
-    return LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=LINEAR,
-        target_parameters=LORA_TARGETS["gates"],
-        modules_to_save=LORA_TARGETS["decay"],
-        task_type="CAUSAL_LM",
-        **changes,
-    )
-
-
-def disturb(model) -> None:
-    """New adapters do nothing (lora_B is 0); these do."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_A" not in name:
-            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 # Packed equals unpacked
@@ -149,7 +134,7 @@ def test_adapters_of_a_bfloat16_model_train_lambda_in_float32(small_model):
 
 
 def test_preparing_for_quantised_training(small_model):
-    """What PEFT does before QLoRA: everything else in float32 and frozen; quantised weights themselves need a GPU."""
+    """What PEFT does before QLoRA: everything else in float32 and frozen; test_qlora.py has the weights."""
     model = prepare_model_for_kbit_training(small_model("griffin", "sdpa").to(torch.bfloat16))
     assert {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()} == {(torch.float32, False)}
     model = get_peft_model(model, lora_everywhere())

@@ -241,9 +241,17 @@ def forward_obstacles(model: nn.Module) -> Iterator[Obstacle]:
         yield Obstacle("a TorchDispatchMode", "call generate outside of it")
     if (effect := global_effect()) is not None:
         yield Obstacle(f"a hook of every module {effect}", "remove it, or let it touch nothing but its tensors")
+    if (name := waits_for_outliers(model)) is not None:
+        yield Obstacle(f"{name}: bitsandbytes asks at each token for outliers", "load it with llm_int8_threshold=0.0")
     for name, module in model.named_modules():  # Python that has to run at each token
         if (effect := host_effect(module)) is not None:
             yield Obstacle(f"{name or 'the model'}: {effect}", "remove it, or let it touch nothing but its tensors")
+
+
+def waits_for_outliers(model) -> str | None:
+    """The name of a layer of LLM.int8() whose host waits to know which inputs it has to leave in 16 bits."""
+    layers = ((name, vars(module).get("state")) for name, module in model.named_modules())
+    return next((name for name, state in layers if (getattr(state, "threshold", None) or 0) > 0), None)
 
 
 def _elsewhere(model) -> Iterator[Obstacle]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..modeling_griffin import GriffinAttention
 from .host_effects import global_hooks
+from .packed import tensors_of
 
 
 FIELDS = (
@@ -37,7 +38,8 @@ def fused_fingerprint(model: nn.Module) -> tuple:
     settings = tuple(
         value for module in model.modules() for name in SETTINGS if (value := vars(module).get(name)) is not None
     )
-    return config, settings, tuple(_place(parameter) for parameter in model.parameters())
+    packed = (tensor for module in model.modules() if isinstance(module, nn.Linear) for tensor in tensors_of(module))
+    return config, settings, tuple(_place(tensor) for tensor in (*model.parameters(), *packed))
 
 
 def forward_fingerprint(model: nn.Module) -> tuple:
@@ -81,8 +83,10 @@ def _read_by(function: FunctionType) -> Iterator:
 
 
 def _place(tensor: torch.Tensor) -> tuple:
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor that wraps others, as torchao's weights do
+        return type(tensor), tuple(_place(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     try:
         pointer = tensor.data_ptr()
-    except RuntimeError:  # a tensor that wraps others, as quantised weights do
+    except RuntimeError:  # one that wraps others and does not say which
         pointer = id(tensor)
     return pointer, tensor.dtype, tuple(tensor.shape), tensor.stride()

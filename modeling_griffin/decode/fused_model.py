@@ -13,6 +13,7 @@ from torch import nn
 
 from ..causal_conv1d import CausalConv1d
 from ..gpu import no_kernels_reason
+from ..kernels.device import float8_fits, properties
 from ..modeling_griffin import (
     GriffinAttention,
     GriffinDecoderLayer,
@@ -24,6 +25,7 @@ from ..modeling_griffin import (
     GriffinRotaryEmbedding,
 )
 from ..rg_lru import RGLRU, BlockDiagonalLinear, Decay
+from . import packed
 from .original import CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_class, patched_function
 
 
@@ -51,7 +53,8 @@ def fused_obstacles(model: nn.Module) -> Iterator[str]:
         yield f"lm_head is a {type(model.lm_head).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
         return
     for name, module, cls, shape in _roles(model):
-        reason = _in_module(module, cls, shape, weight)
+        is_packed = cls is nn.Linear and name != "lm_head" and packed.unpack(module) is not None
+        reason = _in_packed(module, shape, weight) if is_packed else _in_module(module, cls, shape, weight)
         if reason:
             yield f"{name or 'the model'} {reason}"
 
@@ -142,8 +145,7 @@ def _in_module(module: nn.Module, cls: type | None, shapes: tuple | None, like: 
         return f"is a {type(module).__name__}, not a {cls.__name__}"
     if (name := own_function(module)) is not None:
         return f"has a {name} of its own"
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if not all(_changes_nothing(hook) for hook in hooks):
+    if _has_a_hook(module):
         return "has a hook"
     if cls is GELU_TANH and not is_gelu_tanh(module):
         return "is another activation"
@@ -158,6 +160,31 @@ def _in_module(module: nn.Module, cls: type | None, shapes: tuple | None, like: 
         filter(None, (_in_parameter(module, name, shape, like) for name, shape in zip(names, shapes))),
         None,
     )
+
+
+def _in_packed(module: nn.Module, shapes: tuple, like: torch.Tensor) -> str | None:
+    """Of a linear layer whose weights a quantisation library has packed; shapes as of a plain one."""
+    held, (shape, bias_shape), device = packed.unpack(module), shapes, like.device
+    library = type(module).forward.__module__.split(".")[0]
+    if library not in ("torch", "bitsandbytes") or own_function(module) is not None:
+        return "has a forward of its own"
+    if _has_a_hook(module):
+        return "has a hook"
+    if device.type not in packed.ON or properties(device).vendor == "amd":
+        return "has packed weights, which have kernels on an NVIDIA GPU alone"
+    if held.data.dtype.is_floating_point and device.type == "cuda" and not float8_fits(properties(device)):
+        return "has float8 weights, which this GPU cannot convert"
+    if (module.out_features, module.in_features) != shape:
+        return f"has a weight of shape {(module.out_features, module.in_features)}"
+    if any(each.device != device or not each.is_contiguous() for each in packed.tensors_of(module)):
+        return "has a weight that lies elsewhere"
+    found = None if module.bias is None else tuple(module.bias.shape)
+    return None if found == bias_shape else f"has a bias of shape {found}"
+
+
+def _has_a_hook(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(_changes_nothing(hook) for hook in hooks)
 
 
 def _changes_nothing(hook) -> bool:

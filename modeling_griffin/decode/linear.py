@@ -4,26 +4,33 @@ A launch has up to three matrices of the same inputs and may take the norm in fr
 it along. One row: GEMV, sums on each tile of weights; up to MATMUL_ROWS: GEMM, and where its kernels do not serve, GEMV
 again for two or four rows.
 
+Packed weights of 8 bits go through the same kernels, those of 4 bits have a GEMV of their own and are dequantised in
+front of cuBLAS for more rows.
+
 Legend: M rows, D inputs, N outputs.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels.device import (
     GATED,
+    GATED_NF4,
     MATMUL,
     MATMUL_DTYPES,
     MATMUL_GATED,
     MATMUL_ROWS,
     MATVEC_ROWS,
     PROJECT,
+    PROJECT_NF4,
     matmul_tile,
     product_tile,
     properties,
 )
+from .packed import NF4, NF4_BLOCK, Rows, unpack, weight_of
 
 
 try:
@@ -31,10 +38,53 @@ try:
 
     from .kernels.gemm import gated_matmul_kernel, matmul_kernel
     from .kernels.gemv import gated_project_kernel, project_kernel
+    from .kernels.gemv_nf4 import nf4_dequantise_kernel, nf4_gated_project_kernel, nf4_project_kernel
 except ImportError:
     triton = None
 
 COUNTERS = 1024  # tiles of outputs that are shared at most; a shared one has a multiprocessor of its own
+
+
+class _Matrix(NamedTuple):
+    """A linear layer as kernels get it. weight (N, D): what is stored; packed: what it means."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    y: torch.Tensor
+    packed: Rows | NF4 | None
+
+    @classmethod
+    def of(cls, linear: nn.Module, y: torch.Tensor) -> "_Matrix":
+        packed = unpack(linear)
+        return cls(linear.weight if packed is None else packed.data, linear.bias, y, packed)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        return None if self.packed is None else self.packed.scale
+
+    @property
+    def unit(self) -> float:
+        return getattr(self.packed, "unit", 1.0)
+
+    @property
+    def kind(self) -> tuple:
+        """Those alike can share a launch."""
+        scale = None if self.scale is None else self.scale.dtype
+        return type(self.packed), self.weight.dtype, scale, self.unit, self.bias is None
+
+    @property
+    def nf4(self) -> NF4:
+        assert isinstance(self.packed, NF4)
+        return self.packed
+
+    def nf4_tensors(self) -> tuple[torch.Tensor, ...]:
+        return _nf4_tensors(self.nf4)
+
+
+def _nf4_tensors(packed: NF4) -> tuple[torch.Tensor, ...]:
+    """The weights, their scales, and what these mean."""
+    nested = packed.nested_code, packed.nested_scale, packed.offset
+    return (packed.data, packed.scale, *(packed.scale if each is None else each for each in nested))
 
 
 class Gemms:
@@ -44,66 +94,134 @@ class Gemms:
         self.launch, self.matmul = launch, matmul
         self.counters: torch.Tensor | None = None
 
-    def takes(self, x: torch.Tensor, *pair: torch.Tensor) -> bool:
-        """Whether there is a kernel for the rows x (M, D); else it is cuBLAS's work. pair: weights of one tile."""
-        return x.shape[0] in MATVEC_ROWS or self._as_matrices(x, *pair)
+    def takes(self, x: torch.Tensor, *linears: nn.Module, together: bool = False) -> bool:
+        """Whether there is a kernel for the rows x (M, D); else it is cuBLAS's work. together: both in one tile."""
+        if together and len({_Matrix.of(each, x).kind for each in linears}) > 1:
+            return False
+        return x.shape[0] in MATVEC_ROWS or self._as_matrices(x, *linears, together=together)
 
-    def _as_matrices(self, x: torch.Tensor, *pair: torch.Tensor) -> bool:
-        aligned = len({weight.data_ptr() % 16 for weight in pair}) < 2
-        return self.matmul and 1 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned
+    def _as_matrices(self, x: torch.Tensor, *linears: nn.Module, together: bool = False) -> bool:
+        matrices = [_Matrix.of(each, x) for each in linears]
+        aligned = not together or len({each.weight.data_ptr() % 16 for each in matrices}) < 2
+        packed = any(type(each.packed) is NF4 for each in matrices)
+        return self.matmul and 1 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned and not packed
 
     def project(
         self,
         x: torch.Tensor,
         norm: nn.Module | None,
-        linears: Sequence[nn.Linear],
+        linears: Sequence[nn.Module],
         residual: torch.Tensor | None = None,
         outputs: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """norm(x) through each of the linears, plus the residual (M, N), into outputs or new tensors (M, N)."""
         ys = outputs or [x.new_empty(x.shape[0], each.out_features) for each in linears]
-        sizes = [each.out_features for each in linears]
-        matrices = [(each.weight, x if each.bias is None else each.bias, y) for each, y in zip(linears, ys)]
+        matrices = [_Matrix.of(linear, y) for linear, y in zip(linears, ys)]
+        alike = [[each for each in matrices if each.kind == kind] for kind in dict.fromkeys(m.kind for m in matrices)]
+        for some in alike:
+            if type(some[0].packed) is NF4:
+                for matrix in some:
+                    self._project_nf4(x, norm, matrix, residual)
+            else:
+                self._project(x, norm, some, residual)
+        return ys
+
+    def _project(
+        self, x: torch.Tensor, norm: nn.Module | None, matrices: list["_Matrix"], residual: torch.Tensor | None
+    ) -> None:
+        """One launch."""
+        sizes = [len(each.weight) for each in matrices]
         padded = [*matrices, *[matrices[0]] * (3 - len(matrices))]
-        tensors = (x, x if norm is None else norm.weight, *(tensor for matrix in padded for tensor in matrix))
+        given = (tensor for each in padded for tensor in (each.weight, each.scale, each.bias, each.y))
+        tensors = (x, x if norm is None else norm.weight, *(x if tensor is None else tensor for tensor in given))
         tensors = (*tensors, x if residual is None else residual)
         eps, padded_sizes = 1.0 if norm is None else norm.eps, (*sizes, *[0] * (3 - len(sizes)))
         options = {
             "D": x.shape[1],
-            "MATRICES": len(linears),
+            "MATRICES": len(matrices),
             "NORM": norm is not None,
-            "BIAS": linears[0].bias is not None,
+            "SCALED": matrices[0].scale is not None,
+            "BIAS": matrices[0].bias is not None,
             "RESIDUAL": residual is not None,
             **self.launch,
         }
         if not self._as_matrices(x):
-            tile = product_tile(PROJECT, sum(sizes), x.shape[1], x.shape[0])
+            tile = product_tile(PROJECT, sum(sizes), x.shape[1], x.shape[0], matrices[0].weight.itemsize)
             even = all(size % tile["BLOCK_N"] == 0 for size in sizes)
             programs = sum(triton.cdiv(size, tile["BLOCK_N"]) for size in sizes)
             options |= {"ROWS": x.shape[0], "EVEN": even, **tile}
-            project_kernel[(programs,)](*tensors, eps, *padded_sizes, **options)
+            project_kernel[(programs,)](*tensors, eps, matrices[0].unit, *padded_sizes, **options)
         else:
             tile = matmul_tile(MATMUL, sizes, x.shape[1], x.shape[0], properties(x.device))
             grid, scratch = self._shared(tile, sizes, 1, x)
             options |= {"EVEN": _is_even(tile, sizes, x.shape[1]), **tile}
-            matmul_kernel[grid](*tensors, *scratch, eps, x.shape[0], *padded_sizes, **options)
-        return ys
+            matmul_kernel[grid](*tensors, *scratch, eps, matrices[0].unit, x.shape[0], *padded_sizes, **options)
 
-    def gated(self, x: torch.Tensor, norm: nn.Module, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
-        """gelu(gate(norm(x))) * up(norm(x))."""
+    def _project_nf4(
+        self, x: torch.Tensor, norm: nn.Module | None, matrix: "_Matrix", residual: torch.Tensor | None
+    ) -> None:
+        width, options = matrix.y.shape[1], self._nf4_options(PROJECT_NF4, x, matrix.y.shape[1], matrix)
+        options |= {"NORM": norm is not None, "BIAS": matrix.bias is not None, "RESIDUAL": residual is not None}
+        given = (matrix.bias, residual)
+        nf4_project_kernel[(triton.cdiv(width, options["BLOCK_N"]),)](
+            *(x, x if norm is None else norm.weight, matrix.nf4.code, *matrix.nf4_tensors()),
+            *(x if tensor is None else tensor for tensor in given),
+            *(matrix.y, 1.0 if norm is None else norm.eps, width),
+            **options,
+        )
+
+    def _nf4_options(self, table: dict, x: torch.Tensor, outputs: int, matrix: "_Matrix") -> dict:
+        tile = product_tile(table, outputs, x.shape[1], x.shape[0], itemsize=1)
+        return {
+            "D": x.shape[1],
+            "ROWS": x.shape[0],
+            "NESTED": matrix.nf4.nested_code is not None,
+            "EVEN": matrix.y.shape[1] % tile["BLOCK_N"] == 0,
+            "G": tile.pop("BLOCK_D") // NF4_BLOCK,
+            **tile,
+            **self.launch,
+        }
+
+    def gated(self, x: torch.Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module) -> torch.Tensor:
+        """gelu(gate(norm(x))) * up(norm(x)), of weights of one kind."""
         width = gate.out_features
         y = x.new_empty(x.shape[0], width)
-        tensors = (x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, y)
-        if not self._as_matrices(x, gate.weight, up.weight):
-            tile = product_tile(GATED, 2 * width, x.shape[1], x.shape[0])
-            options = {"ROWS": x.shape[0], "EVEN": width % tile["BLOCK_N"] == 0, **self.launch, **tile}
+        first, second = _Matrix.of(gate, y), _Matrix.of(up, y)
+        if type(first.packed) is NF4:
+            options = self._nf4_options(GATED_NF4, x, 2 * width, first)
+            both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
+            grid = (triton.cdiv(width, options["BLOCK_N"]),)
+            nf4_gated_project_kernel[grid](x, norm.weight, first.nf4.code, *both, y, norm.eps, width, **options)
+            return y
+        given = (tensor for each in (first, second) for tensor in (each.weight, each.scale, each.bias))
+        tensors = (x, norm.weight, *(x if tensor is None else tensor for tensor in given), y)
+        options = {"D": x.shape[1], "SCALED": first.scale is not None, **self.launch}
+        if not self._as_matrices(x, gate, up, together=True):
+            tile = product_tile(GATED, 2 * width, x.shape[1], x.shape[0], first.weight.itemsize)
+            options |= {"ROWS": x.shape[0], "EVEN": width % tile["BLOCK_N"] == 0, **tile}
             grid = (triton.cdiv(width, tile["BLOCK_N"]),)
-            gated_project_kernel[grid](*tensors, norm.eps, width, D=x.shape[1], **options)
+            gated_project_kernel[grid](*tensors, norm.eps, first.unit, width, **options)
         else:
             tile = matmul_tile(MATMUL_GATED, [width], x.shape[1], x.shape[0], properties(x.device))
             grid, scratch = self._shared(tile, [width], 2, x)
-            options = {"EVEN": _is_even(tile, [width], x.shape[1]), **self.launch, **tile}
-            gated_matmul_kernel[grid](*tensors, *scratch, norm.eps, x.shape[0], width, D=x.shape[1], **options)
+            options |= {"EVEN": _is_even(tile, [width], x.shape[1]), **tile}
+            gated_matmul_kernel[grid](*tensors, *scratch, norm.eps, first.unit, x.shape[0], width, **options)
+        return y
+
+    def weight(self, linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        """(N, D), for cuBLAS. NF4 in one pass; PyTorch's own operations write each index as a number of 64 bits."""
+        packed = unpack(linear)
+        if type(packed) is not NF4:
+            return weight_of(linear, dtype)
+        y = torch.empty(*packed.shape, dtype=dtype, device=packed.data.device)
+        rows, inputs = packed.shape
+        nf4_dequantise_kernel[(triton.cdiv(rows, 4), triton.cdiv(inputs, 16 * NF4_BLOCK))](
+            *(packed.code, *_nf4_tensors(packed), y, rows),
+            D=inputs,
+            NESTED=packed.nested_code is not None,
+            BLOCK_N=4,
+            G=16,
+        )
         return y
 
     def _shared(self, tile: dict, sizes: list[int], matrices: int, x: torch.Tensor) -> tuple:

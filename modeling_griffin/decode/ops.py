@@ -19,6 +19,7 @@ from ..elementwise import rms_norm
 from ..kernels.device import MATVEC_ROWS, attention_split, largest_logits_block, recurrent_tile
 from ..rg_lru_scan import rg_lru_scan
 from .linear import Gemms
+from .packed import bias_of, weight_of
 
 
 try:
@@ -78,7 +79,7 @@ class PlainOps:
     def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
         """norm(stream) through each of the linears."""
         x = self._normed(stream, norm)
-        return [linear(x, each.weight, each.bias) for each in linears]
+        return [self._product(x, each) for each in linears]
 
     def gated_project(self, stream: Stream, norm: nn.Module, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
         """gelu(gate(norm(stream))) * up(norm(stream))."""
@@ -87,7 +88,7 @@ class PlainOps:
 
     def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear) -> Stream:
         """The stream with out(x) added."""
-        return Stream(stream.residual + linear(x, out.weight, out.bias))
+        return Stream(stream.residual + self._product(x, out))
 
     def recurrent(
         self,
@@ -138,6 +139,9 @@ class PlainOps:
         output = scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None, None], scale=scaling)
         return output.reshape(batch, -1)
 
+    def _product(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        return linear(x, weight_of(layer, x.dtype), bias_of(layer, x.dtype))
+
     def _normed(self, stream: Stream, norm) -> torch.Tensor:
         return rms_norm(stream.residual, norm.weight, norm.eps)
 
@@ -181,7 +185,7 @@ class KernelOps(PlainOps):
         return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
     def head(self, stream: Stream, norm: nn.Module, linear: nn.Linear, logits: torch.Tensor) -> None:
-        if self.gemms.takes(stream.residual):
+        if stream.delta is None and self.gemms.takes(stream.residual):
             self.gemms.project(stream.residual, norm, [linear], outputs=[logits])
         else:
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
@@ -193,23 +197,23 @@ class KernelOps(PlainOps):
         )
 
     def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
-        if self.gemms.takes(stream.residual):
+        if stream.delta is None and self.gemms.takes(stream.residual, *linears):
             return self.gemms.project(stream.residual, norm, linears)
         return super().project(stream, norm, linears)
 
     def gated_project(self, stream: Stream, norm: nn.Module, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
-        if self.gemms.takes(stream.residual, gate.weight, up.weight):
+        if stream.delta is None and self.gemms.takes(stream.residual, gate, up, together=True):
             return self.gemms.gated(stream.residual, norm, gate, up)
-        gate_output, up_output = super().project(stream, norm, (gate, up))
+        gate_output, up_output = self.project(stream, norm, (gate, up))
         y = torch.empty_like(gate_output)
         grid = (triton.cdiv(y.numel(), 1024),)
         gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
         return y
 
     def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear) -> Stream:
-        if self.gemms.takes(x):
+        if self.gemms.takes(x, out):
             return Stream(self.gemms.project(x, None, [out], stream.residual)[0])
-        return Stream(stream.residual, linear(x, out.weight, out.bias))
+        return Stream(stream.residual, self._product(x, out))
 
     def recurrent(
         self,
@@ -263,6 +267,9 @@ class KernelOps(PlainOps):
             **self.launch,
         )
         return out
+
+    def _product(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        return linear(x, self.gemms.weight(layer, x.dtype), bias_of(layer, x.dtype))
 
     def _shared_attention(self, q: torch.Tensor, tiles: int, splits: int, heads: int) -> tuple[torch.Tensor, ...]:
         """Where splits leave their sums, largest scores and totals, and for each of `tiles` how many have done so."""

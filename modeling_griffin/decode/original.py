@@ -18,6 +18,7 @@ from ..kernels.dispatch import SLOTS
 
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 SOURCES = (causal_conv1d, elementwise, modeling_griffin, rg_lru, rg_lru_scan)
+NOT_COMPUTED = ("__init__", "extra_repr")  # torchao gives a layer a description of its own
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of every module
 CLASSES = (
     modeling_griffin.GriffinForCausalLM,
@@ -40,7 +41,7 @@ CLASSES = (
 
 
 def _functions_of(cls: type) -> dict[str, object]:
-    own = [name for name, value in vars(cls).items() if isinstance(value, FunctionType) and name != "__init__"]
+    own = [name for name, value in vars(cls).items() if isinstance(value, FunctionType) and name not in NOT_COMPUTED]
     if cls is modeling_griffin.GriffinForCausalLM:
         own = []  # a subclass may save, or prepare a batch, as it likes
     return {name: inspect.getattr_static(cls, name, None) for name in (*own, *CALLS)}

@@ -8,17 +8,20 @@ Legend: B rows, T time, D width, C RG-LRU channels, H heads, K head dimension, W
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, rg_lru_scan_triton
-from modeling_griffin.decode.ops import KernelOps
+from modeling_griffin.decode.ops import KernelOps, Stream
 from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.gpu import properties, triton_refusal
 from modeling_griffin.kernels import attention, convolution, convolution_varlen, elementwise, gates, loss
-from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits
+from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits, float8_fits
+from modeling_griffin.modeling_griffin import GriffinRMSNorm
 
 
 META = torch.device("meta")
@@ -57,6 +60,8 @@ def cases(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     if dtype != torch.float32:
         yield from _tensor_cores(shape, dtype)
     yield from _decode(shape, dtype, quick)
+    if dtype == torch.bfloat16 and properties(META).vendor == "nvidia":
+        yield from _decode_packed(shape, quick)
 
 
 def _new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -199,3 +204,64 @@ def _decode(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 
     for tokens in (8,) if quick else (4, 16, 64):
         yield f"drafts, {tokens} tokens", partial(verify, tokens)
+
+
+class _Linear8bitLt(nn.Linear):
+    """As bitsandbytes' layer of this name holds its weights, or with such rows of float8, as torchao's do."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype):
+        super().__init__(inputs, outputs, device=META, dtype=torch.bfloat16)
+        self.weight = nn.Parameter(_new(outputs, inputs, dtype=torch.int8), False)
+        self.state = SimpleNamespace(CB=_new(outputs, inputs, dtype=dtype), SCB=_new(outputs, dtype=torch.float32))
+
+
+class _Linear4bit(nn.Linear):
+    """The same of weights in NF4; nested: whether their scales are quantised too."""
+
+    def __init__(self, inputs: int, outputs: int, nested: bool):
+        super().__init__(inputs, outputs, device=META, dtype=torch.bfloat16)
+        self.weight = nn.Parameter(_new(inputs * outputs // 2, 1, dtype=torch.uint8), False)
+        scales, float32 = inputs * outputs // 64, {"dtype": torch.float32}
+        second = SimpleNamespace(code=_new(256, **float32), absmax=_new(-(-scales // 256), **float32), blocksize=256)
+        self.weight.quant_state = SimpleNamespace(
+            quant_type="nf4",
+            blocksize=64,
+            shape=(outputs, inputs),
+            nested=nested,
+            absmax=_new(scales, dtype=torch.uint8 if nested else torch.float32),
+            code=_new(16, **float32),
+            state2=second,
+            offset=_new(**float32),
+        )
+
+
+for _layer in (_Linear8bitLt, _Linear4bit):  # by these names the launch code knows them
+    _layer.__module__, _layer.__name__ = "bitsandbytes.nn", _layer.__name__.removeprefix("_")
+
+
+def _decode_packed(shape: Shape, quick: bool) -> Iterator[Case]:
+    """The products of one layer of each kind over packed weights."""
+    kinds = {
+        "int8": partial(_Linear8bitLt, dtype=torch.int8),
+        "float8": partial(_Linear8bitLt, dtype=torch.float8_e4m3fn),
+        "nf4": partial(_Linear4bit, nested=False),
+        "nf4, constants too": partial(_Linear4bit, nested=True),
+    }
+    if not float8_fits(properties(META)):
+        del kinds["float8"]
+    norm = GriffinRMSNorm(shape.width, 1e-6).to(META, torch.bfloat16)
+
+    def products(make: Callable, rows: int) -> None:
+        ops = KernelOps(can_overlap(META), decode_gemm_fits(properties(META)))
+        stream = Stream(_new(rows, shape.width, dtype=torch.bfloat16))
+        ops.project(stream, norm, [make(shape.width, shape.lru) for _ in range(2)])
+        queries, keys = make(shape.width, shape.heads * shape.head_dim), make(shape.width, shape.head_dim)
+        queries.bias = keys.bias = None
+        ops.project(stream, norm, [queries, keys, keys])
+        inner = ops.gated_project(stream, norm, *(make(shape.width, shape.inner) for _ in range(2)))
+        ops.add_project(stream, inner, make(shape.inner, shape.width))
+
+    for name, make in kinds.items():
+        tightest = {"nf4, constants too": (1,), "float8": (64,)}
+        for rows in tightest.get(name, ()) if quick else (1, 2, 4, 16, 64):
+            yield f"decode {name}, {rows} rows", partial(products, make, rows)

@@ -37,6 +37,9 @@ class ModelArguments:
     sequence_parallel_size: int = field(
         default=1, metadata={"help": "processes that share each row; a divisor of their number"}
     )
+    float8: str | None = field(
+        default=None, metadata={"help": "tensorwise or rowwise: linear layers multiply in float8, by torchao"}
+    )
 
     def __post_init__(self) -> None:
         if self.sequence_parallel_size < 1:

@@ -1,11 +1,15 @@
 """The fingerprint of a run: its settings and its rows. A resumed run has the same, or says what may differ."""
 
 import json
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from training.arguments import DataArguments
 from training.masking import mask_values
+
+
+if TYPE_CHECKING:  # which imports this module
+    from training.arguments import DataArguments
 
 
 # Of TrainingArguments: what changes no number of the training. Whatever else there is, in any version, is compared.
@@ -37,15 +41,21 @@ ALLOWED = {
     "bf16": "other rounding",
     "fp16": "other rounding",
     "tf32": "other rounding",
+    "float8": "other rounding",
     "max_grad_norm": "from here on",
     "attention_dropout": "from here on",
 }
 
 
-def settings_of(data_arguments: DataArguments, training_arguments: TrainingArguments, shared_by: int = 1) -> dict:
+def settings_of(
+    data_arguments: "DataArguments",
+    training_arguments: TrainingArguments,
+    shared_by: int = 1,
+    float8: str | None = None,
+) -> dict:
     """{name: value as JSON has it} of all that the numbers of a run depend on, but for its texts and its model.
 
-    shared_by: how many processes share each row, see sequence_parallel_size.
+    shared_by: how many processes share each row, see sequence_parallel_size. float8: the recipe, or None.
     """
     training = {
         name: value
@@ -55,7 +65,7 @@ def settings_of(data_arguments: DataArguments, training_arguments: TrainingArgum
     data = {name: getattr(data_arguments, name) for name in (*DATA_SETTINGS, *TOKEN_SETTINGS)}
     processes = training_arguments.world_size
     rows = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * processes // shared_by
-    settings = {**data, **training, "processes": processes, "rows of a step": rows}
+    settings = {**data, **training, "float8": float8, "processes": processes, "rows of a step": rows}
     return mask_values(json.loads(json.dumps(settings, default=str)))
 
 

@@ -18,7 +18,11 @@ CHANGEABLE = {"use_cache", *TOKEN_IDS}
 
 
 def where_to_start(
-    data_arguments: DataArguments, arguments: TrainingArguments, resume: Resume, shared_by: int = 1
+    data_arguments: DataArguments,
+    arguments: TrainingArguments,
+    resume: Resume,
+    shared_by: int = 1,
+    float8: str | None = None,
 ) -> tuple[str | None, bool]:
     """(the checkpoint to continue from, or None; whether all of that run is done). Before anything is read."""
     checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir)
@@ -26,7 +30,8 @@ def where_to_start(
     if checkpoint is None:
         return None, False
     before = read_manifest(checkpoint).get("settings", {})
-    check_same_settings(checkpoint, before, settings_of(data_arguments, arguments, shared_by), resume.allow_changed)
+    now = settings_of(data_arguments, arguments, shared_by, float8)
+    check_same_settings(checkpoint, before, now, resume.allow_changed)
     is_trained = is_complete(checkpoint, arguments)
     is_over = is_trained and is_final(checkpoint, arguments.output_dir)
     if is_trained and not is_over:

@@ -13,7 +13,6 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_griffin.cache_name import CACHE_NAME
 from modeling_griffin.decode import generate as decode_generate
 from modeling_griffin.decode import steps as kept_steps
-from modeling_griffin.decode.eligibility import decide
 
 
 NEW = 12  # beyond the window of 8
@@ -94,19 +93,6 @@ def by_transformers(monkeypatch, model, ids, **options):
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "_fast_generation_devices", ())
         return run(model, ids, **options)
-
-
-@pytest.fixture
-def paths(monkeypatch):
-    """What is decided from here on."""
-    found = []
-
-    def watched(*arguments, **options):
-        found.append(decide(*arguments, **options))
-        return found[-1]
-
-    monkeypatch.setattr(decode_generate, "decide", watched)
-    return found
 
 
 def assert_same(found, expected) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _decode_helpers import (
+    DEVICE,
     DTYPES,
     INTERPRETED,
     LOGITS,
@@ -108,9 +109,13 @@ def test_who_multiplies_matrices(monkeypatch):
     assert all(takes(rows, dtype, matmul=False) for rows in (1, 2, 4) for dtype in DTYPES)
     assert not any(KernelOps().gemms._as_matrices(torch.empty(1, 8, dtype=dtype)) for dtype in DTYPES)
     assert all(KernelOps().gemms._as_matrices(torch.empty(rows, 8, dtype=torch.bfloat16)) for rows in (2, 4, 64))
-    weights = torch.empty(64, dtype=torch.bfloat16)
-    both, x = KernelOps().gemms, torch.empty(5, 8, dtype=torch.bfloat16)
-    assert both.takes(x, weights, weights[8:]) and not both.takes(x, weights, weights[4:])  # not 16 bytes apart
+    new = {"dtype": torch.bfloat16, "device": DEVICE}
+    weights, gemms, x = torch.empty(16, **new), KernelOps().gemms, torch.empty(5, 8, **new)
+    first, same, other = (make_linear(8, 1, torch.bfloat16) for _ in range(3))
+    for each, start in ((first, 0), (same, 8), (other, 4)):
+        each.weight.data = weights[start : start + 8].view(1, 8)
+    assert gemms.takes(x, first, same, together=True)
+    assert not gemms.takes(x, first, other, together=True)  # not 16 bytes apart
 
 
 @pytest.mark.parametrize("table", ["MATMUL", "MATMUL_GATED"])

@@ -4,13 +4,12 @@ import threading
 
 import pytest
 import torch
-from test_generation_paths import REQUESTS, assert_same, by_transformers, collect, paths, random_ids, run
+from test_generation_paths import REQUESTS, assert_same, by_transformers, collect, random_ids, run
 from torch import nn
 
 from modeling_griffin.decode.steps import STEPS
 
 
-__all__ = ["paths"]  # a fixture
 KINDS = ["griffin", "hawk", "attention_first"]
 ON_STEPS = [name for name, (_, path) in REQUESTS.items() if path[0] != "transformers"]
 pytestmark = pytest.mark.gpu

@@ -16,6 +16,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 from ...kernels.arithmetic import gelu
+from .gemv import load_scale
 
 
 @triton.jit
@@ -78,6 +79,7 @@ def _sums(
             x32 = x.to(tl.float32)
             squares += tl.sum(x32 * x32, 1)
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
+        w = w.to(x.dtype)  # exact: of 8 bits, or as it is
         sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
     return sums, squares
 
@@ -125,9 +127,14 @@ def _all_sums(
 
 
 @triton.jit
-def _scaled(sums, squares, eps, p_b, i_n, N, D: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr):
+def _scaled(
+    sums, squares, eps, unit, p_s, p_b, i_n, N, D: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
     """(BLOCK_M, BLOCK_N), what the product's definition says."""
     y = sums
+    if SCALED:
+        y = y * load_scale(p_s, i_n, unit, N, True)[:, None]
     if NORM:
         y = y * tl.rsqrt(squares / D + eps)[None, :]
     if BIAS:
@@ -137,28 +144,31 @@ def _scaled(sums, squares, eps, p_b, i_n, N, D: tl.constexpr, NORM: tl.constexpr
 
 @triton.jit
 def matmul_kernel(
-    p_x, p_norm, p_w0, p_b0, p_y0, p_w1, p_b1, p_y1, p_w2, p_b2, p_y2, p_residual, p_part, p_squares, p_count, eps,
-    M, N0, N1, N2, D: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    p_x, p_norm, p_w0, p_s0, p_b0, p_y0, p_w1, p_s1, p_b1, p_y1, p_w2, p_s2, p_b2, p_y2, p_residual, p_part, p_squares,
+    p_count, eps, unit, M, N0, N1, N2, D: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (M, D). Program: (outputs, split)."""
+    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (M, D). Program: (outputs, split).
+
+    SCALED as in `project_kernel`.
+    """
     i_tile = tl.program_id(0)
-    p_w, p_b, p_y, N = p_w0, p_b0, p_y0, N0
+    p_w, p_s, p_b, p_y, N = p_w0, p_s0, p_b0, p_y0, N0
     if MATRICES > 1:
         end0 = tl.cdiv(N0, BLOCK_N)
         end1 = end0 + tl.cdiv(N1, BLOCK_N)
         if i_tile >= end1:
-            p_w, p_b, p_y, N, i_tile = p_w2, p_b2, p_y2, N2, i_tile - end1
+            p_w, p_s, p_b, p_y, N, i_tile = p_w2, p_s2, p_b2, p_y2, N2, i_tile - end1
         elif i_tile >= end0:
-            p_w, p_b, p_y, N, i_tile = p_w1, p_b1, p_y1, N1, i_tile - end0
+            p_w, p_s, p_b, p_y, N, i_tile = p_w1, p_s1, p_b1, p_y1, N1, i_tile - end0
     i_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     sums, squares, is_last = _all_sums(
         p_x, p_norm, p_w, p_part, p_squares, p_count, i_n, M, N, D,
         NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
     )  # fmt: skip
     if is_last:
-        y = _scaled(sums, squares, eps, p_b, i_n, N, D, NORM, BIAS)
+        y = _scaled(sums, squares, eps, unit, p_s, p_b, i_n, N, D, NORM, SCALED, BIAS)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         i_y = i_m * N + i_n[None, :]
         mask = (i_m < M) & (i_n < N)[None, :]
@@ -169,9 +179,9 @@ def matmul_kernel(
 
 @triton.jit
 def gated_matmul_kernel(
-    p_x, p_norm, p_w_gate, p_b_gate, p_w_up, p_b_up, p_y, p_part, p_squares, p_count, eps, M, N, D: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    p_x, p_norm, p_w_gate, p_s_gate, p_b_gate, p_w_up, p_s_up, p_b_up, p_y, p_part, p_squares, p_count, eps, unit, M, N,
+    D: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (M, D) -> (M, N). Program: (outputs, split).
 
@@ -190,7 +200,7 @@ def gated_matmul_kernel(
     if is_last:
         sums_gate, sums_up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
         i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        gate = _scaled(sums_gate, squares, eps, p_b_gate, i_n, N, D, True, True)
-        y = gelu(gate) * _scaled(sums_up, squares, eps, p_b_up, i_n, N, D, True, True)
+        gate = _scaled(sums_gate, squares, eps, unit, p_s_gate, p_b_gate, i_n, N, D, True, SCALED, True)
+        y = gelu(gate) * _scaled(sums_up, squares, eps, unit, p_s_up, p_b_up, i_n, N, D, True, SCALED, True)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         tl.store(p_y + i_m * N + i_n[None, :], y.to(p_y.dtype.element_ty), mask=(i_m < M) & (i_n < N)[None, :])

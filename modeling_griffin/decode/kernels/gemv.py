@@ -55,6 +55,15 @@ def _load_weights(
 
 
 @triton.jit
+def load_scale(p_s, i_n, unit, N, SCALED: tl.constexpr):
+    """Of each output's weights, which are whole numbers or float8; 1 for those that are what they mean."""
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(p_s + i_n, mask=i_n < N, other=0.0).to(tl.float32) * unit
+    return scale
+
+
+@triton.jit
 def _load_row(p_x, i_d, D: tl.constexpr):
     return tl.load(p_x + i_d, mask=i_d < D, other=0.0, eviction_policy="evict_last").to(tl.float32)
 
@@ -114,18 +123,19 @@ def _products(
 
 @triton.jit
 def _project_rows(
-    p_x, p_norm, p_w, p_b, p_residual, p_y, i_tile, eps, N, D: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    p_x, p_norm, p_w, p_s, p_b, p_residual, p_y, i_tile, eps, unit, N, D: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     i_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = i_n < N
+    s = load_scale(p_s, i_n, unit, N, SCALED)
     b = tl.zeros((BLOCK_N,), tl.float32)
     if BIAS:
         b = tl.load(p_b + i_n, mask=m_n, other=0.0).to(tl.float32)
     ys = _products(p_x, p_norm, (p_w,), i_n, eps, N, D, ROWS, 1, NORM, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD)
     for row in tl.static_range(ROWS):
-        y = ys[row] + b
+        y = ys[row] * s + b
         if RESIDUAL:
             y += tl.load(p_residual + row * N + i_n, mask=m_n, other=0.0).to(tl.float32)
         tl.store(p_y + row * N + i_n, y.to(p_y.dtype.element_ty), mask=m_n)
@@ -133,47 +143,52 @@ def _project_rows(
 
 @triton.jit
 def project_kernel(
-    p_x, p_norm, p_w0, p_b0, p_y0, p_w1, p_b1, p_y1, p_w2, p_b2, p_y2, p_residual, eps, N0, N1, N2,
-    D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    p_x, p_norm, p_w0, p_s0, p_b0, p_y0, p_w1, p_s1, p_b1, p_y1, p_w2, p_s2, p_b2, p_y2, p_residual, eps, unit,
+    N0, N1, N2, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). Program: BLOCK_N outputs."""
+    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). Program: BLOCK_N outputs.
+
+    SCALED: w is what is stored times s (N,) times unit.
+    """
     i_tile = tl.program_id(0)
     end0 = tl.cdiv(N0, BLOCK_N)
     end1 = end0 + tl.cdiv(N1, BLOCK_N)
     if i_tile < end0:
         _project_rows(
-            p_x, p_norm, p_w0, p_b0, p_residual, p_y0, i_tile, eps, N0, D,
-            ROWS, NORM, BIAS, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD,
+            p_x, p_norm, p_w0, p_s0, p_b0, p_residual, p_y0, i_tile, eps, unit, N0, D,
+            ROWS, NORM, SCALED, BIAS, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD,
         )  # fmt: skip
     elif MATRICES > 1:
         if i_tile < end1:
             _project_rows(
-                p_x, p_norm, p_w1, p_b1, p_residual, p_y1, i_tile - end0, eps, N1, D,
-                ROWS, NORM, BIAS, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD,
+                p_x, p_norm, p_w1, p_s1, p_b1, p_residual, p_y1, i_tile - end0, eps, unit, N1, D,
+                ROWS, NORM, SCALED, BIAS, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD,
             )  # fmt: skip
         elif MATRICES > 2:
             _project_rows(
-                p_x, p_norm, p_w2, p_b2, p_residual, p_y2, i_tile - end1, eps, N2, D,
-                ROWS, NORM, BIAS, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD,
+                p_x, p_norm, p_w2, p_s2, p_b2, p_residual, p_y2, i_tile - end1, eps, unit, N2, D,
+                ROWS, NORM, SCALED, BIAS, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD,
             )  # fmt: skip
 
 
 @triton.jit
 def gated_project_kernel(
-    p_x, p_norm, p_w_gate, p_b_gate, p_w_up, p_b_up, p_y, eps, N, D: tl.constexpr,
-    ROWS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    p_x, p_norm, p_w_gate, p_s_gate, p_b_gate, p_w_up, p_s_up, p_b_up, p_y, eps, unit, N, D: tl.constexpr,
+    ROWS: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); x (ROWS, D) -> y (ROWS, N)."""
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = i_n < N
+    s_gate = load_scale(p_s_gate, i_n, unit, N, SCALED)
+    s_up = load_scale(p_s_up, i_n, unit, N, SCALED)
     b_gate = tl.load(p_b_gate + i_n, mask=m_n, other=0.0).to(tl.float32)
     b_up = tl.load(p_b_up + i_n, mask=m_n, other=0.0).to(tl.float32)
     ys = _products(p_x, p_norm, (p_w_gate, p_w_up), i_n, eps, N, D, ROWS, 2, True, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD)
     for row in tl.static_range(ROWS):
-        y = gelu(ys[2 * row] + b_gate) * (ys[2 * row + 1] + b_up)
+        y = gelu(ys[2 * row] * s_gate + b_gate) * (ys[2 * row + 1] * s_up + b_up)
         tl.store(p_y + row * N + i_n, y.to(p_y.dtype.element_ty), mask=m_n)
 
 

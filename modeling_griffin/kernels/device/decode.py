@@ -24,6 +24,10 @@ PROJECT = {
     (0, 0): (4, 2, 3),
 }
 GATED = {(0, 0): (2, 2, 3)}
+# Of weights in 4 bits, which take eight times the registers once they are numbers. Not measured: compiled for
+# compute capability 9.0, more outputs or tiles spill.
+PROJECT_NF4 = {(0, 0): (2, 2, 3)}
+GATED_NF4 = {(0, 0): (1, 2, 3)}
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
 # From 2 rows up to these a product is one GEMM in one kernel. Beyond, and in other dtypes, it is cuBLAS's, except for
@@ -54,6 +58,7 @@ MATMUL_GATED = {
     64: {(0, 0): (64, 128, 4, 8, 1)},
 }
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
+OLDEST_FOR_FLOAT8 = (8, 9)  # before, there is no conversion from float8 e4m3, which weights may be packed in
 LEAST_STAGES = 3  # below, a program waits for each tile
 
 ATTENTION_PROGRAMS, DRAFT_PROGRAMS = 2, 1  # a multiprocessor, where the window has as many blocks
@@ -66,10 +71,13 @@ PARTS_AHEAD, MOST_AHEAD = 3072, 8  # numbers a warp, and splits, that the last s
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
 
 
-def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:
-    """Of a GEMV: fewer outputs a program where each has several rows to sum; no more tiles ahead than there are."""
+def product_tile(table: dict, outputs: int, inputs: int, rows: int, itemsize: int = 2) -> dict[str, int]:
+    """Of a GEMV: fewer outputs a program where each has several rows to sum; no more tiles ahead than there are.
+
+    itemsize: bytes of a weight; packed ones have 1 or less, and twice as many to a thread.
+    """
     block_n, warps, ahead = _first_fit(table, outputs, inputs)
-    block_d = INPUTS_OF_A_WARP * warps
+    block_d = INPUTS_OF_A_WARP * warps * (2 if itemsize < 2 else 1)
     return {
         "BLOCK_N": max(1, block_n // rows),
         "BLOCK_D": block_d,
@@ -93,6 +101,11 @@ def matmul_tile(table: dict, sizes: list[int], inputs: int, rows: int, gpu: GPU)
         "STAGES": stages,
         "num_warps": warps,
     }
+
+
+def float8_fits(gpu: GPU) -> bool:
+    """Whether kernels can read weights of 8 floating bits."""
+    return gpu.capability >= OLDEST_FOR_FLOAT8
 
 
 def _first_fit(table: dict, outputs: int, inputs: int) -> tuple[int, ...]:

@@ -1,0 +1,45 @@
+"""The benchmark of quantised weights on a CPU, at a tiny size: every row is measured, and quantised as said."""
+
+import json
+
+import benchmark_quantised
+import pytest
+import torch
+from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise
+
+
+TINY = ["--device", "cpu", "--size", "tiny", "--rows", "1", "--new", "4", "--repeats", "1"]
+
+
+def test_decoding(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    schemes = ["bfloat16", "nf4, constants too"]
+    benchmark_quantised.main([*TINY, "--parts", "decode", "--schemes", *schemes, "--output", str(tmp_path / "page")])
+    rows = json.loads((tmp_path / "page.json").read_text())["decode"]
+    assert [row["scheme"] for row in rows] == [schemes[0], schemes[1], schemes[1]]
+    assert not any("failed" in row for row in rows), rows
+    assert rows[0]["path"] == "fused" and rows[1]["path"] == "forward" and rows[1]["bytes"] < rows[0]["bytes"]
+    assert rows[0]["same"] > 0.9 and rows[1]["same"] > 0.9
+    assert "| nf4, constants too | 1 | forward |" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@torch.no_grad()
+def test_quantised_where_they_are(scheme, small_model):
+    """Without a folder: as loading does it, but for the head."""
+    pytest.importorskip("torchao" if scheme.startswith("torchao") else "bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "lru_width": 64, "head_dim": 32, "num_gate_blocks": 4}
+    model, ids = small_model("griffin", "sdpa", **sizes), torch.randint(0, 29, (1, 12))
+    before, size = model(ids).logits, bytes_of(model)
+    model = quantise(model, scheme)
+    found, expected = model(ids).logits, dequantised(model)(ids).logits
+    assert type(model.lm_head) is torch.nn.Linear and bytes_of(model) < 0.6 * size
+    assert (found - expected).abs().max() < (4e-2 if scheme.endswith("bytes int8") else 1e-4) * expected.abs().max()
+    assert (found - before).abs().max() > 1e-3 * before.abs().max()
+
+
+def test_a_row_that_fails_says_why():
+    def measure():
+        raise RuntimeError("no such\nkernel")
+
+    assert benchmark_quantised._try({"a": 1}, measure) == {"a": 1, "failed": "RuntimeError: no such kernel"}
