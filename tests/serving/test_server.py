@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import openai
@@ -52,9 +53,9 @@ def client(folder):
         for _ in range(1200):
             assert server.poll() is None, (folder.parent / "log.txt").read_text()[-3000:]
             try:
-                client.models.list()
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=60).close()
                 break
-            except openai.APIConnectionError:
+            except OSError:
                 time.sleep(0.25)
         yield client
     finally:
