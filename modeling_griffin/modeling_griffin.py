@@ -537,9 +537,9 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         """Reads tokens into a `GenerationState`: `serving/batch.py`."""
         return require_slot("prefill")(self, input_ids, state, chunk_size)
 
-    def generate_batch(self, queue: Iterable | None = None, **options: Any) -> list:
-        """Many requests side by side, all results: `serving/batch.py`."""
-        return require_slot("generate_batch")(self, queue, **options)
+    def generate_batch(self, queue: Iterable | None = None, generation_config: Any = None, **options: Any) -> Any:
+        """Many requests side by side, all results; Transformers' method of that name too: `serving/batch.py`."""
+        return require_slot("generate_batch")(self, queue, generation_config, **options)
 
     def stream_batch(self, queue: Iterable, **options: Any) -> Iterator:
         """Many requests side by side, token by token: `serving/batch.py`."""

@@ -12,7 +12,6 @@ Contestants take turns; times are quantiles over tokens of all turns. Writes OUT
 import argparse
 import copy
 import json
-import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 from benchmark_training import SIZES, _cell, _griffin_config
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.checks import OURS, TOLERANCE, random_ids, shortfall
 from benchmarks.offpath import offpath, offpath_text
+from benchmarks.serving import serving, serving_text
 from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import (
@@ -36,13 +37,11 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_griffin import GenerationRequest, GriffinConfig, GriffinForCausalLM
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.cache_name import CACHE_NAME
 
 
-OURS = "griffin"
 CONTESTANTS = [OURS, "recurrentgemma", "llama-mqa"]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
 ROW = 2048  # tokens of a row of training
 SETTINGS = {
     "cpu": {
@@ -57,6 +56,7 @@ SETTINGS = {
         "rows": 16,
         "generations": 200,
         "load": ((8, 128), (4, 64)),  # tokens of a prompt and of an answer, log-uniform
+        "rollouts": (4, 4, 64, 32),  # prompts, completions of each, tokens of a prompt and of a completion
     },
     "cuda": {
         "model": "configuration/model/griffin-1b3.json",
@@ -70,6 +70,7 @@ SETTINGS = {
         "rows": 64,
         "generations": 200,
         "load": ((32, 2048), (16, 512)),
+        "rollouts": (16, 8, 256, 256),
     },
 }
 LONGEST_PROMPT_OF_A_LOOP = 2048  # RecurrentGemma in Transformers reads a prompt by a Python loop over its tokens
@@ -189,11 +190,6 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, new: int, compiled: bool
     )
 
 
-def random_ids(model: torch.nn.Module, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
-
-
 @torch.no_grad()
 def disagreement(model: torch.nn.Module, sequences: torch.Tensor, logits: torch.Tensor) -> float:
     """Of the logits (B, N, V) of the last N tokens and those of a forward pass without a cache; of the largest one."""
@@ -209,20 +205,6 @@ def check(name: str, model: torch.nn.Module, compiled: bool, rows: int) -> float
     error = disagreement(model, found.sequences, torch.stack(found.logits, dim=1))
     if error > TOLERANCE[model.dtype] and name == OURS:
         raise SystemExit(f"{name}: logits differ by {error:.1e} from those without a cache: nothing is timed")
-    return error
-
-
-@torch.no_grad()
-def shortfall(what: str, model: torch.nn.Module, sequences: torch.Tensor, prompt: int) -> float:
-    """How far below the likeliest a token behind the prompt is at most, of the largest logit; SystemExit if far.
-
-    In 16 bits two tokens may be as likely as can be told: then this, and not equality, is what can be asked for.
-    """
-    logits = model(sequences, use_cache=False).logits[:, prompt - 1 : -1].float()
-    chosen = logits.gather(2, sequences[:, prompt:, None])[..., 0]
-    error = ((logits.max(-1).values - chosen).max() / logits.abs().max()).item()
-    if not error <= TOLERANCE[model.dtype]:
-        raise SystemExit(f"{what}: a token is {error:.1e} below the likeliest: nothing is timed")
     return error
 
 
@@ -376,41 +358,6 @@ def long(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> No
     }
 
 
-def serving(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> None:
-    """A mixed load: rows that come and go against batches of left-padded prompts that run to their longest answer."""
-    model, chance, rows = models[OURS], random.Random(0), settings["rows"]
-    load, generations = [], settings["generations"]
-    for seed in range(generations):
-        prompt, new = (round(low * (high / low) ** chance.random()) for low, high in settings["load"])
-        load.append((random_ids(model, 1, prompt, seed)[0], new))
-    queue = [GenerationRequest(prompt, max_new_tokens=new, eos_token_id=()) for prompt, new in load]
-    for request, result in list(zip(queue, model.generate_batch(queue[:rows])))[:8]:
-        whole = torch.tensor([request.prompt + result.tokens], device=model.device)
-        shortfall("generate_batch", model, whole, len(request.prompt))
-    tokens = sum(new for _, new in load)
-    seconds = {"generate_batch": [], "left-padded generate": []}
-    for _ in tqdm(range(2), desc="mixed load"):
-        begin = _now(settings["device"])
-        model.generate_batch(queue, max_rows=rows)
-        seconds["generate_batch"].append(_now(settings["device"]) - begin)
-        begin = _now(settings["device"])
-        for start in range(0, generations, rows):
-            _padded(model, load[start : start + rows])
-        seconds["left-padded generate"].append(_now(settings["device"]) - begin)
-    report["serving"] = {"generations": generations, "rows": rows, "tokens": tokens, "load": settings["load"]}
-    report["serving"]["tokens_per_s"] = {name: [tokens / s for s in each] for name, each in seconds.items()}
-
-
-def _padded(model, load) -> None:
-    width = max(len(prompt) for prompt, _ in load)
-    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt, _ in load])
-    real = torch.arange(width, device=ids.device) >= width - torch.tensor(
-        [[len(p)] for p, _ in load], device=ids.device
-    )
-    new = max(new for _, new in load)
-    model.generate(ids, attention_mask=real.long(), max_new_tokens=new, do_sample=False, pad_token_id=0)
-
-
 def drafts(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> None:
     """Prompt lookup against plain decoding, where the text repeats itself and where no draft is ever right."""
     device, new = settings["device"], 4 * settings["new"]
@@ -554,16 +501,6 @@ def _long_text(report) -> list[str]:
     ]
 
 
-def _serving_text(report) -> list[str]:
-    run = report["serving"]
-    prompt, new = ("{} to {}".format(*bounds) for bounds in run["load"])
-    lines = [f"## {run['generations']} generations, {run['rows']} rows at once", ""]
-    lines += [
-        f"Prompts of {prompt} tokens, answers of {new}, log-uniform; {run['tokens']} new tokens; each run's tokens/s:"
-    ]
-    return lines + [f"- {name}: {', '.join(f'{r:.1f}' for r in each)}" for name, each in run["tokens_per_s"].items()]
-
-
 def _drafts_text(report) -> list[str]:
     lines = [
         "## Drafts of 8 tokens by prompt lookup",
@@ -582,7 +519,7 @@ def _drafts_text(report) -> list[str]:
 
 
 TEXTS = dict(
-    zip(PARTS, (_decode_text, _context_text, _long_text, _serving_text, _drafts_text, offpath_text), strict=True)
+    zip(PARTS, (_decode_text, _context_text, _long_text, serving_text, _drafts_text, offpath_text), strict=True)
 )
 
 

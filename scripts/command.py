@@ -21,6 +21,7 @@ import presets  # noqa: E402
 VERBS = {
     "train": ("train.py", "train or fine-tune from a YAML file or a ready-made training's name"),
     "generate": ("generate.py", "sample from a model and stream the text"),
+    "serve": ("serve.py", "serve a model over HTTP with the interface of OpenAI's"),
     "evaluate": ("evaluate_text.py", "loss and bits per byte of a text, by position"),
     "convert": ("convert_recurrent_gemma.py", "RecurrentGemma's checkpoints to Griffin and back"),
     "push": ("push_to_hub.py", "check a saved model and push it to the Hub"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tolerances import assert_close
 from training.text_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from modeling_griffin import LORA_TARGETS
 
@@ -100,6 +100,41 @@ def test_training_lowers_the_loss(tmp_path, small_model, layout, adapter):
     trainer = make_trainer(tmp_path, model, make_documents(), lora, max_steps=12, learning_rate=2e-2, **LAYOUTS[layout])
     found = losses(trainer)
     assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_rollouts_by_generate_batch(tmp_path, small_model, method, adapter):
+    """`use_transformers_continuous_batching`: completions end by end of text or limit, and weights are trained."""
+    configuration, trainer = {"GRPO": (GRPOConfig, GRPOTrainer), "RLOO": (RLOOConfig, RLOOTrainer)}[method]
+    model, seen = small_model("griffin", "sdpa", vocab_size=VOCABULARY), []
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def reward(completions, completion_ids, **kwargs):
+        seen.extend(completion_ids)
+        return [float(sum(token % 2 for token in ids)) for ids in completion_ids]
+
+    lora = LoraConfig(r=4, target_modules=LORA_TARGETS["mlp"], task_type="CAUSAL_LM", init_lora_weights=False)
+    run = trainer(
+        model=model,
+        reward_funcs=reward,
+        args=configuration(
+            output_dir=str(tmp_path), use_transformers_continuous_batching=True, max_steps=2, num_generations=4,
+            per_device_train_batch_size=4, max_completion_length=6, beta=0.0, learning_rate=1e-2, report_to="none",
+            use_cpu=True, top_k=20, top_p=0.95, temperature=1.2, save_strategy="no", disable_tqdm=True, bf16=False,
+            logging_steps=1,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "the gate"}, {"prompt": "of the decay"}]),
+        processing_class=byte_tokenizer(),
+        peft_config=lora if adapter else None,
+    )  # fmt: skip
+    run.train()
+    assert len(seen) == 8 and all(0 < len(ids) <= 6 for ids in seen) and len({tuple(ids) for ids in seen}) > 4
+    changed = {
+        name for name, parameter in model.named_parameters() if name in before and parameter.ne(before[name]).any()
+    }
+    assert not changed if adapter else any("rg_lru" in name for name in changed)
+    assert any(entry.get("grad_norm", 0) > 0 for entry in run.state.log_history)
 
 
 COMMAND = """

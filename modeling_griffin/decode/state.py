@@ -6,6 +6,9 @@ host has nothing to decide, and a step is one call. Parameters are read where th
 Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K head dimension, V vocabulary.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -14,6 +17,7 @@ from ..kernels.device import can_overlap, decode_gemm_fits, properties
 from .lease import Lease
 from .network import RecordedStep, in_order
 from .ops import Clock, KernelOps, PlainOps
+from .upload import upload
 
 
 class DecodeStep(RecordedStep, Lease):
@@ -87,6 +91,41 @@ class DecodeStep(RecordedStep, Lease):
                 slots = (time + torch.arange(taps, device=self.device)) % taps
                 past[rows[:, None], slots] = layer.conv_states[0].transpose(1, 2)
                 state[rows] = layer.recurrent_states[0]
+
+    @torch.no_grad()
+    def load_packed(self, rows: Sequence[int], prompts: Sequence[int], packed: Any) -> None:
+        """As `load_rows`, from `PackedPrompts`: row rows[i] gets prompt prompts[i], which several rows may get."""
+        time, window = self.clock.time, self.config.attention_window_size
+        rows, prompts = torch.tensor(rows), torch.tensor(prompts)
+        lengths, ends = (x[prompts] for x in (torch.tensor(packed.lengths), torch.tensor(packed.lengths).cumsum(0)))
+        kept = lengths.clamp(max=window - 1)  # keys of each row
+        row = torch.arange(len(rows)).repeat_interleave(kept)
+        ago = kept.cumsum(0)[row] - torch.arange(len(row))  # 1: the last token
+        rows, prompts, lengths, ago, key_rows, tokens = (
+            upload(x, self.device) for x in (rows, prompts, lengths, ago, rows[row], ends[row] - ago)
+        )
+        self.clock.padding[rows] = time - lengths
+        for pair, buffers in zip(packed.layers, self.layers):
+            if len(buffers) == 2:
+                slots = (time - ago) % buffers[0].shape[2]
+                for ring, of_tokens in zip(buffers, pair):
+                    ring[key_rows, :, slots] = of_tokens[0, :, tokens].transpose(0, 1)
+            else:
+                past, state, _ = buffers
+                taps = past.shape[1]
+                slots = (time + torch.arange(taps, device=self.device)) % taps
+                past[rows[:, None], slots] = pair[0][prompts].transpose(1, 2)
+                state[rows] = pair[1][prompts]
+
+    @torch.no_grad()
+    def take_rows(self, other: "DecodeStep", rows: Sequence[int], into: Sequence[int]) -> None:
+        """Row into[i] becomes row rows[i] of another step with as many slots, whose time becomes this one's."""
+        self.start(0)
+        self.clock.time.copy_(other.clock.time)
+        rows, into = upload(rows, self.device), upload(into, self.device)
+        for mine, others in zip((*self.rings, *self.memories), (*other.rings, *other.memories)):
+            mine[:, into] = others[:, rows]
+        self.token[into], self.clock.padding[into] = other.token[rows], other.clock.padding[rows]
 
     @torch.no_grad()
     def reorder(self, rows: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 Legend: B rows, T tokens, N new rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -14,14 +14,20 @@ from .state import GenerationState
 
 
 class RunningBatch:
-    """The rows that run; between steps, `members` are the next step's: numbers of rows in the cache, and new states."""
+    """Rows behind one cache, to an `Engine` what `RecordedBatch` is: the host waits for each step.
+
+    order: the rows of the cache. joining: the states of rows that have been read since the last step.
+    """
+
+    ahead = ahead_of_a_pass = 0
 
     def __init__(self, model: torch.nn.Module, max_rows: int = 1):
-        self.model, self.max_rows = model, max_rows
+        self.model, self.seats = model, max_rows
         self.lengths: tuple[int, ...] = ()
         self.cache = DynamicCache(config=model.config)
         self.real: torch.Tensor | None = None  # (B, slots) 0 where a short row has nothing yet; None where all have
-        self.members: list[int | GenerationState] = []
+        self.order: list = []
+        self.joining: dict[object, GenerationState] = {}
 
     def start(self, state: GenerationState) -> None:
         self.lengths = state.lengths
@@ -32,27 +38,38 @@ class RunningBatch:
 
     def room(self, running: int) -> int:
         """How many rows to add now: each begins as soon as there is a place."""
-        return min(1, self.max_rows - running)
+        return min(1, self.seats - running)
 
-    def keep(self, numbers: Sequence[int]) -> None:
-        """Ends all rows but these."""
-        self.members = [self.members[number] for number in numbers]
+    def read(self, rows: Sequence, chunk_size: int) -> Iterator[tuple[Sequence, torch.Tensor | None]]:
+        """As `RecordedBatch.read`, each row alone."""
+        for row in rows:
+            for state in read_request(self.model, row.request, chunk_size):
+                if state is None:
+                    yield (), None
+                else:
+                    self.joining[row] = state
+                    yield [row], state.logits
 
-    def add(self, generations: Sequence, chunk_size: int) -> torch.Tensor:
-        """Reads the prompts of new rows; the logits (N, V) behind them."""
-        states = [read_request(self.model, request, chunk_size) for request in generations]
-        self.members += states
-        return torch.cat([state.logits for state in states])
+    def begin(self, rows: Sequence, tokens: torch.Tensor) -> None:
+        pass  # the host knows them
 
-    def read(self, tokens: Sequence[int]) -> torch.Tensor:
-        """One token of each running row; the logits (B, V) behind them."""
-        self._change_rows()
-        return self.read_tokens(torch.tensor(tokens, device=self.model.device)[:, None])
+    def places(self, rows: Sequence) -> range:
+        return range(len(rows))
 
-    def _change_rows(self) -> None:
-        going_on = [member for member in self.members if isinstance(member, int)]
-        new = [member for member in self.members if not isinstance(member, int)]
-        self.members = list(range(len(self.members)))
+    def step(self, rows: Sequence, last: bool = False) -> tuple[torch.Tensor, None, list[int]]:
+        """One token of each row; the logits (N, V) behind them, and their seats."""
+        self._change_rows(rows)
+        tokens = torch.tensor([row.tokens[-1] for row in rows], device=self.model.device)
+        return self.read_tokens(tokens[:, None]), None, [row.seat for row in rows]
+
+    def take(self, tokens: torch.Tensor) -> None:
+        pass
+
+    def _change_rows(self, rows: Sequence) -> None:
+        place = {row: number for number, row in enumerate(self.order)}
+        going_on = [place[row] for row in rows if row in place]
+        new = [self.joining[row] for row in rows if row not in place]
+        self.order, self.joining = list(rows), {}
         window_is_full = self.real is not None and min(self.lengths) >= self.model.config.attention_window_size - 1
         if len(going_on) == len(self.lengths) and not new and not window_is_full:
             return
@@ -99,6 +116,11 @@ def prefill(
     input_ids: (B, T) without padding; rows of other lengths are read apart and joined by
     `GenerationState.concatenate`. chunk_size: tokens a forward pass, which bounds the memory.
     """
+    return [*_prefill_passes(model, input_ids, state, chunk_size)][-1]
+
+
+def _prefill_passes(model, input_ids, state, chunk_size: int) -> Iterator[GenerationState | None]:
+    """None behind each pass but the last, then the state."""
     _check_prompt(input_ids, model.config.vocab_size)
     check_whole("chunk_size", chunk_size)
     check_places(model)
@@ -110,16 +132,22 @@ def prefill(
         if len(state) != input_ids.shape[0]:
             raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
         batch.start(state)
-    for chunk in input_ids.to(model.device).split(chunk_size, dim=1):
-        logits = batch.read_tokens(chunk)
-    return batch.state(logits)
+    *chunks, last = input_ids.to(model.device).split(chunk_size, dim=1)
+    for chunk in chunks:
+        batch.read_tokens(chunk)
+        yield None
+    yield batch.state(batch.read_tokens(last))
 
 
-def read_request(model: torch.nn.Module, request: GenerationRequest, chunk_size: int) -> GenerationState:
-    if not request.prompt:
+def read_request(
+    model: torch.nn.Module, request: GenerationRequest, chunk_size: int
+) -> Iterator[GenerationState | None]:
+    """The state behind a request's prompt, read pass by pass: None behind each but the last."""
+    if request.prompt:
+        yield from _prefill_passes(model, torch.tensor([request.prompt]), request.state, chunk_size)
+    else:
         request.state.check(model)
-        return request.state
-    return prefill(model, torch.tensor([request.prompt]), request.state, chunk_size)
+        yield request.state
 
 
 def check_whole(name: str, number: object) -> None:

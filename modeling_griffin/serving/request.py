@@ -16,7 +16,8 @@ class GenerationRequest:
 
     prompt: token ids. state: what was read before the prompt, one row; with it the prompt may be empty.
     max_new_tokens: from 0. temperature: 0 takes the argmax, above 0 samples.
-    top_k (0: all) and top_p (1: all): what to sample from, as in Transformers, in this order after the temperature.
+    top_k (0: all), top_p (1: all) and min_p (0: all): what to sample from, as in Transformers, in this order after the
+    temperature. repetition_penalty (1: none): as in Transformers, of the tokens of the prompt and the new ones.
     seed: of this generation's own random numbers; the same seed draws the same tokens in any batch.
     eos_token_id: one id or several that end it; None: those of the model's generation configuration; () for none.
     stop: strings that end it when they appear in its new text; they need `tokenizer` in the call.
@@ -33,6 +34,8 @@ class GenerationRequest:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     eos_token_id: int | Sequence[int] | None = None
     stop: Sequence[str] = ()
@@ -51,18 +54,24 @@ class GenerationRequest:
             one = isinstance(_plain(self.eos_token_id), Integral)
             self.eos_token_id = tuple(_whole_numbers("eos_token_id", [self.eos_token_id] if one else self.eos_token_id))
         self.stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        for name in ("max_new_tokens", "top_k", "temperature", "top_p", "seed"):
+        for name in ("max_new_tokens", "top_k", "temperature", "top_p", "min_p", "repetition_penalty", "seed"):
             setattr(self, name, _plain(getattr(self, name)))
         for name, allowed, holds in (
             ("max_new_tokens", "whole numbers from 0", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 0),
             ("temperature", "numbers from 0", _is_number(self.temperature) and 0 <= self.temperature < float("inf")),
             ("top_k", "whole numbers from 0", _is_whole(self.top_k) and self.top_k >= 0),
             ("top_p", "numbers above 0 up to 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
+            ("min_p", "numbers from 0 to 1", _is_number(self.min_p) and 0 <= self.min_p <= 1),
+            ("repetition_penalty", "numbers above 0", _is_positive(self.repetition_penalty)),
             ("seed", "whole numbers", _is_whole(self.seed)),
             ("stop", "strings that are not empty", _are_strings(self.stop)),
         ):
             if not holds:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+        if self.state is not None and self.repetition_penalty != 1:
+            raise ValueError(
+                f"repetition_penalty = {self.repetition_penalty} with a state: allowed is 1, its text is not known"
+            )
 
 
 def as_request(entry: Any) -> GenerationRequest:
@@ -92,6 +101,10 @@ def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_positive(value) -> bool:
+    return _is_number(value) and 0 < value < float("inf")
+
+
 def _are_strings(value) -> bool:
     return isinstance(value, Sequence) and all(isinstance(each, str) and each for each in value)
 
@@ -103,6 +116,8 @@ def _whole_numbers(name: str, values) -> list[int]:
         raise ValueError(f"{name} has shape {tuple(shape)}: allowed is (tokens,)")
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise ValueError(f"{name} = {values!r}: allowed are lists of token ids")
+    if type(values) is list and all(type(value) is int for value in values):
+        return list(values)
     values = [_plain(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
     if wrong := [value for value in values if not _is_whole(value)]:
         raise ValueError(f"{name} has {wrong[0]!r}: allowed are whole numbers")

@@ -16,12 +16,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LogitsProcessor, StoppingCriteria
 
+from benchmarks.checks import TOLERANCE
 from modeling_griffin.decode import generate as decode_generate
 from modeling_griffin.decode.eligibility import decide
 
 
 PROMPT = 128
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
 SCORES = {"return_dict_in_generate": True, "output_scores": True}
 
 
@@ -188,12 +188,12 @@ def _times(model, rows: int, options: Callable, on_step: bool, settings: dict) -
         seconds.append(_now(settings["device"]) - begin)
     times = {"ms": 1e3 * statistics.median(b - a for a, b in zip(seconds[::2], seconds[1::2])) / (long - short)}
     if settings["device"] == "cuda":
-        busy = [_busy(lambda new=new: _run(model, ids, new, options)) for new in (short, long)]
+        busy = [busy_ms(lambda new=new: _run(model, ids, new, options)) for new in (short, long)]
         times["busy_ms"] = (busy[1] - busy[0]) / (long - short)
     return times
 
 
-def _busy(call: Callable) -> float:
+def busy_ms(call: Callable) -> float:
     """Milliseconds in which the GPU computed while the call ran: kernels that overlap count once."""
     from torch.profiler import ProfilerActivity, profile
 

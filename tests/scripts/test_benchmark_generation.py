@@ -21,6 +21,7 @@ SMALL = {
     "rows": 3,
     "generations": 7,
     "load": ((2, 6), (2, 5)),
+    "rollouts": (2, 2, 4, 3),
 }
 
 
@@ -46,7 +47,14 @@ def test_every_part(arguments, tmp_path):
     assert ours[70] == 2 * 192 * 5 * 4 + 63 * 2 * 64 * 4
     assert peer[70] == 3 * 2 * (70 + SMALL["new"] - 1) * 64 * 4
     assert len(report["long"]["tenths"]) == 10 and report["long"]["tokens"] == 30
-    assert set(report["serving"]["tokens_per_s"]) == {"generate_batch", "left-padded generate"}
+    rates = report["serving"]["tokens_per_s"]
+    rollouts = {"rollouts, generate_batch", "rollouts, left-padded generate", "rollouts, llama-mqa left-padded"}
+    batches = {"generate_batch", "generate_batch, sampled", "generate_batch, 12 rows", "left-padded generate"}
+    batches |= {"generate_batch, smaller steps kept"}
+    assert set(rates) == batches | rollouts and all(rate > 0 for each in rates.values() for rate in each)
+    assert report["serving"]["bound_tokens_per_s"] > 0 and 0 < report["serving"]["steps"] <= 7 * 5
+    assert 0 < sum(report["serving"]["host_ms"].values()) <= report["serving"]["wall_ms"]
+    assert report["serving"]["host_operations"] and report["serving"]["passes"] >= 7 / 3
     assert [row["tokens_a_pass"] >= 1 for row in report["drafts"]] == [True, True]
     beside = {(row["contestant"], row["step"]) for row in report["offpath"]}
     assert beside == {("griffin", s) for s in ("fused", "forward", "transformers")} | {("llama-mqa", "transformers")}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState, GriffinForCausalLM
 from modeling_griffin.decode.state import DecodeStep
-from modeling_griffin.serving.recorded_rows import _together
+from modeling_griffin.serving.recorded_rows import _of_similar_lengths, of_bounded_length
 from tests.tolerances import assert_close
 
 
@@ -124,11 +124,13 @@ def test_samples_do_not_depend_on_the_company(kind, way, small_model):
     assert first == second != third
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.5, "min_p": 0.2}, {"min_p": 0.1}], ids=str
+)
 def test_what_is_sampled_is_the_distribution_of_transformers(options, small_model):
     """4000 first tokens against the probabilities behind Transformers' own processors: within 5 standard deviations."""
     model, prompt, temperature = small_model(), random_ids(1, 6), 0.8
-    kwargs = {"temperature": temperature, "top_k": options.get("top_k", 0), "top_p": options.get("top_p", 1.0)}
+    kwargs = {"temperature": temperature, "top_k": 0, "top_p": 1.0, **options}
     found = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -164,6 +166,17 @@ def test_ends(kind, way, small_model):
     for (eos, expected), result in zip(cases, results):
         assert result.tokens == expected
         assert result.finish_reason == ("length" if eos == () else "eos")
+
+
+@pytest.mark.parametrize("penalty", [0.6, 1.8])
+def test_repetition_penalties_are_those_of_transformers(penalty, way, small_model):
+    """Some rows have one and others join and leave beside them."""
+    model = small_model("griffin", "sdpa")
+    load = [(prompt, new) for prompt, new in mixed_load(9, seed=4) if new]
+    penalties = [penalty if number % 2 else 1.0 for number in range(len(load))]
+    queue = [GenerationRequest(p, max_new_tokens=n, repetition_penalty=r) for (p, n), r in zip(load, penalties)]
+    for (prompt, new), r, result in zip(load, penalties, model.generate_batch(queue, max_rows=3)):
+        assert result.tokens == greedy_alone(model, prompt, new, repetition_penalty=r)
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -260,19 +273,16 @@ def test_a_recorded_step_is_free_again(small_model, steps, monkeypatch):
     assert model.generate_batch(queue)[0].tokens == expected and len(steps) == 16
 
 
-def test_a_pass_over_several_prompts_reads_similar_ones():
-    lengths = [0, 5, 100, 7, 0, 16384, 11, 9000, 99]
-    groups = list(_together(lengths))
-    assert sorted(number for group in groups for number in group) == list(range(9))
-    assert [[lengths[number] for number in group] for group in groups] == [
-        [0],
-        [0],
-        [5, 7],
-        [11],
-        [99, 100],
-        [9000],
-        [16384],
-    ]
+def test_a_padded_pass_reads_similar_prompts():
+    lengths = [5, 100, 7, 16384, 11, 9000, 99]
+    groups = list(_of_similar_lengths(lengths))
+    assert sorted(number for group in groups for number in group) == list(range(7))
+    assert [[lengths[number] for number in group] for group in groups] == [[5, 7], [11], [99, 100], [9000], [16384]]
+
+
+def test_a_packed_pass_is_bounded_and_reads_equal_prompts_once():
+    prompts = [[5] * 9000, [6] * 7000, [5] * 9000, [7] * 400, [6] * 7000, [8] * 16385, [8]]
+    assert list(of_bounded_length(prompts)) == [[0, 1, 2], [3, 4], [5], [6]]
 
 
 def test_nothing_to_do(way, small_model):
@@ -315,7 +325,12 @@ def test_bad_arguments(way, small_model):
         (lambda: GenerationRequest([5, 6.5]), "prompt has 6.5"),
         (lambda: GenerationRequest("text"), "prompt = 'text'"),
         (lambda: model.generate_batch(torch.ones(2, 3)), "queue is a Tensor"),
-        (lambda: model.generate_batch([[5]], prefill_chunk_size=0.5), "prefill_chunk_size = 0.5"),
+        (lambda: GenerationRequest([5], min_p=1.5), "min_p = 1.5"),
+        (lambda: GenerationRequest([5], repetition_penalty=0), "repetition_penalty = 0"),
+        (lambda: GenerationRequest([5], state=states[0], repetition_penalty=2), "repetition_penalty = 2 with a state"),
+        (lambda: model.generate_batch([(5,)], prefill_chunk_size=0.5), "prefill_chunk_size = 0.5"),
+        (lambda: model.generate_batch([(5,)], rows=3), "generate_batch was given rows: allowed are a queue"),
+        (lambda: model.generate_batch(), "generate_batch was given no queue"),
         (lambda: model.prefill([[1, 2]]), "input_ids is list"),
         (lambda: model.prefill(torch.ones(1, 2)), "input_ids is torch.float32"),
         (lambda: model.prefill(torch.tensor([[3, 29]])), "input_ids has ids from 3 to 29: allowed are 0 to .* = 28"),
@@ -365,7 +380,7 @@ def test_stop_strings_that_raise_end_their_own_generation(way, small_model, monk
                 raise KeyError("no such token")
             return torch.tensor([False])
 
-    monkeypatch.setattr("modeling_griffin.serving.batch.StopStringCriteria", Raising)
+    monkeypatch.setattr("modeling_griffin.serving.engine.StopStringCriteria", Raising)
     request = GenerationRequest(good.prompt, max_new_tokens=6, stop="x")
     results = model.generate_batch([good, request, good], tokenizer=object())
     assert results[1].tokens == alone.tokens[:3] and results[1].finish_reason == "error: KeyError: 'no such token'"
@@ -425,14 +440,3 @@ def test_nonsense_is_refused_by_the_name_of_its_field(field):
             assert str(error).startswith(field), error
             refused += 1
     assert refused >= 20
-
-
-def test_transformers_method_of_that_name_is_refused_in_words(small_model):
-    model, ids = small_model(), random_ids(2, 4)
-    for call in (
-        lambda: model.generate(ids, cache_implementation="paged", max_new_tokens=3),
-        lambda: model.generate_batch(inputs=ids.tolist(), generation_config=model.generation_config),
-        lambda: model.generate_batch([[5]], progress_bar=True),
-    ):
-        with pytest.raises(ValueError, match="generate_batch was given .*: allowed are a queue of GenerationRequest"):
-            call()
