@@ -7,14 +7,9 @@ from typing import Any
 
 import torch
 
-<<<<<<< HEAD
-from ..gpu import on_its_device
-from ..rg_lru_scan_triton import Tile, overlap_options
-=======
 from ..gpu import ceil_div
-from ..rg_lru_scan_triton import overlap_options
+from ..rg_lru_scan_triton import Tile, overlap_options
 from .launch import launch
->>>>>>> bb445b6 (Kernels are launched without asking Triton each time; the scan is a node of autograd's own where nothing traces)
 
 
 try:
