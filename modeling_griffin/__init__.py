@@ -23,7 +23,8 @@ from .kernels import dispatch
 from .kernels.attention import Visible
 from .kernels.device import wanted_on_amd
 from .kernels.flash_attention import Runs, flash_local_attention, visible_attention
-from .kernels.scan_fallback import backward_or_torch, forward_or_torch
+from .kernels.launch import launch
+from .kernels.scan_calls import backward_or_torch, scan_forward
 from .kernels.scan_operator import rg_lru_scan_torch_or_operator
 from .kernels.scan_sequences import launch_walk, lay_out_sequences
 from .kernels.sequences import check_sequences, scan_sequences
@@ -52,7 +53,8 @@ from .training.record import record_training, stop_recording
 
 fill_slots(**dispatch.SLOTS, wanted_on_amd=wanted_on_amd)
 fill_slots(rg_lru_scan_by_torch=rg_lru_scan_torch_or_operator)
-fill_slots(run_forward=forward_or_torch, run_backward=backward_or_torch)
+fill_slots(launch=launch)
+fill_slots(run_forward=scan_forward, run_backward=backward_or_torch)
 fill_slots(
     check_sequences=check_sequences,
     scan_sequences=scan_sequences,

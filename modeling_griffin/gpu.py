@@ -98,6 +98,24 @@ def on_its_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def ceil_div(total: int, size: int) -> int:
+    """How many blocks of this size; Triton's, which works in kernels too, costs a launch of the host's time."""
+    return -(-total // size)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest that is not below the number."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@slot
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> bool:
+    """`kernel[grid](*arguments, **options)` on the device of the first argument, a tensor. Returns True."""
+    with on_its_device(arguments[0]):
+        kernel[grid](*arguments, **options)
+    return True
+
+
 @slot
 def wanted_on_amd() -> bool:
     """Whether a person has turned the kernels on where nobody has run them; the installed package asks AMD_SWITCH."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu import can_overlap, no_kernels_reason, on_its_device, register_limit
+from .gpu import can_overlap, ceil_div, launch, no_kernels_reason, register_limit
 from .slots import require_slot, slot
 
 
@@ -151,7 +151,7 @@ def _backward(
     exact = _is_exact(x, recurrence_gate, input_gate)
     tile = _backward_tile(batch, length, channels, exact)
     # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
-    partial = log_decay.new_empty(batch * triton.cdiv(length, tile.steps), channels)
+    partial = log_decay.new_empty(batch * ceil_div(length, tile.steps), channels)
     outputs = (d_x, d_recurrence_gate, d_input_gate, partial, d_initial_state)
     layout = _Layout(*_contiguous(cu_seqlens, starts), inputs[8], d_initial_state)
     _launch(backward_kernel, tile, exact, inputs, outputs, layout, HAS_D_LAST=d_last_state is not None)
@@ -180,18 +180,16 @@ def _is_exact(*tensors) -> bool:
 def _launch_step(exact: bool, inputs, outputs, channels_each: int = 256) -> None:
     x = inputs[0]
     batch, _, channels = x.shape
-    with on_its_device(x):
-        step_kernel[(batch, triton.cdiv(channels, channels_each))](
-            *inputs,
-            *outputs,
-            channels,
-            HAS_INITIAL=inputs[4] is not None,
-            HAS_RESET=inputs[5] is not None,
-            MASKED=channels % channels_each != 0,
-            EXACT=exact,
-            CHANNELS=channels_each,
-            num_warps=channels_each // 64,
-        )
+    launch(
+        *(step_kernel, (batch, ceil_div(channels, channels_each))),
+        *(*inputs, *outputs, channels),
+        HAS_INITIAL=inputs[4] is not None,
+        HAS_RESET=inputs[5] is not None,
+        MASKED=channels % channels_each != 0,
+        EXACT=exact,
+        CHANNELS=channels_each,
+        num_warps=channels_each // 64,
+    )
 
 
 def overlap_options(x: torch.Tensor) -> dict[str, bool]:
@@ -201,15 +199,13 @@ def overlap_options(x: torch.Tensor) -> dict[str, bool]:
 
 
 def _sum_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
-    channels = rows.shape[1]
-    with on_its_device(rows):
-        grid = (triton.cdiv(channels, 16),)
-        sum_rows_kernel[grid](rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **overlap_options(rows))
+    grid, options = (ceil_div(rows.shape[1], 16),), overlap_options(rows)
+    launch(sum_rows_kernel, grid, rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **options)
 
 
 def _cleared_words(x: torch.Tensor, count: int) -> torch.Tensor:
     words, overlap = x.new_empty(count, dtype=torch.int64), overlap_options(x)["PDL"]
-    clear_kernel[(triton.cdiv(count, 4096),)](words, count, PDL=overlap, BLOCK=4096, num_warps=4)
+    launch(clear_kernel, (ceil_div(count, 4096),), words, count, PDL=overlap, BLOCK=4096, num_warps=4)
     return words
 
 
@@ -226,41 +222,34 @@ def _launch(kernel, tile: Tile, exact: bool, inputs, outputs, layout: _Layout, *
     """inputs: x, both gates, log_decay, initial_state, reset, ... ; each kernel takes inputs, outputs, words, sizes."""
     x = inputs[0]
     batch, length, channels = x.shape
-    steps, blocks = triton.cdiv(length, tile.steps), triton.cdiv(channels, tile.channels)
+    steps, blocks = ceil_div(length, tile.steps), ceil_div(channels, tile.channels)
     tiles = steps * blocks * batch
     # Tiles pass the state on through words that start as 0, with the ticket counter behind them. They are this call's
     # own: other streams have theirs, and a CUDA graph clears them at each replay.
     chained, varlen = steps > 1, layout.cu_seqlens is not None
     count = tiles * tile.channels + 1 if chained else 0
-    with on_its_device(x):
-        words = marks = sequence = None
-        if varlen:
-            words, marks, sequence = require_slot("lay_out_sequences")(layout, x, inputs[5], tile, count)
-        elif chained:
-            words = _cleared_words(x, count)
-        kernel[(tiles,)](
-            *inputs,
-            *outputs,
-            words,
-            marks,
-            sequence,
-            batch,
-            length,
-            channels,
-            HAS_INITIAL=inputs[4] is not None,
-            HAS_RESET=inputs[5] is not None and not varlen,
-            VARLEN=varlen,
-            CHAINED=chained,
-            MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
-            EXACT=exact,
-            SEGMENTS=tile.segments,
-            ROWS=tile.rows,
-            CHANNELS=tile.channels,
-            num_warps=tile.num_warps,
-            **register_limit(tile.max_registers, x.device),
-            **(overlap_options(x) if chained or varlen else {"PDL": False}),
-            **flags,
-        )
+    words = marks = sequence = None
+    if varlen:
+        words, marks, sequence = require_slot("lay_out_sequences")(layout, x, inputs[5], tile, count)
+    elif chained:
+        words = _cleared_words(x, count)
+    launch(
+        *(kernel, (tiles,)),
+        *(*inputs, *outputs, words, marks, sequence, batch, length, channels),
+        HAS_INITIAL=inputs[4] is not None,
+        HAS_RESET=inputs[5] is not None and not varlen,
+        VARLEN=varlen,
+        CHAINED=chained,
+        MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
+        EXACT=exact,
+        SEGMENTS=tile.segments,
+        ROWS=tile.rows,
+        CHANNELS=tile.channels,
+        num_warps=tile.num_warps,
+        **register_limit(tile.max_registers, x.device),
+        **(overlap_options(x) if chained or varlen else {"PDL": False}),
+        **flags,
+    )
 
 
 def _save(ctx, inputs, output) -> None:

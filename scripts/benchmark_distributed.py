@@ -2,6 +2,7 @@
 
     python scripts/benchmark_distributed.py --processes 1 2 4                            # griffin-1b3, GPUs
     python scripts/benchmark_distributed.py --processes 4 --config griffin-3b --largest  # and the deepest that trains
+    python scripts/benchmark_distributed.py --rows 1 --engines ddp ddp_recorded          # small steps
     python scripts/benchmark_distributed.py --device cpu --processes 1 2 --config tiny --length 64     # does it run
 
 Each run is its own `torchrun`: random weights and tokens, AdamW without clipping, float32 weights with bfloat16
@@ -30,15 +31,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin import GriffinConfig, GriffinForCausalLM, record_training
 
 
 ENGINES = {  # name: (plan, activation checkpointing)
     "ddp": (ddp, False),
+    "ddp_recorded": (ddp, False),  # forward and backward as CUDA graphs
     "fsdp2": (fsdp2, False),
     "fsdp2_checkpointing": (fsdp2, True),
 }
 PATTERN = 3  # layers after which the pattern of recurrent and attention layers repeats
+LOSS = 1e-2  # share by which recorded steps may differ after all steps: sums in another order
 TIMEOUT = 1800  # seconds of one run
 OUT_OF_MEMORY = "OutOfMemoryError"
 
@@ -63,13 +66,19 @@ def make_model(run: dict, device: torch.device) -> torch.nn.Module:
         model = GriffinForCausalLM(make_config(run)).train()
     if ENGINES[run["engine"]][1]:
         model.gradient_checkpointing_enable()
-    if run["engine"] != "ddp":
+    if not is_ddp(run):
         shard(model)
     model.to_empty(device=device)
     fill(model)
-    if run["engine"] == "ddp":
-        return DistributedDataParallel(model)
-    return model
+    if not is_ddp(run):
+        return model
+    if run["engine"] == "ddp_recorded":
+        record_training(model, lengths=[run["length"]])
+    return DistributedDataParallel(model)
+
+
+def is_ddp(run: dict) -> bool:
+    return ENGINES[run["engine"]][0] is ddp
 
 
 def shard(model: GriffinForCausalLM) -> None:
@@ -192,7 +201,7 @@ def summarise(run: dict, single: dict | None) -> dict:
     tokens = run["processes"] * run["rows"] * run["length"]
     spread = quantiles(run["seconds"])
     plan, checkpointing = ENGINES[run["engine"]]
-    gpus = max(2, run["processes"]) if run["engine"] == "ddp" else run["processes"]  # DDP has buckets alone too
+    gpus = max(2, run["processes"]) if is_ddp(run) else run["processes"]  # DDP has buckets alone too
     planned = plan(sizes_of(make_config(run)), run["rows"], run["length"], gpus, checkpointing).memory
     speed = tokens / spread["median"]
     row = {name: run[name] for name in ("engine", "processes", "parameters")} | {"tokens_per_second": speed}
@@ -200,6 +209,14 @@ def summarise(run: dict, single: dict | None) -> dict:
     each = speed / run["processes"]
     first = row | {"each": each} if single is None else single
     return row | {"each": each, "efficiency": each / first["each"]}
+
+
+def check_loss(rows: list[dict]) -> None:
+    """Ends the benchmark where recorded steps, over the same weights and tokens, came to another loss."""
+    last = {row["engine"]: row["loss"] for row in rows if row["processes"] == rows[-1]["processes"]}
+    plain, recorded = last.get("ddp"), last.get("ddp_recorded")
+    if plain is not None and recorded is not None and not abs(recorded - plain) <= LOSS * plain:
+        raise SystemExit(f"recorded steps are wrong: the last loss is {recorded}, that of plain steps {plain}")
 
 
 def benchmark(base: dict, processes: list[int], engines: list[str], largest: bool) -> Iterator[dict]:
@@ -213,6 +230,7 @@ def benchmark(base: dict, processes: list[int], engines: list[str], largest: boo
                 report["out_of_memory"].append({"engine": engine, "processes": count})
             else:
                 report["rows"].append(summarise(run, single))
+                check_loss(report["rows"])
                 single = single or report["rows"][-1]
             yield report
     for count in processes if largest else []:

@@ -14,11 +14,13 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _with_lora
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from benchmarks.host_time import host_table, host_time
 from help_formatter import ShowDefaults
 
 from modeling_griffin import record_training, stop_recording
@@ -75,7 +77,11 @@ def measure(name: str, adapted: bool, cells: list[tuple[int, int]], arguments: a
             first = time.perf_counter() - start
             row = {"model": name, "lora": adapted, "way": way, "batch": cell[0], "length": cell[1], "first": first}
             row |= {"parameters": sum(p.numel() for p in model.parameters())}
-            yield row | _time(model, tokens, arguments.repeats)
+            row |= _time(model, tokens, arguments.repeats)
+            if way == "plain" and cell == cells[0]:
+                model.zero_grad()
+                row["host"] = host_time(partial(_step, model, tokens))
+            yield row
         if name == OWN:
             stop_recording(model)
         gc.collect()
@@ -156,7 +162,14 @@ def text(report: dict) -> str:
         "| batch x T | model | step, ms | GPU busy, ms | GPU operations | tokens/s | MFU | peak, GiB | first, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *(line(row) for row in report["rows"])]) + "\n"
+    tables = [line for row in report["rows"] if "host" in row for line in host_of(row)]
+    return "\n".join([*head, *(line(row) for row in report["rows"]), *tables]) + "\n"
+
+
+def host_of(row: dict) -> list[str]:
+    name = row["model"] + (" with LoRA" if row["lora"] else "")
+    title = f"## Where the host's time goes: {name}, {row['batch']} x {row['length']}, plain, one step"
+    return ["", title, "", "By PyTorch's profiler, which takes time itself.", "", *host_table(row["host"])]
 
 
 if __name__ == "__main__":

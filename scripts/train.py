@@ -22,6 +22,7 @@ from training.hub_ids import require_on_hub
 from training.launch import check_checkpoint, check_launch, check_processes, describe, read_request
 from training.masking import mask_secrets
 from training.ranks import check_same_on_all_ranks, decided_by_rank_0, explain_silence, leave_together
+from training.recording import record_steps
 from training.report import held_out_metrics, next_steps, plot_losses, token_losses, write_metrics
 from training.sequence import share_rows
 from training.start import check_same_model, end_of_complete_run, where_to_start
@@ -195,6 +196,8 @@ def make_trainer(
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
     share_rows(trainer, shared_by)
+    if model_arguments.record_steps:
+        record_steps(trainer, data_arguments.sequence_length)
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one
     facts["launch"] = describe(trainer.accelerator)

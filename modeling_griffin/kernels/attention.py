@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import multiprocessors, on_its_device, properties, register_limit
+from ..gpu import ceil_div, multiprocessors, power_of_2, properties, register_limit
 from .device import training
 from .device.training import ATTENTION_BLOCK as BLOCK
 from .device.training import AttentionTile as Tile
 from .device.training import attention_refusal, first_that_fits
+from .launch import launch
 
 
 try:
@@ -167,17 +168,17 @@ def query_gradient(
 def _launch_on_queries(kernel, tile: Tile, arguments) -> None:
     query, key = arguments[:2]
     tokens, heads, dim = query.shape
-    programs = triton.cdiv(tokens, BLOCK) * (BLOCK // tile.held) * (heads // tile.pack)
+    programs = ceil_div(tokens, BLOCK) * (BLOCK // tile.held) * (heads // tile.pack)
     if not programs:
         return
-    with on_its_device(query):
-        kernel[(programs,)](
-            *arguments,
-            *(heads, key.shape[1], dim, _padded(query), BLOCK, tile.pack, tile.held, tile.walked),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **register_limit(tile.max_registers, query.device),
-        )
+    launch(
+        *(kernel, (programs,)),
+        *arguments,
+        *(heads, key.shape[1], dim, _padded(query), BLOCK, tile.pack, tile.held, tile.walked),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **register_limit(tile.max_registers, query.device),
+    )
 
 
 def key_gradients(
@@ -196,34 +197,34 @@ def key_gradients(
     """d_key and d_value."""
     tile = tile or _tile(training.ATTENTION_KEY_GRADIENTS, query)
     (tokens, heads, dim), key_heads = query.shape, key.shape[1]
-    blocks_of_heads = triton.cdiv(tokens, BLOCK) * key_heads
+    blocks_of_heads = ceil_div(tokens, BLOCK) * key_heads
     at_once = _heads_at_once(heads // key_heads, blocks_of_heads, query.device)
-    parts = triton.cdiv(heads // key_heads, at_once)
+    parts = ceil_div(heads // key_heads, at_once)
     shape = (2, parts, *key.shape) if parts > 1 else (2, *key.shape)
     gradients = key.new_empty(shape, dtype=torch.float32 if parts > 1 else key.dtype)
     if blocks_of_heads:
         arguments = (query, key, value, d_out, lse, delta, first, last, blocks, *gradients, tokens, at_once, parts)
-        with on_its_device(query):
-            key_gradients_kernel[(blocks_of_heads * (BLOCK // tile.held) * parts,)](
-                *(*arguments, scaling * LOG2_E, scaling),
-                *(heads, key_heads, dim, _padded(query), BLOCK, tile.held, tile.walked),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-                **register_limit(tile.max_registers, query.device),
-            )
+        launch(
+            *(key_gradients_kernel, (blocks_of_heads * (BLOCK // tile.held) * parts,)),
+            *(*arguments, scaling * LOG2_E, scaling),
+            *(heads, key_heads, dim, _padded(query), BLOCK, tile.held, tile.walked),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **register_limit(tile.max_registers, query.device),
+        )
     return tuple(gradients.unbind(0)) if parts == 1 else tuple(_sum_of_parts(x, key) for x in gradients)
 
 
 def _heads_at_once(group: int, blocks: int, device: torch.device) -> int:
     """How many query heads of a group one program adds up: all, if there are programs enough."""
-    return min(group, max(1, triton.cdiv(group * blocks, training.ATTENTION_PROGRAMS * multiprocessors(device))))
+    return min(group, max(1, ceil_div(group * blocks, training.ATTENTION_PROGRAMS * multiprocessors(device))))
 
 
 def _sum_of_parts(parts: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     total = torch.empty_like(key)
     if total.numel():
-        with on_its_device(key):
-            sum_of_parts_kernel[(triton.cdiv(total.numel(), 1024),)](parts, total, total.numel(), len(parts), 1024)
+        grid = (ceil_div(total.numel(), 1024),)
+        launch(sum_of_parts_kernel, grid, parts, total, total.numel(), len(parts), 1024)
     return total
 
 
@@ -232,7 +233,7 @@ def _tile(table: dict[int, list[Tile]], query: torch.Tensor) -> Tile:
 
 
 def _padded(query: torch.Tensor) -> int:
-    return max(64, triton.next_power_of_2(query.shape[-1]))
+    return max(64, power_of_2(query.shape[-1]))
 
 
 def _packed(tile: Tile, query: torch.Tensor, key: torch.Tensor) -> Tile:

@@ -10,9 +10,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..causal_conv1d import behind_state, no_states, states_behind, tokens_since_start
-from ..gpu import on_its_device
+from ..gpu import ceil_div, power_of_2
 from .device.training import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD
 from .device.training import ConvolutionTile as Tile
+from .launch import launch
 
 
 try:
@@ -93,7 +94,7 @@ class _CausalConv1d(torch.autograd.Function):
         d_state = None if state is None else torch.empty_like(state)
         tile = _tile(CONVOLUTION_BACKWARD, d_y)
         # Sums over each run, then over the runs in a fixed order: no atomics, the same result every time.
-        runs = d_y.shape[0] * triton.cdiv(d_y.shape[1], tile.steps)
+        runs = d_y.shape[0] * ceil_div(d_y.shape[1], tile.steps)
         partial = d_y.new_empty(runs, weight.numel() + d_y.shape[2], dtype=torch.float32) if ctx.needs_x else None
         if d_y.numel():
             arguments = (d_y, weight, state, x, document_start, d_x, d_state, partial)
@@ -106,7 +107,9 @@ class _CausalConv1d(torch.autograd.Function):
 
 def _parameter_gradients(partial, weight, bias_dtype) -> tuple[torch.Tensor, torch.Tensor]:
     total = partial.sum(0)
-    d_weight, d_bias = total[: weight.numel()], total[weight.numel() :]
+    if weight.dtype == bias_dtype:
+        total = total.to(bias_dtype)  # both at once
+    d_weight, d_bias = total.split((weight.numel(), total.numel() - weight.numel()))
     return d_weight.view(weight.shape).to(weight.dtype), d_bias.to(bias_dtype)
 
 
@@ -117,31 +120,24 @@ def _contiguous(*tensors):
 def _tile(tile: Tile, x: torch.Tensor) -> Tile:
     """`tile`, or for few steps a lower one."""
     length = x.shape[1]
-    rows = min(tile.rows, triton.next_power_of_2(length))
-    return (
-        tile._replace(rows=rows, chunks=min(tile.chunks, triton.next_power_of_2(triton.cdiv(length, rows))))
-        if length
-        else tile
-    )
+    rows = min(tile.rows, power_of_2(length))
+    return tile._replace(rows=rows, chunks=min(tile.chunks, power_of_2(ceil_div(length, rows)))) if length else tile
 
 
 def _launch(kernel, tile: Tile, arguments, **flags) -> None:
     """arguments: x or d_y, weight, state, one more, document_start, and outputs."""
     x, weight, state, _, document_start = arguments[:5]
     batch, length, channels = x.shape
-    programs = batch * triton.cdiv(length, tile.steps) * triton.cdiv(channels, tile.channels)
-    with on_its_device(x):
-        kernel[(programs,)](
-            *arguments,
-            length,
-            channels,
-            weight.shape[-1],
-            HAS_STATE=state is not None,
-            HAS_START=document_start is not None,
-            MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
-            CHUNKS=tile.chunks,
-            ROWS=tile.rows,
-            CHANNELS=tile.channels,
-            num_warps=tile.num_warps,
-            **flags,
-        )
+    programs = batch * ceil_div(length, tile.steps) * ceil_div(channels, tile.channels)
+    launch(
+        *(kernel, (programs,)),
+        *(*arguments, length, channels, weight.shape[-1]),
+        HAS_STATE=state is not None,
+        HAS_START=document_start is not None,
+        MASKED=length % tile.steps != 0 or channels % tile.channels != 0,
+        CHUNKS=tile.chunks,
+        ROWS=tile.rows,
+        CHANNELS=tile.channels,
+        num_warps=tile.num_warps,
+        **flags,
+    )

@@ -6,10 +6,11 @@ Legend: T time, C channels, W taps, N sequences.
 import torch
 
 from ..causal_conv1d import convolve
-from ..gpu import on_its_device
+from ..gpu import ceil_div, power_of_2
 from . import dispatch
 from .convolution import _contiguous, causal_conv1d_triton
 from .device.training import CONVOLUTION_FORWARD
+from .launch import launch
 from .sequences import Sequences, check_sequences
 
 
@@ -82,28 +83,17 @@ def causal_conv1d_varlen_triton(
     y, new_state = torch.empty_like(x), x.new_empty(number, channels, weight.shape[-1])
     tile = CONVOLUTION_FORWARD
     # Where a sequence ends, a program waits for the next one's state: it should not walk over many.
-    rows = min(tile.rows, triton.next_power_of_2(max(length // max(number, 1), 1)))
-    runs = triton.cdiv(length, rows)
-    with on_its_device(x):
-        varlen_kernel[(runs + number, triton.cdiv(channels, tile.channels))](
-            x,
-            weight,
-            state,
-            bias,
-            cu_seqlens,
-            starts,
-            y,
-            new_state,
-            length,
-            number,
-            channels,
-            runs,
-            number.bit_length(),
-            W=weight.shape[-1],
-            HAS_STATE=state is not None,
-            HAS_STARTS=starts is not None,
-            ROWS=rows,
-            CHANNELS=tile.channels,
-            num_warps=tile.num_warps,
-        )
+    rows = min(tile.rows, power_of_2(max(length // max(number, 1), 1)))
+    runs = ceil_div(length, rows)
+    launch(
+        *(varlen_kernel, (runs + number, ceil_div(channels, tile.channels))),
+        *(x, weight, state, bias, cu_seqlens, starts, y, new_state),
+        *(length, number, channels, runs, number.bit_length()),
+        W=weight.shape[-1],
+        HAS_STATE=state is not None,
+        HAS_STARTS=starts is not None,
+        ROWS=rows,
+        CHANNELS=tile.channels,
+        num_warps=tile.num_warps,
+    )
     return y, new_state

@@ -9,8 +9,9 @@ Legend: N rows, D columns. Kernels: p_ pointer, i_ index, m_ mask.
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import multiprocessors, on_its_device, register_limit
+from ..gpu import multiprocessors, power_of_2, register_limit
 from .device.training import GATED_BACKWARD, GATED_FORWARD, NORM_BACKWARD, ROTATED_ROWS, norm_tile
+from .launch import launch
 
 
 try:
@@ -60,8 +61,8 @@ class _AddRMSNorm(torch.autograd.Function):
             total = stored = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
         normed, columns = torch.empty_like(total), total.shape[-1]
         rows, tile = total.numel() // columns, norm_tile(columns)
-        with on_its_device(total):
-            _norm_forward[(-(-rows // tile["ROWS"]),)](*(x, added, weight, normed, stored, rows, columns, eps), **tile)
+        grid = (-(-rows // tile["ROWS"]),)
+        launch(_norm_forward, grid, x, added, weight, normed, stored, rows, columns, eps, **tile)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -84,12 +85,8 @@ def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor
     programs = min(-(-rows // tile["ROWS"]), per_processor * multiprocessors(total.device))
     d_x, partial = torch.empty_like(total), weight.new_empty(programs, columns, dtype=torch.float32)
     d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
-    with on_its_device(total):
-        _norm_backward[(programs,)](
-            *(d_normed, d_total, total, weight, d_x, partial, rows, columns, eps),
-            **tile,
-            **register_limit(registers, total.device),
-        )
+    arguments = (d_normed, d_total, total, weight, d_x, partial, rows, columns, eps)
+    launch(_norm_backward, (programs,), *arguments, **tile, **register_limit(registers, total.device))
     return d_x, partial.sum(0).to(weight.dtype)
 
 
@@ -122,15 +119,15 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x, cos, sin, backward: bool) -> torch.Tensor:
     y, (heads, dim), rotated = torch.empty_like(x), x.shape[-2:], cos.shape[-1]
     rows = x.numel() // dim
-    kept = triton.next_power_of_2(dim - rotated) if dim > rotated else 0
-    with on_its_device(x):
-        _rotate_kernel[(-(-rows // ROTATED_ROWS),)](
-            *(x, cos, sin, y, rows, heads, dim, rotated // 2),
-            HALF=triton.next_power_of_2(rotated // 2),
-            KEPT=kept,
-            ROWS=ROTATED_ROWS,
-            BACKWARD=backward,
-        )
+    kept = power_of_2(dim - rotated) if dim > rotated else 0
+    launch(
+        *(_rotate_kernel, (-(-rows // ROTATED_ROWS),)),
+        *(x, cos, sin, y, rows, heads, dim, rotated // 2),
+        HALF=power_of_2(rotated // 2),
+        KEPT=kept,
+        ROWS=ROTATED_ROWS,
+        BACKWARD=backward,
+    )
     return y
 
 
@@ -138,22 +135,20 @@ def gelu_gated_forward(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Of contiguous tensors, without a graph."""
     y, columns = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns
-    with on_its_device(x):
-        _gated_forward[_grid(GATED_FORWARD, rows, columns)](gate, x, y, rows, columns, *GATED_FORWARD)
+    launch(_gated_forward, _grid(GATED_FORWARD, rows, columns), gate, x, y, rows, columns, *GATED_FORWARD)
     return y
 
 
 def gelu_gated_backward(
     d_y: torch.Tensor, gate: torch.Tensor, x: torch.Tensor, sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
-    """d_gate, d_x and, if asked, their column sums (D,) in float32."""
+    """d_gate, d_x and, if asked, their column sums (D,), summed in float32, in the dtype of x."""
     d_gate, d_x, columns = torch.empty_like(gate), torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns
     grid = _grid(GATED_BACKWARD, rows, columns)
     partial = x.new_empty(2, grid[0], columns, dtype=torch.float32) if sums else None
-    with on_its_device(x):
-        _gated_backward[grid](d_y.contiguous(), gate, x, d_gate, d_x, partial, rows, columns, *GATED_BACKWARD)
-    return d_gate, d_x, partial.sum(1).unbind(0) if sums else None
+    launch(_gated_backward, grid, d_y.contiguous(), gate, x, d_gate, d_x, partial, rows, columns, *GATED_BACKWARD)
+    return d_gate, d_x, partial.sum(1).to(x.dtype).unbind(0) if sums else None
 
 
 def _grid(tile: tuple[int, int, int], rows: int, columns: int) -> tuple[int, int]:

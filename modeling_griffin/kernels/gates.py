@@ -11,7 +11,7 @@ Legend: C channels, N gate blocks, W = C / N their width, M rows: all axes of x 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import on_its_device, properties, register_limit
+from ..gpu import ceil_div, power_of_2, properties, register_limit
 from .device.training import (
     GATES_BACKWARD,
     GATES_BACKWARD_WIDE,
@@ -21,6 +21,7 @@ from .device.training import (
     GateTile,
     gates_refusal,
 )
+from .launch import launch
 
 
 try:
@@ -88,7 +89,7 @@ class _Gates(torch.autograd.Function):
 def _backward(d_r, d_i, d_same, weight_r, weight_i):
     tile = GATES_BACKWARD if weight_r.shape[-1] <= NARROW_GATES else GATES_BACKWARD_WIDE
     d_x = torch.empty_like(d_r)
-    tiles = triton.cdiv(d_r.numel() // d_r.shape[-1], tile.rows)
+    tiles = ceil_div(d_r.numel() // d_r.shape[-1], tile.rows)
     # Sums over each tile, then over the tiles in a fixed order: no atomics, the same result every time.
     d_bias = torch.empty(tiles, 2, *weight_r.shape[:2], dtype=torch.float32, device=d_r.device)
     d_same = None if d_same is None else d_same.contiguous()
@@ -109,24 +110,22 @@ def _launch(kernel, tile: GateTile, weight: torch.Tensor, tensors, programs_per_
     x, (blocks, width, _) = tensors[0], weight.shape
     rows = x.numel() // x.shape[-1]
     first, rest, depth = _cover(width, tile.depth)
-    with on_its_device(x):
-        kernel[(programs_per_tile * blocks * triton.cdiv(rows, tile.rows),)](
-            *tensors,
-            rows,
-            blocks,
-            WIDTH=width,
-            FIRST=first,
-            REST=rest,
-            ROWS=tile.rows,
-            DEPTH=depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **register_limit(tile.max_registers, x.device),
-        )
+    launch(
+        *(kernel, (programs_per_tile * blocks * ceil_div(rows, tile.rows),)),
+        *(*tensors, rows, blocks),
+        WIDTH=width,
+        FIRST=first,
+        REST=rest,
+        ROWS=tile.rows,
+        DEPTH=depth,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **register_limit(tile.max_registers, x.device),
+    )
 
 
 def _cover(width: int, largest_depth: int) -> tuple[int, int, int]:
     """FIRST, REST, DEPTH: powers of two of at least 16, which products need. 160 is 128 + 32, summed over in 5 x 32."""
     first = max(16, 1 << (width.bit_length() - 1))
-    rest = max(16, triton.next_power_of_2(width - first)) if width > first else 0
+    rest = max(16, power_of_2(width - first)) if width > first else 0
     return first, rest, min(max(16, width & -width), largest_depth)

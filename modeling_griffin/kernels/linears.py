@@ -70,8 +70,7 @@ class _GeluGatedLinears(torch.autograd.Function):
         x, *weights, gate, up = ctx.saved_tensors
         needed = ctx.needs_input_grad
         *d_outputs, sums = gelu_gated_backward(d_y, gate, up, sums=any(needed[3:]))
-        d_biases = (None, None) if sums is None else [each.to(gate.dtype) for each in sums]
-        return *_gradients(x, weights, [d.flatten(0, -2) for d in d_outputs], needed), *d_biases
+        return *_gradients(x, weights, [d.flatten(0, -2) for d in d_outputs], needed), *(sums or (None, None))
 
 
 def _gradients(x, weights, d_outputs, needed) -> list[torch.Tensor | None]:

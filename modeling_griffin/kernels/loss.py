@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..causal_lm_loss import columns_and_scale, softmax_gradient
-from ..gpu import on_its_device
 from .device.training import LOSS_GRADIENTS, LOSSES
+from .launch import launch
 
 
 try:
@@ -44,12 +44,12 @@ def row_losses(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -
     A loss is 0 where the target is `ignore_index`, and NaN where it is no token.
     """
     losses, log_sums = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
-    with on_its_device(logits):
-        _losses_kernel[(len(logits),)](
-            *(logits.contiguous(), targets, losses, log_sums, logits.shape[1], ignore_index),
-            COLUMNS=LOSSES[0],
-            num_warps=LOSSES[1],
-        )
+    launch(
+        *(_losses_kernel, (len(logits),)),
+        *(logits.contiguous(), targets, losses, log_sums, logits.shape[1], ignore_index),
+        COLUMNS=LOSSES[0],
+        num_warps=LOSSES[1],
+    )
     return losses, log_sums
 
 
@@ -58,12 +58,12 @@ def row_gradients(
 ) -> torch.Tensor:
     """(softmax - one-hot) * scale in the dtype of the logits; scale (N,) float32, 0 for rows that are left out."""
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    with on_its_device(logits):
-        _gradients_kernel[(len(logits),)](
-            *(logits.contiguous(), targets, log_sums, scale.contiguous(), gradient, logits.shape[1]),
-            COLUMNS=LOSS_GRADIENTS[0],
-            num_warps=LOSS_GRADIENTS[1],
-        )
+    launch(
+        *(_gradients_kernel, (len(logits),)),
+        *(logits.contiguous(), targets, log_sums, scale.contiguous(), gradient, logits.shape[1]),
+        COLUMNS=LOSS_GRADIENTS[0],
+        num_warps=LOSS_GRADIENTS[1],
+    )
     return gradient
 
 

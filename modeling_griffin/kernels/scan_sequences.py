@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..gpu import on_its_device
+from ..gpu import ceil_div
 from ..rg_lru_scan_triton import Tile, overlap_options
+from .launch import launch
 
 
 try:
@@ -25,11 +26,12 @@ def lay_out_sequences(
     """`count` cleared words, or None for 0, and the marks and sequence numbers of `lay_out_kernel`."""
     (_, length, channels), number = x.shape, layout.cu_seqlens.shape[0] - 1
     words = x.new_empty(count, dtype=torch.int64) if count else None
-    marks = x.new_empty(triton.cdiv(length, tile.steps) * tile.segments, dtype=torch.int64)
+    marks = x.new_empty(ceil_div(length, tile.steps) * tile.segments, dtype=torch.int64)
     sequence = x.new_empty(length, dtype=torch.int32)
     segments = 256 // tile.rows
-    programs = max(triton.cdiv(count, 4096), triton.cdiv(length, 256), min(number, 128))
-    lay_out_kernel[(programs,)](
+    programs = max(ceil_div(count, 4096), ceil_div(length, 256), min(number, 128))
+    launch(
+        *(lay_out_kernel, (programs,)),
         layout.cu_seqlens,
         layout.starts,
         reset,
@@ -68,19 +70,14 @@ def launch_walk(
     x, (cu_seqlens, starts) = inputs[0], sequences
     _, length, channels = x.shape
     number = cu_seqlens.shape[0] - 1
-    with on_its_device(x):
-        walk_kernel[(number + 1, triton.cdiv(channels, channels_each))](
-            *inputs,
-            *sequences,
-            *outputs,
-            length,
-            number,
-            channels,
-            HAS_INITIAL=inputs[4] is not None,
-            HAS_RESET=inputs[5] is not None,
-            HAS_STARTS=starts is not None,
-            MASKED=channels % channels_each != 0,
-            EXACT=exact,
-            CHANNELS=channels_each,
-            num_warps=channels_each // 64,
-        )
+    launch(
+        *(walk_kernel, (number + 1, ceil_div(channels, channels_each))),
+        *(*inputs, *sequences, *outputs, length, number, channels),
+        HAS_INITIAL=inputs[4] is not None,
+        HAS_RESET=inputs[5] is not None,
+        HAS_STARTS=starts is not None,
+        MASKED=channels % channels_each != 0,
+        EXACT=exact,
+        CHANNELS=channels_each,
+        num_warps=channels_each // 64,
+    )

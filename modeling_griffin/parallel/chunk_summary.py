@@ -7,7 +7,8 @@ Legend: B batch, T time, C channels, S segments of a chunk.
 
 import torch
 
-from ..gpu import on_its_device
+from ..gpu import ceil_div
+from ..kernels.launch import launch
 from ..rg_lru_scan_triton import triton_unavailable_reason
 
 
@@ -89,19 +90,17 @@ def _reduce_segments(kernel, inputs, log_decay, reset) -> tuple[torch.Tensor, to
     """(B, S, C) float32 twice: of each ROWS steps the product of the decays, and what they add."""
     inputs = [each.contiguous() for each in inputs]
     batch, length, channels = inputs[0].shape
-    segments = triton.cdiv(length, ROWS)
+    segments = ceil_div(length, ROWS)
     products, sums = log_decay.new_empty(2, batch, segments, channels, dtype=torch.float32)
-    with on_its_device(inputs[0]):
-        kernel[(segments, triton.cdiv(channels, CHANNELS), batch)](
-            *inputs,
-            log_decay.float().contiguous(),
-            None if reset is None else reset.contiguous(),
-            *(products, sums, length, channels),
-            HAS_RESET=reset is not None,
-            MASKED=channels % CHANNELS != 0,
-            EXACT=any(each.dtype == torch.float32 for each in inputs),
-            ROWS=ROWS,
-            CHANNELS=CHANNELS,
-            num_warps=4,
-        )
+    launch(
+        *(kernel, (segments, ceil_div(channels, CHANNELS), batch)),
+        *(*inputs, log_decay.float().contiguous(), None if reset is None else reset.contiguous()),
+        *(products, sums, length, channels),
+        HAS_RESET=reset is not None,
+        MASKED=channels % CHANNELS != 0,
+        EXACT=any(each.dtype == torch.float32 for each in inputs),
+        ROWS=ROWS,
+        CHANNELS=CHANNELS,
+        num_warps=4,
+    )
     return products, sums

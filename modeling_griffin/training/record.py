@@ -5,9 +5,12 @@ comes. Recorded, the host makes two calls. What is recorded has fixed shapes and
 
 - Rows of one length are one shape. Others are padded on the right to the nearest bucket, exactly: padding becomes a
   document of its own, whose labels are ignored.
-- Gradients come out of the graph through autograd, as of any model: accumulation, clipping, hooks, DDP and optimizers
-  see what they always see. They lie in the graph's memory; a gradient that is still being accumulated when the next
-  step comes is copied out of it first.
+- Gradients come out of the graph through autograd, as of any model: accumulation, clipping, hooks and optimizers see
+  what they always see. They lie in the graph's memory; a gradient that is still being accumulated when the next step
+  comes is copied out of it first.
+- So does DDP: its own buckets, `no_sync` and communication hooks run behind the replay, when all gradients are there.
+  Each process records, replays or runs as before by itself, since none of the graphs communicates. The price is that
+  the all-reduce no longer hides behind the backward pass.
 - Whatever a recorded step depends on (addresses of weights, what is trained, modules, hooks, autocast, dtype) is its
   key. A change of it records anew; what cannot be recorded runs as before, and one line says why.
 - A replay leaves Python out: a hook inside of the model that counts, collects or prints makes steps run as before.
@@ -19,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,15 +30,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ..decode.host_effects import effect_of, global_effect, global_hooks, host_effect
+from .batch import Batch, read_batch
 
 
 logger = logging.get_logger(__name__)
 
 WARM_UP = 2  # steps before the recording: kernels compile, cuBLAS takes its workspace
 KEPT_SHAPES = 4  # shapes whose graphs and gradients stay; the one that was used longest ago goes
-STEP = 256  # tokens: without `lengths`, rows are padded to a multiple of it
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch")
 IGNORED = ("use_cache", "return_dict")
+WRITTEN_BY_SAVING = ("architectures", "auto_map", "dtype")  # fields of the configuration that no step reads
 
 
 def record_training(model: nn.Module, lengths: Sequence[int] | None = None, kept: int = KEPT_SHAPES) -> None:
@@ -55,8 +58,10 @@ def record_training(model: nn.Module, lengths: Sequence[int] | None = None, kept
         ValueError: for a model without a `GriffinForCausalLM` in it, a sharded one, and for bad settings.
     """
     inner = _griffin_of(model)
-    if any(type(module).__name__.startswith("FSDP") for module in model.modules()):
-        raise ValueError("model is sharded by FSDP2, which gathers weights in hooks: allowed are one GPU and DDP")
+    if (shards := _what_shards(model.modules())) is not None:
+        raise ValueError(
+            f"model is sharded by {shards}, which gathers weights at each step: allowed are one GPU and DDP"
+        )
     if lengths is not None and (not lengths or min(lengths) < 1):
         raise ValueError(f"lengths = {lengths!r}: allowed are whole numbers from 1, or None")
     if kept < 1:
@@ -95,7 +100,7 @@ class TrainingRecorder:
         if self.in_plain_forward or not model.training or not torch.is_grad_enabled():
             return None
         reason = self._ineligible_reason(model, arguments)
-        batch = None if reason else _batch(self, arguments)
+        batch = None if reason else read_batch(arguments, self.lengths)
         if batch is None or reason:
             self._say(reason or "rows are too long, or have padding that is not on the right with labels of -100")
             return None
@@ -135,7 +140,7 @@ class TrainingRecorder:
             self.refused.clear()
             self.modules = list(model.modules())
             self.key, self.pool = _key(model, self.modules), None
-            self.effect = _host_effect(module for module in self.modules if module is not model)
+            self.effect = _what_leaves_out(self.modules, model)
         if self.effect is not None:
             self._say(self.effect)
             return None
@@ -166,78 +171,6 @@ class TrainingRecorder:
             self.in_plain_forward = False
 
 
-class Batch(NamedTuple):
-    """What a step reads, of a bucket's shape: padding is a document of its own with labels -100.
-
-    input_ids, position_ids, labels: (B, T). num_items: () or None. real_length: T before padding.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor | None
-    labels: torch.Tensor
-    num_items: torch.Tensor | None
-    real_length: int
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensor in self[:4] if tensor is not None]
-
-    def shape_key(self) -> tuple:
-        return (
-            *self.input_ids.shape,
-            self.position_ids is not None,
-            None if self.num_items is None else self.num_items.dtype,
-            torch.is_autocast_enabled(self.input_ids.device.type)
-            and torch.get_autocast_dtype(self.input_ids.device.type),
-        )
-
-
-def _batch(recorder: TrainingRecorder, arguments: dict) -> Batch | None:
-    """The call's arguments as a batch of a bucket's length; None where there is none, or padding has holes."""
-    ids, labels, positions = arguments["input_ids"], arguments["labels"], arguments.get("position_ids")
-    mask, items = arguments.get("attention_mask"), arguments.get("num_items_in_batch")
-    if ids.dim() != 2 or labels.shape != ids.shape or (mask is not None and mask.shape != ids.shape):
-        return None
-    if positions is not None:
-        positions = positions.expand(ids.shape)
-    length = ids.shape[1]
-    bucket = _bucket(recorder.lengths, length)
-    if bucket is None:
-        return None
-    if mask is not None and not bool(mask.all()):
-        positions = _positions_of_padded_rows(mask.bool(), positions, labels)
-        if positions is None:
-            return None
-    if bucket > length:
-        if positions is None:
-            positions = torch.arange(length, device=ids.device).expand(ids.shape)
-        padding = torch.arange(bucket - length, device=ids.device).expand(ids.shape[0], -1)
-        positions = torch.cat([positions, padding], dim=1)
-        ids = nn.functional.pad(ids, (0, bucket - length))
-        labels = nn.functional.pad(labels, (0, bucket - length), value=-100)
-    if items is not None:
-        items = torch.as_tensor(items, device=ids.device).reshape(())
-    return Batch(ids, positions, labels, items, length)
-
-
-def _bucket(lengths: list[int] | None, length: int) -> int | None:
-    if lengths is None:
-        return -(-length // STEP) * STEP
-    return next((each for each in lengths if each >= length), None)
-
-
-def _positions_of_padded_rows(real, positions: torch.Tensor | None, labels) -> torch.Tensor | None:
-    """(B, T) positions under which the padding of each row is a document of its own.
-
-    None, and the call runs as before, where padding is not on the right, or has labels, whose loss would be another.
-    """
-    index = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-    length = real.sum(1, keepdim=True)
-    positions = index if positions is None else positions
-    if not bool(((index < length) == real).all() & (real | (labels == -100)).all()):
-        return None
-    return torch.where(real, positions, index - length)
-
-
 class RecordedTrainingStep:
     """Forward and backward of one shape: two graphs, and the tensors that they read and write."""
 
@@ -257,14 +190,16 @@ class RecordedTrainingStep:
             enabled=torch.is_autocast_enabled(device.type),
             cache_enabled=False,  # what is cast once would not be cast again at a replay, when weights have changed
         )
-        with recorder.plain_forward(), _checkpoints_without_random_state(model), torch.enable_grad():
+        # Random numbers of the warm-up are drawn again: a run draws what it would draw unrecorded, and resumes so.
+        random = torch.random.fork_rng([device] if self.on_gpu else [])
+        with random, recorder.plain_forward(), _checkpoints_without_random_state(model), torch.enable_grad():
             self._record(model)
 
     def _record(self, model: nn.Module) -> None:
         if not self.on_gpu:
             self._record_on_a_cpu(model)
             return
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream(self.batch.input_ids.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -275,7 +210,7 @@ class RecordedTrainingStep:
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         if self.recorder.pool is None:
             self.recorder.pool = torch.cuda.graph_pool_handle()
-        options = {"pool": self.recorder.pool, "capture_error_mode": "thread_local"}
+        options = {"pool": self.recorder.pool, "stream": stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward_graph, **options):
             loss, logits = self._forward(model)
         with torch.cuda.graph(self.backward_graph, **options):
@@ -310,7 +245,8 @@ class RecordedTrainingStep:
         batch = self.batch
         more = {} if batch.num_items is None else {"num_items_in_batch": batch.num_items}
         with self.autocast():
-            output = model.forward(
+            output = type(model).forward(  # the instance's, which accelerate has put around it, runs around each replay
+                model,
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 labels=batch.labels,
@@ -354,7 +290,26 @@ class _Replay(torch.autograd.Function):
 
 def _key(model: nn.Module, modules: list[nn.Module]) -> tuple:
     """All that a recorded step depends on besides its inputs; modules: all of the model when it was recorded."""
-    return [_state_of(module) for module in modules], repr(vars(model.config)), type(model).forward, global_hooks()
+    config = {name: value for name, value in vars(model.config).items() if name not in WRITTEN_BY_SAVING}
+    return [_state_of(module) for module in modules], repr(config), type(model).forward, global_hooks()
+
+
+def _what_shards(modules: Iterable[nn.Module]) -> str | None:
+    """Who has split the weights over processes, where no one process can record them; by name, since copies differ."""
+    for module in modules:
+        name = type(module).__name__
+        if name.startswith(("FSDP", "FullyShardedDataParallel")):
+            return "FSDP2" if name.startswith("FSDP") else "FSDP"
+        if any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values()):
+            return "tensor parallelism"
+    return None
+
+
+def _what_leaves_out(modules: list[nn.Module], model: nn.Module) -> str | None:
+    """Why steps of these modules, all of the model, run without a recording, or None."""
+    if (shards := _what_shards(modules)) is not None:
+        return f"the model is sharded by {shards}"
+    return _host_effect(module for module in modules if module is not model)
 
 
 def _host_effect(modules: Iterable[nn.Module]) -> str | None:

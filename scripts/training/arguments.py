@@ -40,11 +40,19 @@ class ModelArguments:
     float8: str | None = field(
         default=None, metadata={"help": "tensorwise or rowwise: linear layers multiply in float8, by torchao"}
     )
+    record_steps: bool = field(
+        default=False, metadata={"help": "steps as CUDA graphs, which pays where a GPU waits for its host"}
+    )
 
     def __post_init__(self) -> None:
         if self.sequence_parallel_size < 1:
             raise ValueError(
                 f"sequence_parallel_size = {self.sequence_parallel_size}: allowed are whole numbers from 1"
+            )
+        if self.record_steps and self.sequence_parallel_size > 1:
+            raise ValueError(
+                f"record_steps = true with sequence_parallel_size = {self.sequence_parallel_size}: allowed is 1, since "
+                "processes that share a row talk to each other inside of a step"
             )
 
 

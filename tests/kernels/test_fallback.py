@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_griffin.kernels import fallback, scan_fallback
+from modeling_griffin.kernels import fallback, scan_calls
 from modeling_griffin.rg_lru_scan import rg_lru_scan
 
 
@@ -53,7 +53,7 @@ def doubled(monkeypatch):
 @pytest.fixture
 def warnings(monkeypatch):
     lines = []
-    for module in (fallback, scan_fallback):
+    for module in (fallback, scan_calls):
         monkeypatch.setattr(module.logger, "warning", lines.append)
     return lines
 
@@ -114,29 +114,29 @@ def fail(*args):
 
 
 def test_the_scan_falls_to_the_torch_backend(warnings, monkeypatch):
-    monkeypatch.setattr(scan_fallback, "FAILED", {})
+    monkeypatch.setattr(scan_calls, "FAILED", {})
     inputs = make_inputs()
     leaves = [x.requires_grad_() for x in inputs[:5]]
     expected = rg_lru_scan(*inputs[:4], initial_state=inputs[4], reset=inputs[5], backend="reference")
     d_hidden, d_last = torch.randn_like(expected[0]), torch.randn_like(expected[1])
     gradients = torch.autograd.grad(expected, leaves, (d_hidden, d_last))
     for _ in range(2):
-        actual = scan_fallback.forward_or_torch(fail, tuple(inputs))
+        actual = scan_calls.forward_or_torch(fail, tuple(inputs))
         torch.testing.assert_close(actual, expected)
-    found = scan_fallback.backward_or_torch(fail, d_hidden, d_last, *inputs, expected[0])
+    found = scan_calls.backward_or_torch(fail, d_hidden, d_last, *inputs, expected[0])
     torch.testing.assert_close(tuple(found), gradients)
     assert len(warnings) == 1 and "shared memory: 300000" in warnings[0]
 
 
 def test_the_scan_without_a_state(warnings, monkeypatch):
     """Backward alone fails: gradients of all inputs, zeros for a state that is none."""
-    monkeypatch.setattr(scan_fallback, "FAILED", {})
+    monkeypatch.setattr(scan_calls, "FAILED", {})
     inputs = make_inputs()
     inputs[4:] = None, None
     leaves = [x.requires_grad_() for x in inputs[:4]]
     hidden, _ = rg_lru_scan(*inputs[:4], backend="reference")
     gradients = torch.autograd.grad(hidden, leaves, torch.ones_like(hidden))
-    *found, d_state = scan_fallback.backward_or_torch(fail, torch.ones_like(hidden), None, *inputs, hidden)
+    *found, d_state = scan_calls.backward_or_torch(fail, torch.ones_like(hidden), None, *inputs, hidden)
     torch.testing.assert_close(tuple(found), gradients)
     assert d_state.shape == (2, 4) and not d_state.any()
 

@@ -7,7 +7,7 @@ import re
 import benchmark_distributed
 import pytest
 from _script_helpers import ROOT
-from benchmark_distributed import largest_depth, launch, main, make_config, summarise
+from benchmark_distributed import check_loss, largest_depth, launch, main, make_config, summarise
 from planning.memory_formulas import parameters, sizes_of
 
 
@@ -17,12 +17,25 @@ RUN = {"device": "cpu", "config": TINY, "layers": None, "rows": 2, "length": 32,
 
 def test_two_processes_on_a_cpu(tmp_path, capsys):
     output = tmp_path / "out" / "distributed"
-    words = ["--device", "cpu", "--processes", "2", "--config", "tiny", "--engines", "ddp", "fsdp2_checkpointing"]
+    words = [
+        "--device",
+        "cpu",
+        "--processes",
+        "2",
+        "--config",
+        "tiny",
+        "--engines",
+        "ddp",
+        "ddp_recorded",
+        "fsdp2_checkpointing",
+    ]
     words += ["--rows", "2", "--length", "32", "--warmup", "1", "--steps", "2", "--output", str(output)]
     main([*words, "--commit", "abc"])
     report = json.loads(output.with_suffix(".json").read_text())
     text = output.with_suffix(".md").read_text()
-    assert [row["engine"] for row in report["rows"]] == ["ddp", "fsdp2_checkpointing"] and not report["out_of_memory"]
+    engines = ["ddp", "ddp_recorded", "fsdp2_checkpointing"]
+    assert [row["engine"] for row in report["rows"]] == engines and not report["out_of_memory"]
+    assert report["rows"][0]["loss"] == report["rows"][1]["loss"]  # on a CPU the same steps
     for row in report["rows"]:
         assert row["parameters"] == parameters(sizes_of(make_config(RUN)))  # tied ones once
         assert abs(row["loss"] - math.log(512)) < 0.2  # of random tokens, by small random weights
@@ -32,6 +45,14 @@ def test_two_processes_on_a_cpu(tmp_path, capsys):
     assert "commit abc" in text and "# Training steps of tiny on several processes" in text
     assert output.with_suffix(".png").stat().st_size > 0
     assert str(output) in capsys.readouterr().out
+
+
+def test_another_loss_of_recorded_steps_ends_it():
+    rows = [{"engine": engine, "processes": 2, "loss": loss} for engine, loss in (("ddp", 3.0), ("ddp_recorded", 3.02))]
+    check_loss(rows)
+    for wrong in (3.1, math.nan):
+        with pytest.raises(SystemExit, match="recorded steps are wrong"):
+            check_loss([rows[0], rows[1] | {"loss": wrong}])
 
 
 def test_efficiency_is_against_the_first_run():

@@ -6,6 +6,7 @@ registers, or LARGE for tiles that are for Hopper only, whose own products take 
 compiles every tile for the GPUs that take it, and compares with what these have.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -92,6 +93,7 @@ def first_that_fits(tiles: Sequence[AttentionTile], gpu: GPU) -> AttentionTile |
     return next((tile for tile in tiles if tile.shared_memory <= gpu.shared_memory or gpu.vendor == "none"), None)
 
 
+@functools.cache
 def norm_tile(columns: int) -> dict[str, int]:
     """Whole rows, as many as give each thread something to do: one of 1024 columns, 16 of 64."""
     num_warps, width = 4 if columns <= 1024 else 8 if columns <= 8192 else 16, 1 << (columns - 1).bit_length()

@@ -1,4 +1,8 @@
-"""Where a Triton kernel of the scan does not compile or start: the torch backend takes over, with one warning."""
+"""How the scan's kernels are called: as a node of autograd's own where nothing traces, else as PyTorch operators.
+
+A registered operator costs the host several times as much a call. Where a kernel does not compile or start, the torch
+backend takes over, with one warning.
+"""
 
 from collections.abc import Callable
 
@@ -7,11 +11,50 @@ from transformers.utils import logging
 
 from ..gpu import properties
 from ..rg_lru_scan_torch import rg_lru_scan_torch
+from ..rg_lru_scan_triton import _OPERATORS, _backward, _forward
 from .fallback import is_kernel_failure
 
 
 logger = logging.get_logger(__name__)
 FAILED: dict[torch.device, str] = {}  # devices on which a kernel of the scan failed, and how
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def scan_forward(operator: Callable, inputs: tuple, sequences: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden and last state; `operator` is what a compiler, a transformation or a mode is to see."""
+    if _is_watched(*inputs):
+        return forward_or_torch(operator, inputs, sequences)
+    return _EagerScan.apply(*inputs, *sequences)
+
+
+def _is_watched(*tensors: torch.Tensor | None) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not all(x is None or type(x) in PLAIN for x in tensors)
+    )
+
+
+class _EagerScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        inputs, sequences = arguments[:6], arguments[6:]
+        hidden, last_state = forward_or_torch(_forward, inputs, sequences)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, hidden, *sequences)
+        return hidden, last_state
+
+    @staticmethod
+    def backward(ctx, d_hidden, d_last_state):
+        saved = ctx.saved_tensors  # once: activation checkpointing computes them at each access
+        d_hidden = torch.zeros_like(saved[6]) if d_hidden is None else d_hidden
+        # With gradients of gradients the operator, which says that it has none.
+        kernels = _OPERATORS.backward if torch.is_grad_enabled() else _backward
+        *gradients, d_initial_state = backward_or_torch(kernels, d_hidden, d_last_state, *saved)
+        return *gradients, None if saved[4] is None else d_initial_state, None, None, None
 
 
 def forward_or_torch(kernels: Callable, inputs: tuple, sequences: tuple = ()) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,196 @@
+"""Times fine-tuning on rows of many lengths by stock Trainer and SFTTrainer, a Llama of the same size beside it.
+
+    python scripts/benchmark_fine_tuning.py                     2.1B parameters, bfloat16, 2,000 rows of 50 to 2,000
+    python scripts/benchmark_fine_tuning.py --ways padded --models Griffin
+
+End to end: collator, forward, backward, clipping and AdamW, as the trainers do them; the first steps, in which kernels
+compile and shapes are recorded, are not timed. Lengths are drawn log-uniformly and tokens at random, the same for all
+models; the loss is over all tokens. Real tokens count, padding does not. Writes OUTPUT.json and OUTPUT.md after every
+row.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import math
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from benchmark_training import OWN, SIZES, _make
+from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
+from help_formatter import ShowDefaults
+from training.text_tokenizer import byte_tokenizer
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+
+from modeling_griffin import record_training
+
+
+MODELS = {"Griffin": OWN, "Llama": "Llama with MQA, Transformers"}
+WAYS = {  # trainer; whether rows are laid end to end; whether steps are recorded
+    "padded": ("Trainer", False, False),
+    "padded, recorded": ("Trainer", False, True),
+    "end to end": ("Trainer", True, False),
+    "end to end, recorded": ("Trainer", True, True),
+    "padded, SFTTrainer": ("SFTTrainer", False, False),
+    "end to end, SFTTrainer": ("SFTTrainer", True, False),
+}
+BUCKETS = 4  # lengths that recorded rows are padded to
+
+
+class Clock(TrainerCallback):
+    """Time and steps after `warmup` steps; ends the run after `seconds` of them."""
+
+    def __init__(self, warmup: int, seconds: float):
+        self.warmup, self.limit, self.start, self.steps, self.seconds = warmup, seconds, None, 0, 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < self.warmup:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.start = self.start or now
+        self.steps, self.seconds = state.global_step - self.warmup, now - self.start
+        control.should_training_stop |= self.seconds > self.limit
+
+
+def rows_of(number: int, shortest: int, longest: int, vocabulary: int) -> list[dict]:
+    """Rows of random tokens, their lengths log-uniform, the same at each call."""
+    drawn, generator = random.Random(0), torch.Generator().manual_seed(0)
+    lengths = [round(math.exp(drawn.uniform(math.log(shortest), math.log(longest)))) for _ in range(number)]
+    return [{"input_ids": torch.randint(0, vocabulary, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def pad(examples: list[dict]) -> dict:
+    """Rows with padding on the right, as collators of Transformers and TRL make them."""
+    longest = max(len(each["input_ids"]) for each in examples)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for each in examples:
+        ids, missing = each["input_ids"], longest - len(each["input_ids"])
+        batch["input_ids"].append(ids + [0] * missing)
+        batch["attention_mask"].append([1] * len(ids) + [0] * missing)
+        batch["labels"].append(ids + [-100] * missing)
+    return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def buckets(longest: int, end_to_end: bool, batch: int) -> list[int]:
+    """Lengths by doubling, up to the longest row, or to a batch of them end to end."""
+    top = longest * (batch if end_to_end else 1)
+    return [-(-top // 2**halvings) for halvings in reversed(range(BUCKETS))]
+
+
+def make_trainer(way: str, model, rows: list[dict], arguments, folder: str, clock: Clock) -> Trainer:
+    name, end_to_end, recorded = WAYS[way]
+    if recorded:
+        record_training(model, lengths=buckets(arguments.longest, end_to_end, arguments.batch), kept=BUCKETS + 1)
+    settings = dict(
+        output_dir=folder, num_train_epochs=1000, per_device_train_batch_size=arguments.batch, learning_rate=1e-5,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch", bf16=False,
+        use_cpu=not torch.cuda.is_available(), seed=0,
+    )  # fmt: skip
+    if name == "Trainer":
+        collate = DataCollatorWithFlattening() if end_to_end else pad
+        settings = TrainingArguments(**settings)
+        return Trainer(model, settings, train_dataset=rows, data_collator=collate, callbacks=[clock])
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    settings = SFTConfig(**settings, max_length=None, padding_free=end_to_end, gradient_checkpointing=False)
+    data, tokenizer = Dataset.from_list(rows), byte_tokenizer()
+    return SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+
+
+def measure(model_name: str, way: str, arguments) -> dict:
+    """Tokens a second of one way of one model, over the timed steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _make(MODELS[model_name], arguments.size, device, getattr(torch, arguments.dtype))
+    rows = rows_of(arguments.rows, arguments.shortest, arguments.longest, model.config.vocab_size)
+    clock, seen = Clock(arguments.warmup, arguments.seconds), []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(way, model, rows, arguments, folder, clock)
+        collate = trainer.data_collator
+
+        def counted(examples):
+            seen.append(sum(len(each["input_ids"]) for each in examples))
+            return collate(examples)
+
+        trainer.data_collator = counted
+        trainer.train()
+    tokens = sum(seen[arguments.warmup : arguments.warmup + clock.steps])
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {
+        "model": model_name,
+        "way": way,
+        "steps": clock.steps,
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "tokens_per_second": tokens / clock.seconds,
+        "peak": peak,
+    }
+
+
+def text(report: dict) -> str:
+    asked = report["asked"]
+    lines = [f"# Fine-tuning on rows of many lengths, {asked['size']}", "", *birth_lines(report["birth"]), ""]
+    lines += [
+        f"{asked['rows']} rows of {asked['shortest']} to {asked['longest']} random tokens, log-uniform,",
+        f"{asked['batch']} a step, {asked['dtype']} weights, AdamW, clipping; the first {asked['warmup']} steps are",
+        "not timed. Real tokens count, padding does not.",
+        "",
+        "| model | way | steps | step, ms | tokens/s | against Llama, the same way | peak, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    speed = {(row["model"], row["way"]): row["tokens_per_second"] for row in report["rows"]}
+    for row in report["rows"]:
+        peer = speed.get(("Llama", row["way"].replace(", recorded", "")))
+        against = "-" if peer is None else f"{row['tokens_per_second'] / peer:.2f}"
+        peak = "-" if row["peak"] is None else f"{row['peak'] / 2**30:.1f}"
+        cells = [row["model"], row["way"], row["steps"], f"{row['seconds'] / row['steps'] * 1e3:.0f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['tokens_per_second']:,.0f}", against, peak])) + " |")
+    return "\n".join([*lines, "", *report["left_out"]]).rstrip() + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="2b", help="of the models' table in benchmark_training.py")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which trainers and batches")
+    parser.add_argument("--rows", type=int, default=2000, help="rows of the data")
+    parser.add_argument("--shortest", type=int, default=50, help="tokens")
+    parser.add_argument("--longest", type=int, default=2000, help="tokens")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--warmup", type=int, default=12, help="steps before those that are timed")
+    parser.add_argument("--seconds", type=float, default=20.0, help="about how long each row is timed")
+    parser.add_argument("--output", type=Path, default=None, help="path without suffix")
+    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    output = arguments.output or Path("results") / "training" / f"fine_tuning_{short_device_name(device)}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    asked = {key: value for key, value in vars(arguments).items() if key not in ("output", "commit")}
+    report = {"birth": birth_certificate(device, arguments.commit), "asked": asked, "rows": [], "left_out": []}
+    if importlib.util.find_spec("trl") is None and any(WAYS[way][0] == "SFTTrainer" for way in arguments.ways):
+        report["left_out"].append("TRL is not installed: SFTTrainer was not run.")
+        arguments.ways = [way for way in arguments.ways if WAYS[way][0] != "SFTTrainer"]
+    for way in arguments.ways:
+        for model_name in arguments.models:
+            if model_name != "Griffin" and WAYS[way][2]:
+                continue
+            report["rows"].append(measure(model_name, way, arguments))
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+            output.with_suffix(".md").write_text(text(report))
+    print(text(report), end="")
+
+
+if __name__ == "__main__":
+    main()
