@@ -41,6 +41,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, keep_lambda_float32
 from modeling_griffin.rg_lru_scan import describe_backend
 from modeling_griffin.saving.card import keep_model_card
+from modeling_griffin.training.pieces import mlp_in_pieces
 
 
 SECONDS_FOR_RANK_0 = 2
@@ -182,6 +183,8 @@ def make_trainer(model_arguments, data_arguments, training_arguments, resume: Re
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
     share_rows(trainer, model_arguments.sequence_parallel_size)
+    if training_arguments.gradient_checkpointing:
+        mlp_in_pieces(trainer.model)
     from_hub = name is not None and not Path(name).exists()
     keep_model_card(trainer, **({"base_model": name} if from_hub else {}))  # or Trainer's push writes another one
     facts["launch"] = describe(trainer.accelerator)
