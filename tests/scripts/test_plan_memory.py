@@ -222,6 +222,7 @@ def test_shared_rows_measured_on_gpus(page):
             tolerance = 0.05 if piece else SHARED_TOLERANCE
             assert plan.memory == pytest.approx(report[name]["peak"], rel=tolerance), name
     assert sent_for_rows(sizes, 1, gpus, e=2) == report["sent"]["bytes"]
+    assert report["sent"]["largest"] <= 2**20  # of one layer in one direction
 
 
 def test_the_longest_row_fits_and_no_longer_one():
