@@ -17,7 +17,7 @@ from benchmarks.birth_certificate import birth_certificate, birth_lines
 from generate import load
 from help_formatter import ShowDefaults
 from training.report import bits_per_byte, versions
-from training.text_data import PackedRows, load_documents, tokenize
+from training.text_data import IGNORED_LABEL, PackedRows, load_documents, tokenize
 from training.text_tokenizer import document_ends
 
 from modeling_griffin.cache_name import CACHE_NAME
@@ -49,9 +49,11 @@ def row_losses(model, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
     input_ids, position_ids, labels = (
         row[name][None].to(model.device) for name in ("input_ids", "position_ids", "labels")
     )
-    cache, losses = None, []
-    for begin in range(0, input_ids.shape[1] - 1, chunk):
-        end = min(begin + chunk, input_ids.shape[1] - 1)
+    predicted = (labels[0] != IGNORED_LABEL).nonzero()
+    last = int(predicted[-1]) if len(predicted) else 0  # behind it the row is only filled up
+    cache, losses = None, [torch.empty(0, device=model.device)]
+    for begin in range(0, last, chunk):
+        end = min(begin + chunk, last)
         output = model(
             input_ids=input_ids[:, begin:end],
             position_ids=position_ids[:, begin:end],
@@ -61,7 +63,7 @@ def row_losses(model, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
         cache = output[CACHE_NAME]
         next_tokens = labels[0, begin + 1 : end + 1]
         losses.append(torch.nn.functional.cross_entropy(output.logits[0].float(), next_tokens, reduction="none"))
-    return torch.cat(losses).cpu()
+    return torch.nn.functional.pad(torch.cat(losses).cpu(), (0, input_ids.shape[1] - 1 - last))
 
 
 def bucket_losses(model, rows: PackedRows, num_bytes: np.ndarray, chunk: int, max_rows: int | None) -> list[dict]:
@@ -74,7 +76,7 @@ def bucket_losses(model, rows: PackedRows, num_bytes: np.ndarray, chunk: int, ma
     for index in range(min(len(rows), max_rows or len(rows))):
         row = rows[index]
         losses = row_losses(model, row, chunk).double().numpy()
-        predicted = row["labels"][1:].numpy() != -100
+        predicted = row["labels"][1:].numpy() != IGNORED_LABEL
         bucket = np.log2(row["position_ids"][1:].numpy()[predicted]).astype(int)
         begin = index * (rows.length - 1) + 1
         bytes_here = num_bytes[begin : begin + rows.length - 1]

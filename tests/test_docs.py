@@ -32,6 +32,7 @@ MARKED = {
     "docs/generation.md": 2,
     "docs/hub.md": 3,
     "docs/lambda.md": 1,
+    "docs/long_context.md": 1,
     "docs/performance.md": 1,
     "docs/pretraining.md": 1,
     "docs/recurrent_gemma.md": 1,

@@ -99,6 +99,19 @@ def test_long_rows_in_bounded_memory(model):
     assert_close("logits", losses, -log_p.gather(1, tokens[1:, None])[:, 0])
 
 
+def test_a_row_that_is_filled_up_is_read_as_far_as_its_text(model):
+    tokens = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(100) < 31, tokens, -100)
+    passes = []
+    handle = model[0].register_forward_pre_hook(lambda module, args, kwargs: passes.append(kwargs), with_kwargs=True)
+    losses = row_losses(model[0], {"input_ids": tokens, "position_ids": torch.arange(100), "labels": labels}, 20)
+    handle.remove()
+    assert [each["input_ids"].shape[1] for each in passes] == [20, 10]
+    assert losses.shape == (99,) and (losses[:30] > 0).all() and (losses[30:] == 0).all()
+    nothing = {"input_ids": tokens[:2], "position_ids": torch.arange(2), "labels": labels[-2:]}
+    assert row_losses(model[0], nothing, 20).tolist() == [0.0]
+
+
 def test_first_rows_only(model, data, tmp_path):
     result = main([model[1], data, "--length", "50", "--max_rows", "2", "--output", str(tmp_path)])
     assert result["tokens"] == 2 * 49
