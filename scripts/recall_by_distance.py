@@ -1,7 +1,8 @@
 """How far back does a model remember? Trains small ones to recall a needle, and asks at distances far beyond.
 
     python scripts/recall_by_distance.py --output results/long_context/recall_h200             # a GPU
-    python scripts/recall_by_distance.py --steps 60 --longest 2048 --seeds 0 --arms hawk       # a CPU: does it run
+    python scripts/recall_by_distance.py --width 32 --layers 3 --window 8 --trained 32 --longest 2048 --steps 300 \
+        --learning_rate 5e-3 --seeds 0 --output results/long_context/recall_cpu               # a CPU, minutes
 
 A row is noise, a trigger, the needle, noise, the trigger again: what stood behind it the first time? Training mixes
 distances up to --trained; evaluation doubles them up to --longest, reading each row in chunks with the state in
@@ -22,8 +23,6 @@ from lambda_study.synthetic_tasks import IGNORED, needle
 from lambda_study.tasks import HELD_OUT_SEED, SyntheticTask
 
 
-LAYERS, WINDOW = 5, 64
-SHARED = {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "attention_window_size": WINDOW}
 ARMS = {
     "griffin": {"layout": "griffin_middle"},
     "griffin-long": {"layout": "griffin_middle", "lambda_init": "log_uniform_memory"},
@@ -32,7 +31,7 @@ ARMS = {
     "attention": {"layout": "attention"},
 }
 TITLES = {
-    "griffin": "Griffin, one attention in five layers",
+    "griffin": "Griffin, the third layer attention",
     "griffin-long": "the same, Λ by log_uniform_memory",
     "hawk": "Hawk",
     "hawk-long": "the same, Λ by log_uniform_memory",
@@ -40,6 +39,12 @@ TITLES = {
 }
 CHANCE = 1 / 15
 TRAINING = {"weight_decay": 0.1, "warmup": 0.05, "max_grad_norm": 1.0}
+
+
+def shared_by_arms(run: dict) -> dict:
+    """What all models have, from the arguments of a run."""
+    fields = {"hidden_size": "width", "num_hidden_layers": "layers", "attention_window_size": "window"}
+    return {field: run[name] for field, name in fields.items()} | {"num_attention_heads": 4}
 
 
 def distances(longest: int) -> list[int]:
@@ -67,7 +72,8 @@ def run_arm(name: str, seed: int, arguments) -> dict:
     start, device = time.perf_counter(), torch.device(arguments.device)
     settings = {"kind": "needle", "sizes": distances(arguments.trained), "rows": arguments.rows}
     task = SyntheticTask(settings, seed, device)
-    model = make_model(make_config(SHARED, ARMS[name], task.vocab_size), seed).to(device).train()
+    config = make_config(shared_by_arms(vars(arguments)), ARMS[name], task.vocab_size)
+    model = make_model(config, seed).to(device).train()
     run = {"settings": TRAINING, "steps": arguments.steps, "learning_rate": arguments.learning_rate}
     losses = [loss for _, loss in train(model, task, run)][-100:]
     loss = torch.stack(losses).mean().item()
@@ -94,7 +100,7 @@ def text_of(report: dict) -> str:
     asked = list(runs[0]["accuracy"])
     lines = ["# Recall of a needle, by its distance", "", *birth_lines(report["birth"]), ""]
     lines += [
-        f"{LAYERS} layers of width 64, window {WINDOW}; trained for {run['steps']} steps of {run['rows']} rows at "
+        f"{run['layers']} layers of width {run['width']}, window {run['window']}; trained for {run['steps']} steps of {run['rows']} rows at "
         f"distances 4 to {run['trained']:,}, each with an equal share; AdamW, {run['learning_rate']}. Accuracy over "
         f"{run['held_out_rows']} rows that no run trains on; chance is {CHANCE:.1%}. Mean over seeds, and the lowest.",
         "",
@@ -142,7 +148,8 @@ def plot(report: dict, path: Path) -> None:
             alpha=0.15,
             color=line.get_color(),
         )
-    axes.axvline(WINDOW, color="gray", linestyle="--", linewidth=1, label=f"attention window, {WINDOW}")
+    window = report["run"]["window"]
+    axes.axvline(window, color="gray", linestyle="--", linewidth=1, label=f"attention window, {window}")
     axes.axvline(report["run"]["trained"], color="gray", linestyle="-", linewidth=1, label="longest trained distance")
     axes.axhline(CHANCE, color="gray", linestyle=":", linewidth=1, label="chance")
     axes.set_xscale("log", base=2)
@@ -158,6 +165,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each")
+    parser.add_argument("--width", type=int, default=64, help="hidden size, a multiple of 16")
+    parser.add_argument("--layers", type=int, default=5, help="of each model")
+    parser.add_argument("--window", type=int, default=64, help="tokens that attention sees")
     parser.add_argument("--steps", type=int, default=4000, help="of training")
     parser.add_argument("--rows", type=int, default=64, help="of a training step")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="its peak")
@@ -179,7 +189,19 @@ def main(argv: list[str] | None = None) -> dict:
     if arguments.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     birth = birth_certificate(arguments.device, arguments.commit)
-    names = ("device", "steps", "rows", "learning_rate", "trained", "longest", "held_out_rows", "chunk")
+    names = (
+        "device",
+        "width",
+        "layers",
+        "window",
+        "steps",
+        "rows",
+        "learning_rate",
+        "trained",
+        "longest",
+        "held_out_rows",
+        "chunk",
+    )
     report = {"birth": birth, "run": {name: getattr(arguments, name) for name in names}, "runs": []}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:

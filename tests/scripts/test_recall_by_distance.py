@@ -7,7 +7,7 @@ import recall_by_distance
 import torch
 from lambda_study.run import make_config, make_model
 from lambda_study.synthetic_tasks import VOCABULARY
-from recall_by_distance import ARMS, SHARED, accuracy, distances, main, questions
+from recall_by_distance import ARMS, accuracy, distances, main, questions, shared_by_arms
 
 
 @pytest.mark.parametrize("distance", [4, 64, 1000])
@@ -42,12 +42,38 @@ def test_accuracy_counts_right_answers():
 
 @pytest.mark.parametrize("arm", ["griffin", "hawk"])
 def test_long_rows_are_read_exactly(arm):
-    model = make_model(make_config(SHARED, ARMS[arm], VOCABULARY), 0).eval()
+    model = make_model(
+        make_config(shared_by_arms({"width": 64, "layers": 5, "window": 64}), ARMS[arm], VOCABULARY), 0
+    ).eval()
     tokens, _ = questions(300, 2)
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits[:, -1]
         in_chunks = model.prefill(tokens, chunk_size=90).logits
     torch.testing.assert_close(in_chunks, whole, rtol=1e-4, atol=1e-5)
+
+
+SMALL = {"width": 32, "layers": 3, "window": 4}
+
+
+def test_a_small_model_remembers_beyond_its_window(tmp_path):
+    """Trained here: one attention of four tokens and two recurrent layers recall at four times that distance."""
+    words = ["--device", "cpu", "--steps", "200", "--learning_rate", "5e-3", "--seeds", "0", "--arms", "griffin"]
+    words += ["--trained", "16", "--longest", "16", "--rows", "32", "--output", str(tmp_path / "recall")]
+    words += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    (run,) = main(words)["runs"]
+    assert min(run["accuracy"].values()) > 0.9, run["accuracy"]
+
+
+@pytest.mark.parametrize("arm, hears", [("attention", False), ("hawk", True)])
+def test_what_reaches_the_question(monkeypatch, arm, hears):
+    """Three windows of attention end in front of the needle, whatever is trained; a state does not."""
+    config = make_config(shared_by_arms(SMALL), ARMS[arm], VOCABULARY)
+    model = make_model(config, 0).eval()
+    tokens, _ = questions(16, 2)
+    place = (tokens == 15).int().argmax(1, keepdim=True) + 1
+    other = tokens.scatter(1, place, (tokens.gather(1, place) + 1) % 15)
+    first, second = (model.prefill(each).logits for each in (tokens, other))
+    assert torch.equal(first, second) != hears
 
 
 def test_a_run(tmp_path, capsys):
