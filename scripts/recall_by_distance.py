@@ -100,9 +100,10 @@ def text_of(report: dict) -> str:
     asked = list(runs[0]["accuracy"])
     lines = ["# Recall of a needle, by its distance", "", *birth_lines(report["birth"]), ""]
     lines += [
-        f"{run['layers']} layers of width {run['width']}, window {run['window']}; trained for {run['steps']} steps of {run['rows']} rows at "
-        f"distances 4 to {run['trained']:,}, each with an equal share; AdamW, {run['learning_rate']}. Accuracy over "
-        f"{run['held_out_rows']} rows that no run trains on; chance is {CHANCE:.1%}. Mean over seeds, and the lowest.",
+        f"{run['layers']} layers of width {run['width']}, window {run['window']}; trained for {run['steps']} steps of "
+        f"{run['rows']} rows at distances 4 to {run['trained']:,}, each with an equal share; AdamW, "
+        f"{run['learning_rate']}. Accuracy over {run['held_out_rows']} rows that no run trains on; chance is "
+        f"{CHANCE:.1%}. Mean over seeds, and the lowest.",
         "",
         "| distance | " + " | ".join(TITLES[name] for name in arms_of(runs)) + " |",
         "|---|" + "---|" * len(arms_of(runs)),

@@ -52,13 +52,13 @@ def test_long_rows_are_read_exactly(arm):
     torch.testing.assert_close(in_chunks, whole, rtol=1e-4, atol=1e-5)
 
 
-SMALL = {"width": 32, "layers": 3, "window": 4}
+SMALL = {"width": 32, "layers": 3, "window": 8}
 
 
 def test_a_small_model_remembers_beyond_its_window(tmp_path):
-    """Trained here: one attention of four tokens and two recurrent layers recall at four times that distance."""
-    words = ["--device", "cpu", "--steps", "200", "--learning_rate", "5e-3", "--seeds", "0", "--arms", "griffin"]
-    words += ["--trained", "16", "--longest", "16", "--rows", "32", "--output", str(tmp_path / "recall")]
+    """Trained here: one attention of eight tokens and two recurrent layers recall at four times that distance."""
+    words = ["--device", "cpu", "--steps", "300", "--learning_rate", "5e-3", "--seeds", "0", "--arms", "griffin"]
+    words += ["--trained", "32", "--longest", "32", "--output", str(tmp_path / "recall")]
     words += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     (run,) = main(words)["runs"]
     assert min(run["accuracy"].values()) > 0.9, run["accuracy"]
@@ -69,7 +69,7 @@ def test_what_reaches_the_question(monkeypatch, arm, hears):
     """Three windows of attention end in front of the needle, whatever is trained; a state does not."""
     config = make_config(shared_by_arms(SMALL), ARMS[arm], VOCABULARY)
     model = make_model(config, 0).eval()
-    tokens, _ = questions(16, 2)
+    tokens, _ = questions(32, 2)
     place = (tokens == 15).int().argmax(1, keepdim=True) + 1
     other = tokens.scatter(1, place, (tokens.gather(1, place) + 1) % 15)
     first, second = (model.prefill(each).logits for each in (tokens, other))
