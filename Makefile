@@ -1,6 +1,6 @@
 # make demo, make test, make lint: each makes the environment it needs.
 #   TORCH_VERSION=2.11.0 make demo     another PyTorch (2.9 or newer)
-#   PYTHON=python3.12 make test        another Python (3.10 or newer)
+#   PYTHON=python3.12 make test        another Python (3.10 or newer); TESTS=tests/test_cache.py: only these
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,14 +12,25 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSION))
 
-.PHONY: demo test test-common test-gpu test-vllm portability lint format clean
+.PHONY: demo test test-floor test-common test-gpu test-vllm portability lint format clean
 
 demo: $(VENV)/train.done
 	$(BIN)/python scripts/demo.py
 
 # A file's tests run in one process, so that what they share is made once.
+TESTS ?= tests
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Once a release: the core on the oldest versions that pyproject.toml allows, in an environment of its own.
+CORE_TESTS := $(addprefix tests/,test_configuration_griffin.py test_modeling_griffin.py test_rg_lru_scan.py \
+	test_causal_conv1d.py test_lambda_init.py test_documents.py test_cache.py test_generation.py test_golden.py \
+	test_package.py scripts/test_command.py saving/test_save.py)
+FLOOR_PYTHON ?= python3.10
+
+test-floor:
+	$(MAKE) test PYTHON=$(FLOOR_PYTHON) VENV=.venv-floor TORCH_VERSION=2.9.0 TRANSFORMERS_VERSION=5.17.0 \
+		TESTS="$(CORE_TESTS)"
 
 test-common: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 -m common tests
@@ -41,13 +52,14 @@ test-vllm: $(VLLM_VENV)/vllm.done
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build
+	rm -rf $(VENV) $(VLLM_VENV) .venv-floor build
 
 # torch first and by its exact version, so that nothing that depends on it brings another one along.
 $(VENV)/torch.done:

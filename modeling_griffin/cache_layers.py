@@ -4,9 +4,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache_name import CACHE_NAME
+from .configuration_griffin import GriffinConfig
 
 
-def tokens_in_cache(config, past_key_values: Cache | None) -> int:
+def tokens_in_cache(config: GriffinConfig, past_key_values: Cache | None) -> int:
     """Tokens the cache has seen. Recurrent layers do not count them: 1 stands for "some", enough to know of a start."""
     if past_key_values is None:
         return 0
@@ -23,7 +24,7 @@ def tokens_in_cache(config, past_key_values: Cache | None) -> int:
     return int(any(past_key_values.has_previous_state(index) for index in recurrent))
 
 
-def counts_tokens(config, past_key_values: Cache | None) -> bool:
+def counts_tokens(config: GriffinConfig, past_key_values: Cache | None) -> bool:
     """Whether an attention layer says how many tokens there are: none of a Hawk, or of a model that has lost them."""
     if "sliding_attention" not in config.layer_types:
         return False
@@ -59,7 +60,7 @@ def cache_for_stock_masks(past_key_values: Cache | None) -> Cache | None:
     return Cache(layers=[past_key_values.layers[index]])
 
 
-def check_layers(config, past_key_values: Cache) -> None:
+def check_layers(config: GriffinConfig, past_key_values: Cache) -> None:
     """Another model's cache may have as many layers, of other kinds or with another window."""
     if torch.compiler.is_compiling():
         return
@@ -73,7 +74,7 @@ def check_layers(config, past_key_values: Cache) -> None:
             )
 
 
-def check_room(config, past_key_values: Cache, length: int) -> None:
+def check_room(config: GriffinConfig, past_key_values: Cache, length: int) -> None:
     """A static cache shorter than the window forgets keys that the window still sees, without a word."""
     if any(getattr(layer, "record_past", False) for layer in past_key_values.layers):
         return  # the last draft may reach beyond the end; what does is dropped
@@ -85,7 +86,7 @@ def check_room(config, past_key_values: Cache, length: int) -> None:
         )
 
 
-def read_in_chunks(model, input_ids, chunk_size: int, model_kwargs: dict):
+def read_in_chunks(model: torch.nn.Module, input_ids: torch.Tensor, chunk_size: int, model_kwargs: dict) -> dict:
     """For a Hawk, whose cache does not count its tokens: Transformers' `_prefill`.
 
     Returns the model's outputs for the last chunk of the prompt (B, T), behind the others.

@@ -19,13 +19,9 @@ class CausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, taps, groups=channels)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        state: torch.Tensor | None = None,
-        document_start: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
-        states_to_keep: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, state: torch.Tensor | None = None, document_start: torch.Tensor | None = None,
+        real: torch.Tensor | None = None, states_to_keep: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """
         Args:
             x: (B, T, C).
@@ -54,7 +50,10 @@ class CausalConv1d(nn.Conv1d):
 
 
 @slot
-def convolve_with_states(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
+def convolve_with_states(
+    x: torch.Tensor, state: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor,
+    document_start: torch.Tensor | None, real: torch.Tensor | None, number: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """y and the last `number` states, of rows whose real tokens come first."""
     padded = behind_state(x, state, weight.shape[-1])
     age = None if document_start is None else tokens_since_start(document_start)

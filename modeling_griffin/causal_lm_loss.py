@@ -8,6 +8,8 @@ fused operator, where with it there would be three passes over each chunk.
 Legend: B batch, T time, V vocabulary, N = B T rows.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -28,7 +30,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
-    **kwargs,
+    **kwargs: object,
 ) -> torch.Tensor:
     """The arguments and the value of Transformers' `ForCausalLMLoss`, a number in float32.
 
@@ -54,7 +56,7 @@ def causal_lm_loss(
         raise ValueError(f"labels has {len(targets)} tokens: allowed is one for each of the {len(logits)} of logits")
     if num_items_in_batch is None:
         return _cross_entropy(logits, targets, ignore_index, "mean")
-    if torch.is_tensor(num_items_in_batch):
+    if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     return _cross_entropy(logits, targets, ignore_index, "sum") / num_items_in_batch
 
@@ -89,10 +91,10 @@ class CausalLMName(str):
     __slots__ = ()
     __hash__ = str.__hash__
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return str(self) == other or other == "RecurrentGemmaForCausalLM"
 
-    def __ne__(self, other) -> bool:
+    def __ne__(self, other: object) -> bool:
         return not self == other
 
 
@@ -100,7 +102,7 @@ class RowLosses(torch.autograd.Function):
     """-log softmax(logits)[target] of each row, 0 where the target is `ignore_index`: (N, V), (N,) -> (N,)."""
 
     @staticmethod
-    def forward(logits, targets, ignore_index):
+    def forward(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
         dtype, rows = _computed_in(logits), _chunk_rows(logits)
         losses = [
             F.nll_loss(F.log_softmax(chunk, -1, dtype=dtype), target, ignore_index=ignore_index, reduction="none")
@@ -109,35 +111,35 @@ class RowLosses(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         logits, targets, ctx.ignore_index = inputs
         ctx.save_for_backward(logits, targets)
 
     @staticmethod
-    def backward(ctx, d_losses):
+    def backward(ctx: Any, d_losses: torch.Tensor) -> tuple:
         logits, targets = ctx.saved_tensors
         columns, scale = columns_and_scale(targets, d_losses, ctx.ignore_index)
         with_graph = torch.is_grad_enabled()  # create_graph=True: to be differentiated again
         return (softmax_gradient if with_graph else _gradient_in_chunks)(logits, columns, scale), None, None
 
     @staticmethod
-    def vmap(info, in_dims, logits, targets, ignore_index):
+    def vmap(info: Any, in_dims: tuple, *inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Rows know nothing of each other: those of the whole batch, one after another."""
         logits, targets = (
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip((logits, targets), in_dims)
+            for tensor, dim in zip(inputs[:2], in_dims)
         )
-        losses = RowLosses.apply(logits.flatten(0, 1), targets.flatten(), ignore_index)
+        losses = RowLosses.apply(logits.flatten(0, 1), targets.flatten(), *inputs[2:])
         return losses.view(targets.shape), 0
 
 
-def columns_and_scale(targets, d_losses, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def columns_and_scale(targets: torch.Tensor, d_losses: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, ...]:
     """(N, 1) each: the target or 0, and the gradient that comes in, 0 for rows that are left out."""
     counted = targets != ignore_index
     return torch.where(counted, targets, 0)[:, None], torch.where(counted, d_losses, 0.0)[:, None]
 
 
-def softmax_gradient(logits, columns, scale) -> torch.Tensor:
+def softmax_gradient(logits: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(softmax - one-hot) * scale in the dtype of the logits; columns (N, 1) of the targets, scale (N, 1)."""
     softmax = torch.softmax(logits, -1, dtype=_computed_in(logits))
     return (softmax.scatter(1, columns, softmax.gather(1, columns) - 1) * scale).to(logits.dtype)

@@ -1,5 +1,8 @@
 """The configuration of a Griffin or Hawk model."""
 
+from os import PathLike
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -110,7 +113,7 @@ class GriffinConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if "sliding_window" in kwargs:
             self.attention_window_size = kwargs.pop("sliding_window")
         _check_sizes(self)
@@ -139,7 +142,7 @@ class GriffinConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> "GriffinConfig":
         """As in Transformers; fields among kwargs count as if they were in the file, so that None means the default."""
         names = {*GriffinConfig.__annotations__, *cls.attribute_map, *OLDER_ROTARY_NAMES}
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
@@ -162,7 +165,7 @@ class GriffinConfig(PreTrainedConfig):
         self.__dict__["base_model_tp_plan"] = None if plan == tensor_parallel_plan(self) else plan
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> "GriffinConfig":
+    def from_preset(cls, name: str, **overrides: Any) -> "GriffinConfig":
         """A ready-made configuration by name, for example "griffin-100m"; `griffin presets` lists them.
 
         overrides: fields that differ from it. Raises ValueError for a name that there is none of.
@@ -170,11 +173,11 @@ class GriffinConfig(PreTrainedConfig):
         return require_slot("config_from_preset")(name, cls, **overrides)
 
     @classmethod
-    def from_recurrent_gemma(cls, config) -> "GriffinConfig":
+    def from_recurrent_gemma(cls, config: PreTrainedConfig) -> "GriffinConfig":
         """The same shapes and choices as a RecurrentGemmaConfig; its window of W is W + 1 keys in DeepMind's code."""
         return require_slot("config_from_recurrent_gemma")(config, cls)
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Arguments as in Transformers; with an `auto_map` of all Auto classes, and the code beside it."""
         # What is not ours in it stays: a tokenizer's class, or a user's own model built on these.
         entries = (getattr(self, "auto_map", None) or {}).items()
@@ -186,7 +189,7 @@ class GriffinConfig(PreTrainedConfig):
         else:
             save(self, stock, save_directory, push_to_hub, **kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Raises ValueError with the field, its value and what is allowed. Run at construction and at saving."""
         _check_sizes(self)
         _check_divides(self, "num_gate_blocks", "lru_width")

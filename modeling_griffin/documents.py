@@ -9,6 +9,7 @@ Legend: B batch, T time (the tokens of this forward pass), S tokens that the cac
 from typing import NamedTuple
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
@@ -21,6 +22,7 @@ from .cache_layers import (
     tokens_in_cache,
 )
 from .cache_name import takes_cache_by_either_name
+from .configuration_griffin import GriffinConfig
 from .local_attention import LocalMask, attention_runs
 from .padding import Order, find_order, has_gap, in_order, read_mask
 
@@ -40,8 +42,10 @@ class Documents(NamedTuple):
 
 
 def read_layout(
-    config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None
-) -> tuple[torch.Tensor | None, torch.Tensor, Documents]:
+    config: GriffinConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None,
+    position_ids: torch.Tensor | None, past_key_values: Cache | None,
+    cu_seq_lens_q: torch.Tensor | None = None, seq_idx: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor, Documents]:  # fmt: skip
     """From a user's arguments to the attention mask, the positions (B, T) and the documents that all layers share.
 
     Arguments as in `GriffinModel.forward`; attention_mask may also be what `masks_for_generate` returned.
@@ -59,8 +63,10 @@ def read_layout(
 
 
 def read_rows(
-    config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q=None, seq_idx=None
-) -> tuple[torch.Tensor | dict | None, torch.Tensor, Documents]:
+    config: GriffinConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None,
+    position_ids: torch.Tensor | None, past_key_values: Cache | None,
+    cu_seq_lens_q: torch.Tensor | None = None, seq_idx: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | dict | None, torch.Tensor, Documents]:  # fmt: skip
     """The same before attention: the user's mask, checked and on the device, the positions and the documents.
 
     inputs_embeds: only its shape (B, T, ...) and device are read.
@@ -125,8 +131,9 @@ def _check_gaps(config, attention_mask) -> None:
 
 @takes_cache_by_either_name
 def masks_for_generate(
-    config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
-) -> dict[str, torch.Tensor | None]:
+    config: GriffinConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None,
+    past_key_values: Cache | None, position_ids: torch.Tensor | None = None, **kwargs: object,
+) -> dict[str, torch.Tensor | None]:  # fmt: skip
     """What `generate` prepares outside a compiled forward pass: the masks, and where documents start."""
     mask, _, documents = read_layout(config, inputs_embeds, attention_mask, position_ids, past_key_values)
     return {"sliding_attention": mask, "linear_attention": documents.real, "document_start": documents.start}
@@ -166,13 +173,9 @@ def read_documents(
 
 
 def read_position_ids(
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    boundaries: torch.Tensor | None,
-    past_length: int,
-    shape: tuple[int, int],
-    device: torch.device,
-) -> torch.Tensor:
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, boundaries: torch.Tensor | None,
+    past_length: int, shape: tuple[int, int], device: torch.device,
+) -> torch.Tensor:  # fmt: skip
     """(B, T) positions within each document: as given, else from the packing, the padding, or the cache's length.
 
     Raises ValueError when `position_ids` contradict `boundaries`, see `packing_boundaries`.
@@ -248,13 +251,9 @@ def _check_offsets(cu_seq_lens_q: torch.Tensor, length: int) -> None:
 
 
 def attention_mask_for_documents(
-    config,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values,
-    position_ids: torch.Tensor,
-    documents: Documents,
-):
+    config: GriffinConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None, position_ids: torch.Tensor, documents: Documents,
+) -> torch.Tensor | LocalMask | tuple | None:  # fmt: skip
     """The sliding-window mask in the form the chosen attention wants, with documents kept apart, cache or not.
 
     Stock masks see packing only without a cache and without a 2-D mask, hence the own mask function. Position_ids are

@@ -136,7 +136,8 @@ def _triton_version() -> tuple[int, int] | None:
         import triton
     except ImportError:
         return None
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def flash_refusal(gpu: GPU, head_dim: int) -> str | None:

@@ -6,6 +6,7 @@ Legend: B batch, H heads, H_kv key-value heads, T queries, S keys (the last T of
 dimension, W window.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,15 +41,9 @@ class LocalMask(NamedTuple):
 
 
 def local_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: LocalMask,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: LocalMask, scaling: float, dropout: float = 0.0, **kwargs: object,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query (B, H, T, K), key and value (B, H_kv, S, K) with S - T < W -> (B, T, H, K), and no weights."""
     past, block = key.shape[2] - query.shape[2], attention_mask.window
     sizes = [min(block, query.shape[2] - start) for start in range(0, query.shape[2], block)]
@@ -79,10 +74,10 @@ def _to_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 @slot
-def attention_runs(config, inputs_embeds, attention_mask, past_key_values, documents):
+def attention_runs(*arguments: object) -> tuple | None:
     """What the installed package's flash attention reads in place of a mask; None where there is none, as here."""
     return None
 
 
 # What `read_layout` hands over in place of a mask says which attention can read it. The package adds its own.
-OWN_ATTENTION = {LocalMask: local_attention}
+OWN_ATTENTION: dict[type, Callable] = {LocalMask: local_attention}

@@ -6,7 +6,10 @@ follows DeepMind's released RecurrentGemma; each such place is marked `Differs:`
 Legend: B batch, T time, D hidden size, C RG-LRU channels, H heads, K head dimension, W attention window, V vocabulary.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +56,7 @@ class GriffinRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor | None, residual: torch.Tensor | None = None):
+    def forward(self, hidden_states: torch.Tensor | None, residual: torch.Tensor | None = None) -> torch.Tensor | tuple:
         """(B, T, D) -> (B, T, D); with a residual: the norm of their sum, and the sum. None counts as zeros."""
         if residual is None:
             return rms_norm(hidden_states, self.weight, self.eps)
@@ -84,15 +87,9 @@ class GriffinRotaryEmbedding(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float, dropout: float = 0.0, **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The attention that returns its weights. query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K)."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -124,14 +121,10 @@ class GriffinAttention(nn.Module):
         self.o_proj = residual_output(query_width, config)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        documents: Documents | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None,
+        documents: Documents | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         input_shape = hidden_states.shape[:-1]
         per_head = (*input_shape, -1, self.head_dim)
         projected = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
@@ -179,7 +172,7 @@ class GriffinRecurrentBlock(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(
-        self, hidden_states: torch.Tensor, documents: Documents, past_key_values: Cache | None = None, **kwargs
+        self, hidden_states: torch.Tensor, documents: Documents, past_key_values: Cache | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         keep = states_to_keep(past_key_values, self.layer_idx)
         x, y = linears(hidden_states, self.linear_x, self.linear_y)
@@ -226,7 +219,7 @@ def residual_output(in_features: int, config: GriffinConfig) -> nn.Linear:
     return linear
 
 
-TEMPORAL_BLOCKS = {"linear_attention": GriffinRecurrentBlock, "sliding_attention": GriffinAttention}
+TEMPORAL_BLOCKS: dict[str, Any] = {"linear_attention": GriffinRecurrentBlock, "sliding_attention": GriffinAttention}
 
 
 class GriffinDecoderLayer(GradientCheckpointingLayer):
@@ -239,13 +232,13 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         self.channel_pre_norm = GriffinRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_block = GriffinMLP(config)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Without gradients nothing is computed again, and checkpointing of older Transformers would drop the cache.
         return (
             super().__call__(*args, **kwargs) if torch.is_grad_enabled() else nn.Module.__call__(self, *args, **kwargs)
         )
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         normed, hidden_states = self.temporal_pre_norm(None, residual=hidden_states)
         mixed, _ = self.temporal_block(normed, **kwargs)
         normed, hidden_states = self.channel_pre_norm(mixed, residual=hidden_states)
@@ -294,7 +287,7 @@ class GriffinPreTrainedModel(PreTrainedModel):
         elif isinstance(module, GriffinRMSNorm):
             init.zeros_(module.weight)
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """Arguments as in Transformers. The installed package saves completely or not at all: `saving/save.py`."""
         save = find_slot("save_model")
         if save is not None:
@@ -302,13 +295,13 @@ class GriffinPreTrainedModel(PreTrainedModel):
         with source_file_of_our_class(self):
             super().save_pretrained(save_directory, *args, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs):
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Arguments and result as in Transformers. The installed package writes a model card: `saving/save.py`."""
         push = find_slot("push_model")
         return super().push_to_hub(repo_id, **kwargs) if push is None else push(self, repo_id, **kwargs)
 
     @classmethod
-    def maybe_distribute_model(cls, model: nn.Module, distributed_config, mesh) -> nn.Module:
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh: Any) -> nn.Module:
         """Arguments and result as in Transformers. The installed package keeps Λ float32: `parallel/fsdp.py`.
 
         Raises:
@@ -326,7 +319,7 @@ class GriffinPreTrainedModel(PreTrainedModel):
 
 
 @contextmanager
-def source_file_of_our_class(model: nn.Module):
+def source_file_of_our_class(model: nn.Module) -> Iterator[None]:
     """Lets stock saving copy the source of the class that has some: FSDP2 puts a generated FSDP<name> before it."""
     own = next(cls for cls in type(model).__mro__ if not cls.__name__.startswith("FSDP"))
     generated = type(model)
@@ -369,7 +362,7 @@ class GriffinModel(GriffinPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
@@ -445,7 +438,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         return CausalLMName(super()._get_name())
 
     @PreTrainedModel.loss_function.getter
-    def loss_function(self):
+    def loss_function(self) -> Callable:
         """`causal_lm_loss`, where Transformers would take `ForCausalLMLoss` and no other loss was set."""
         if hasattr(self, "_loss_function") or self.loss_type not in ("ForCausalLM", None):
             return super().loss_function
@@ -463,7 +456,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments as in `GriffinModel.forward`, and:
 
@@ -540,23 +533,23 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
             kwargs[CACHE_NAME] = DynamicCache(config=self.config)
         return super()._assisted_decoding(*args, **kwargs)
 
-    def prefill(self, input_ids: torch.Tensor, state=None, chunk_size: int = 2048):
+    def prefill(self, input_ids: torch.Tensor, state: Any = None, chunk_size: int = 2048) -> Any:
         """Reads tokens into a `GenerationState`: `serving/batch.py`."""
         return require_slot("prefill")(self, input_ids, state, chunk_size)
 
-    def generate_batch(self, queue=None, **options) -> list:
+    def generate_batch(self, queue: Iterable | None = None, **options: Any) -> list:
         """Many requests side by side, all results: `serving/batch.py`."""
         return require_slot("generate_batch")(self, queue, **options)
 
-    def stream_batch(self, queue, **options):
+    def stream_batch(self, queue: Iterable, **options: Any) -> Iterator:
         """Many requests side by side, token by token: `serving/batch.py`."""
         return require_slot("stream_batch")(self, queue, **options)
 
-    def save_state(self, state, path) -> None:
+    def save_state(self, state: Any, path: str | PathLike) -> None:
         """Writes a `GenerationState` to one safetensors file, all or nothing: `serving/state.py`."""
         require_slot("save_state")(state, self, path)
 
-    def load_state(self, path):
+    def load_state(self, path: str | PathLike) -> Any:
         """The `GenerationState` in a file of `save_state`, on this model's device: `serving/state.py`."""
         return require_slot("load_state")(self, path)
 
@@ -581,7 +574,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         return "sliding_attention" in self.config.layer_types
 
     @classmethod
-    def from_recurrent_gemma(cls, source, **kwargs) -> "GriffinForCausalLM":
+    def from_recurrent_gemma(cls, source: str | PathLike | PreTrainedModel, **kwargs: Any) -> "GriffinForCausalLM":
         """RecurrentGemma's weights as a Griffin that follows DeepMind's code, in the source's dtype with Λ in float32.
 
         source: a folder or Hub id of a Transformers checkpoint, or a loaded `RecurrentGemmaForCausalLM`.
@@ -615,7 +608,7 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """labels: (B,) class indices, (B, num_labels) for several labels, or (B,) floats for regression.
 
@@ -681,7 +674,7 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
         """labels: (B, T) class indices, -100 is ignored."""
         outputs = self.model(

@@ -7,7 +7,7 @@ growing layers keeps is always in this order; static caches have an order of the
 Legend: B batch, H heads, T tokens of this forward pass, S tokens that the cache has seen, n keys, K head dimension.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils.import_utils import is_tracing
@@ -23,7 +23,9 @@ class Order(NamedTuple):
     keys: torch.Tensor
     queries: torch.Tensor | None
 
-    def of_states(self, query, key, value, layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def of_states(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """query (B, H, T, K), key and value (B, H_kv, n, K) in order; `layer` of the cache, or None, keeps them so."""
         ordered = _take(key, self.keys), _take(value, self.keys)
         if layer is not None:

@@ -86,15 +86,10 @@ class RGLRU(nn.Module):
         self.decay = Decay(width, c)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        document_start: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
-        state: torch.Tensor | None = None,
-        states_to_keep: int | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        self, x: torch.Tensor, document_start: torch.Tensor | None = None, real: torch.Tensor | None = None,
+        state: torch.Tensor | None = None, states_to_keep: int | None = None, cu_seqlens: torch.Tensor | None = None,
         starts: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """
         Args:
             x: (B, T, C).

@@ -13,9 +13,9 @@ logger = logging.get_logger(__name__)
 
 
 @slot
-def rg_lru_scan_by_torch(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+def rg_lru_scan_by_torch(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The torch backend. The package's is one operator where a compiler traces, whatever the length."""
-    return rg_lru_scan_torch(x, recurrence_gate, input_gate, log_decay, initial_state, reset)
+    return rg_lru_scan_torch(*inputs)
 
 
 BACKENDS = {"reference": rg_lru_scan_reference, "torch": rg_lru_scan_by_torch, "triton": rg_lru_scan_triton}

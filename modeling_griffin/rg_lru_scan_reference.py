@@ -20,12 +20,12 @@ class BoundedSqrt(torch.autograd.Function):
         return torch.sqrt(y)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
         (root,) = ctx.saved_tensors
         return grad * (0.5 / root.clamp(min=0.5 / MAX_SQRT_GRADIENT))
 
@@ -33,13 +33,9 @@ class BoundedSqrt(torch.autograd.Function):
 
 
 def rg_lru_scan_reference(
-    x: torch.Tensor,
-    recurrence_gate: torch.Tensor,
-    input_gate: torch.Tensor,
-    log_decay: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    reset: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, recurrence_gate: torch.Tensor, input_gate: torch.Tensor, log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None, reset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Arguments and results as in `rg_lru_scan`. Runs in float32, or in float64 where x is float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, length, channels = x.shape

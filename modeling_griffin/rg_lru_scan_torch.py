@@ -49,7 +49,10 @@ class RGLRUScan(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+    def forward(
+        x: torch.Tensor, recurrence_gate: torch.Tensor, input_gate: torch.Tensor, log_decay: torch.Tensor,
+        initial_state: torch.Tensor | None, reset: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         dtype = torch.promote_types(x.dtype, torch.float32)
         _, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype)
         b = multiplier * i * x.to(dtype)
@@ -59,11 +62,11 @@ class RGLRUScan(torch.autograd.Function):
         return hidden.to(x.dtype), hidden[:, -1].clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs, output[0])
 
     @staticmethod
-    def backward(ctx, d_hidden, d_last_state):
+    def backward(ctx: torch.autograd.function.FunctionCtx, d_hidden: torch.Tensor, d_last_state: torch.Tensor) -> tuple:
         x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
         r, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype)
@@ -93,13 +96,9 @@ class RGLRUScan(torch.autograd.Function):
 
 
 def rg_lru_scan_torch(
-    x: torch.Tensor,
-    recurrence_gate: torch.Tensor,
-    input_gate: torch.Tensor,
-    log_decay: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    reset: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, recurrence_gate: torch.Tensor, input_gate: torch.Tensor, log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None, reset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Arguments and results as in `rg_lru_scan`. Runs in float32, or in float64 where x is float64."""
     if x.shape[1] == 0:
         dtype = torch.promote_types(x.dtype, torch.float32)

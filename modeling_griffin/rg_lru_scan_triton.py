@@ -7,6 +7,7 @@ tiles, launches, and registers forward and backward as PyTorch operators.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -83,15 +84,10 @@ def triton_unavailable_reason(x: torch.Tensor) -> str | None:
 
 
 def rg_lru_scan_triton(
-    x: torch.Tensor,
-    recurrence_gate: torch.Tensor,
-    input_gate: torch.Tensor,
-    log_decay: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    reset: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None = None,
+    x: torch.Tensor, recurrence_gate: torch.Tensor, input_gate: torch.Tensor, log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None, reset: torch.Tensor | None, cu_seqlens: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Arguments and results as in `rg_lru_scan`. Runs in float32; `triton_unavailable_reason(x)` must be None.
 
     Gradients are deterministic. Second derivatives raise.
@@ -102,15 +98,15 @@ def rg_lru_scan_triton(
 
 
 @slot
-def run_forward(kernels, inputs: tuple, sequences: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def run_forward(kernels: Callable, inputs: tuple, sequences: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """kernels(*inputs, *sequences). The package's goes on by the torch backend where a kernel does not compile."""
     return kernels(*inputs, *sequences)
 
 
 @slot
-def run_backward(kernels, d_hidden, d_last_state, *saved) -> tuple[torch.Tensor, ...]:
+def run_backward(kernels: Callable, *gradients_and_saved: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The same of the gradients."""
-    return kernels(d_hidden, d_last_state, *saved)
+    return kernels(*gradients_and_saved)
 
 
 def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens=None, starts=None):

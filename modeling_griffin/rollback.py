@@ -12,6 +12,7 @@ Legend: B batch, N recent tokens, C RG-LRU channels, W taps of the convolution.
 
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.generation import CandidateGenerator
 
 
 MAX_ROLLBACK = 128  # tokens; drafts are far shorter, and a long prompt must not keep a state for each of its tokens
@@ -24,7 +25,7 @@ class RollbackLayer(LinearAttentionLayer):
 
     def __init__(self, layer: LinearAttentionLayer):
         super().__init__(number_of_states=layer.number_of_states)
-        vars(self).update(vars(layer))  # it takes over the states that the stock layer holds
+        self.__dict__.update(layer.__dict__)  # it takes over the states that the stock layer holds
         self._forget()
 
     def _forget(self) -> None:
@@ -36,7 +37,7 @@ class RollbackLayer(LinearAttentionLayer):
     def is_croppable(self) -> bool:
         return True
 
-    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
         """conv_states: (B, N, C, W), behind each of the last N tokens."""
         if not self.is_conv_states_initialized[state_idx]:
             self.lazy_initialization(conv_states=conv_states[:, -1], state_idx=state_idx)
@@ -48,7 +49,7 @@ class RollbackLayer(LinearAttentionLayer):
         self.has_previous_state[state_idx] = True
         return self.conv_states[state_idx].copy_(conv_states[:, -1])
 
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_: object) -> torch.Tensor:
         """recurrent_states: (B, N, C) float32, behind each of the last N tokens."""
         if not self.is_recurrent_states_initialized[state_idx]:
             self.lazy_initialization(recurrent_states=recurrent_states[:, -1], state_idx=state_idx)
@@ -82,7 +83,7 @@ class RollbackLayer(LinearAttentionLayer):
             self.recurrent_history = self.recurrent_history.index_select(0, beam_idx.to(self.device))
 
 
-def check_drafts(generation_config) -> None:
+def check_drafts(generation_config: object) -> None:
     """Raises ValueError for drafts by the model's own first layers, for which Transformers edits its configuration.
 
     An error within would leave the model with that configuration.
@@ -94,7 +95,7 @@ def check_drafts(generation_config) -> None:
         )
 
 
-def bound_drafts(generator):
+def bound_drafts(generator: CandidateGenerator) -> CandidateGenerator:
     """The same generator of drafts, with no more of them at once than can be taken back: fewer change no token."""
     get_candidates = generator.get_candidates
 

@@ -7,6 +7,8 @@ channels are whole gate blocks, so that the gates need no other rank.
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
@@ -28,7 +30,7 @@ SHARED_HEAD_PLAN = {"k_proj": "griffin_shared_head", "v_proj": "griffin_shared_h
 MLP_PLAN = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
-def tensor_parallel_plan(config) -> dict[str, str]:
+def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
     """The rules for a `GriffinModel` of this configuration: name, with * for the layer's number, to parallel style."""
     plan = {"embed_tokens": "embedding_rowwise"}
     plan |= {f"layers.*.mlp_block.{name}": style for name, style in MLP_PLAN.items()}
@@ -42,7 +44,7 @@ def tensor_parallel_plan(config) -> dict[str, str]:
     return plan | {f"layers.*.temporal_block.{name}": style for name, style in temporal.items()}
 
 
-def check_tensor_parallel(config, tp_size: int) -> None:
+def check_tensor_parallel(config: PreTrainedConfig, tp_size: int) -> None:
     """Raises ValueError where heads, gate blocks or MLP features cannot be shared out evenly among `tp_size` ranks."""
     fields = ["intermediate_size"]
     if "linear_attention" in config.layer_types:
@@ -75,7 +77,7 @@ class FirstAxisParallel(TensorParallelLayer):
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
 
-    def shard_param(self, module: nn.Module, param: str, mesh) -> None:
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         whole = module._parameters[param]
         share = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
         module._parameters[param] = nn.Parameter(share, requires_grad=whole.requires_grad)
@@ -87,7 +89,7 @@ class SharedHeadParallel(TensorParallelLayer):
     So each rank's gradient is a part of the whole, and the backward pass sums the parts.
     """
 
-    def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh) -> torch.Tensor:
+    def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         if not output.requires_grad:
             return output
         return DTensor.from_local(output, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])

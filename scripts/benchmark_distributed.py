@@ -240,7 +240,7 @@ def summarise(run: dict, single: dict | None) -> dict:
 
 def benchmark(base: dict, processes: list[int], engines: list[str], largest: bool) -> Iterator[dict]:
     """The report after each run, so that one that is cut short leaves what it measured."""
-    report = {"run": base, "rows": [], "out_of_memory": []}
+    report: dict = {"run": base, "rows": [], "out_of_memory": []}
     for engine in engines:
         single = None
         for count in tqdm(processes, desc=engine):

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark_training import SIZES, _cell, _griffin_config
@@ -32,6 +33,7 @@ from transformers import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_griffin import GenerationRequest, GriffinConfig, GriffinForCausalLM
@@ -163,14 +165,14 @@ class Stamps(BaseStreamer):
     def __init__(self):
         self.times = [time.perf_counter()]
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
 
-    def end(self):
+    def end(self) -> None:
         pass
 
 
-def generate(model, ids, new: int, compiled: bool = False, **kwargs):
+def generate(model: torch.nn.Module, ids: torch.Tensor, new: int, compiled: bool = False, **kwargs: Any) -> Any:
     if compiled:
         # Ours: one graph while the window fills and one when it is full. Peers by their own defaults.
         compile_config = CompileConfig(dynamic=True) if isinstance(model, GriffinForCausalLM) else CompileConfig()
@@ -187,20 +189,20 @@ def generate(model, ids, new: int, compiled: bool = False, **kwargs):
     )
 
 
-def random_ids(model, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+def random_ids(model: torch.nn.Module, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(10, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
 
 
 @torch.no_grad()
-def disagreement(model, sequences: torch.Tensor, logits: torch.Tensor) -> float:
+def disagreement(model: torch.nn.Module, sequences: torch.Tensor, logits: torch.Tensor) -> float:
     """Of the logits (B, N, V) of the last N tokens and those of a forward pass without a cache; of the largest one."""
     expected = model(sequences, use_cache=False).logits[:, -logits.shape[1] - 1 : -1].float()
     error = ((logits.float() - expected).abs().max() / expected.abs().max()).item()
     return error if error == error else float("inf")
 
 
-def check(name: str, model, compiled: bool, rows: int) -> float:
+def check(name: str, model: torch.nn.Module, compiled: bool, rows: int) -> float:
     """The disagreement of generated logits; SystemExit if it is ours and too large."""
     ids = random_ids(model, rows, 40, seed=1)
     found = generate(model, ids, 8, compiled, output_logits=True, return_dict_in_generate=True)
@@ -211,7 +213,7 @@ def check(name: str, model, compiled: bool, rows: int) -> float:
 
 
 @torch.no_grad()
-def shortfall(what: str, model, sequences: torch.Tensor, prompt: int) -> float:
+def shortfall(what: str, model: torch.nn.Module, sequences: torch.Tensor, prompt: int) -> float:
     """How far below the likeliest a token behind the prompt is at most, of the largest logit; SystemExit if far.
 
     In 16 bits two tokens may be as likely as can be told: then this, and not equality, is what can be asked for.
@@ -224,12 +226,12 @@ def shortfall(what: str, model, sequences: torch.Tensor, prompt: int) -> float:
     return error
 
 
-def check_plain(model) -> float:
+def check_plain(model: torch.nn.Module) -> float:
     ids = random_ids(model, 2, 40, seed=1)
     return shortfall(OURS, model, generate(model, ids, 8), ids.shape[1])
 
 
-def unwatched(model, rows: int, prompt: int, settings: dict) -> float:
+def unwatched(model: torch.nn.Module, rows: int, prompt: int, settings: dict) -> float:
     """Seconds a token, the difference of a long and a short generation, without the streamer that stamps each token."""
     ids, new, seconds = random_ids(model, rows, prompt), settings["new"], []
     for tokens in (new, 5 * new) * 3:
@@ -239,7 +241,7 @@ def unwatched(model, rows: int, prompt: int, settings: dict) -> float:
     return statistics.median(long - short for short, long in zip(seconds[::2], seconds[1::2])) / (4 * new)
 
 
-def decode(models, settings, report) -> Iterator[None]:
+def decode(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> Iterator[None]:
     """Milliseconds a token, the time to the first one, and of the first call. Yields after each check and cell."""
     contestants, report["checks"], report["first_call_seconds"], report["decode"] = {}, {}, {}, []
     rows = settings["decode"][0][0]  # of the checks: other rows could be compiled anew
@@ -289,7 +291,7 @@ def decode(models, settings, report) -> Iterator[None]:
         yield
 
 
-def context(models, settings, report) -> None:
+def context(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> None:
     """Plain `generate` behind prompts of any length, read in chunks: time and memory against the context."""
     report["context"] = []
     for length in tqdm(settings["contexts"], desc="contexts"):
@@ -321,14 +323,14 @@ def context(models, settings, report) -> None:
 
 
 @torch.no_grad()
-def state_bytes(model, length: int) -> int:
+def state_bytes(model: torch.nn.Module, length: int) -> int:
     """What is kept of a text: the same for every length that fills the attention window."""
     text = random_ids(model, 1, min(length, model.config.attention_window_size))
     return sum(tensor.nbytes for pair in model.prefill(text).layers for tensor in pair)
 
 
 @torch.no_grad()
-def forward_rate(model, device: str) -> float:
+def forward_rate(model: torch.nn.Module, device: str) -> float:
     """Tokens a second of the forward pass of training, on rows of ROW tokens, as many as a large prompt has."""
     ids, seconds = random_ids(model, 8 if device == "cuda" else 1, ROW), []
     for _ in range(4):  # the first warms up
@@ -345,13 +347,13 @@ class MemoryStamps(Stamps):
         super().__init__()
         self.memory = []
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         super().put(value)
         if torch.cuda.is_available() and len(self.times) % 1000 == 0:
             self.memory.append(torch.cuda.memory_allocated())
 
 
-def long(models, settings, report) -> None:
+def long(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> None:
     """One generation of many tokens: time a token and memory as it grows."""
     model, stamps = models[OURS], MemoryStamps()
     on_gpu = settings["device"] == "cuda"
@@ -374,7 +376,7 @@ def long(models, settings, report) -> None:
     }
 
 
-def serving(models, settings, report) -> None:
+def serving(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> None:
     """A mixed load: rows that come and go against batches of left-padded prompts that run to their longest answer."""
     model, chance, rows = models[OURS], random.Random(0), settings["rows"]
     load, generations = [], settings["generations"]
@@ -409,7 +411,7 @@ def _padded(model, load) -> None:
     model.generate(ids, attention_mask=real.long(), max_new_tokens=new, do_sample=False, pad_token_id=0)
 
 
-def drafts(models, settings, report) -> None:
+def drafts(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> None:
     """Prompt lookup against plain decoding, where the text repeats itself and where no draft is ever right."""
     device, new = settings["device"], 4 * settings["new"]
     fitted, refrain = _fitted_to_a_refrain(models[OURS])
@@ -427,9 +429,9 @@ def drafts(models, settings, report) -> None:
             raise SystemExit("prompt lookup finds other tokens than greedy decoding: nothing is timed")
         seconds = {"plain": [], "prompt lookup": []}
         for _ in range(settings["turns"]):
-            for label, options in (("plain", {}), ("prompt lookup", {"prompt_lookup_num_tokens": 8})):
+            for label, number in (("plain", None), ("prompt lookup", 8)):
                 begin = _now(device)
-                generate(model, ids, new, **options)
+                generate(model, ids, new, prompt_lookup_num_tokens=number)
                 seconds[label].append((_now(device) - begin) / new)
         row = {"text": name, "tokens_a_pass": new / passes}
         report["drafts"].append({**row, **{label: milliseconds(each) for label, each in seconds.items()}})
@@ -458,7 +460,7 @@ def milliseconds(seconds: list[float]) -> dict[str, float]:
     return {f"{name}_ms": value * 1e3 for name, value in quantiles(seconds).items()}
 
 
-def cache_bytes(cache) -> int:
+def cache_bytes(cache: Cache) -> int:
     """Whole storages, once each, not views of them."""
     tensors = []
     for layer in cache.layers:

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def benchmark_cuda() -> Iterator[dict]:
     """A report after each scan, so that a run that is cut short leaves what it measured."""
-    report = {"copy_ceiling_bytes_per_s": _copy_ceiling(), "decode": _decode(), "shapes": [], "lengths": []}
+    report: dict = {"copy_ceiling_bytes_per_s": _copy_ceiling(), "decode": _decode(), "shapes": [], "lengths": []}
     ceiling = report["copy_ceiling_bytes_per_s"]
     for name, scan in _scans():  # peers may compile for minutes: one is measured before the next is looked at
         errors = _errors(scan)
@@ -152,7 +152,7 @@ def _errors(scan) -> list[float]:
     """Of hidden and each gradient, against the reference in float64; inf where it fails to run."""
     inputs, d_hidden = _inputs((2, 512, 256), seed=1)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    expected = _own_scan(*exact, backend="reference")
+    expected = functools.partial(_own_scan, backend="reference")(*exact)
     expected = [expected, *torch.autograd.grad(expected, exact, d_hidden.double())]
     try:
         actual = scan(*inputs)

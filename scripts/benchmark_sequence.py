@@ -23,6 +23,7 @@ from benchmarks.birth_certificate import birth_certificate, birth_lines, quantil
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_griffin.parallel import neighbours, parallelize_sequence
+from modeling_griffin.parallel.sequence import SequenceParallel
 from modeling_griffin.training.pieces import PIECE, mlp_in_pieces
 
 
@@ -37,7 +38,7 @@ class Recorder:
         dist.all_to_all_single, neighbours._all_gather = self._exchange, self._gather
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         dist.all_to_all_single, neighbours._all_gather = self.exchange, self.gather
 
     def _exchange(self, output, buffer, receives, sends, **options):
@@ -53,7 +54,7 @@ class Recorder:
         own = [0 if call[3] is not None else _bytes(call[0], call[2]) for call in self.calls]
         return [_bytes(call[1], call[2]) - less for call, less in zip(self.calls, own)]
 
-    def replay(self, group, device: torch.device) -> float:
+    def replay(self, group: dist.ProcessGroup, device: torch.device) -> float:
         """Seconds of all calls one after another, with nothing beside them."""
         zeros = [
             [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for *shapes, dtype, _, _ in self.calls
@@ -96,7 +97,7 @@ def make_model(size: str, mlp_piece: int, device: torch.device) -> torch.nn.Modu
 class Step(torch.nn.Module):
     """The loss of rows of tokens; DDP calls it as a whole."""
 
-    def __init__(self, model: torch.nn.Module, shared, piece: int):
+    def __init__(self, model: torch.nn.Module, shared: SequenceParallel, piece: int):
         super().__init__()
         self.model, self.piece = model, piece
         self.shared = [shared]  # in a list: it is no module
@@ -129,7 +130,7 @@ def _run(step: torch.nn.Module, ids: torch.Tensor) -> float:
     return loss.item()
 
 
-def benchmark(arguments, device: torch.device) -> dict:
+def benchmark(arguments: argparse.Namespace, device: torch.device) -> dict:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     vocabulary = SIZES[arguments.size][4]
     found = {}
@@ -153,7 +154,7 @@ def benchmark(arguments, device: torch.device) -> dict:
     return found
 
 
-def what_was_sent(recorder: Recorder, shared, device: torch.device) -> dict:
+def what_was_sent(recorder: Recorder, shared: SequenceParallel, device: torch.device) -> dict:
     """Of the rank that receives most: calls and bytes a step, the largest call, and the seconds of all of them."""
     received = recorder.received()
     most = torch.tensor([sum(received), max(received, default=0)], device=device)

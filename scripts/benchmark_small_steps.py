@@ -13,6 +13,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
                 output.with_suffix(".md").write_text(text(report))
 
 
-def measure(name: str, adapted: bool, cells, arguments):
+def measure(name: str, adapted: bool, cells: list[tuple[int, int]], arguments: argparse.Namespace) -> Iterator[dict]:
     """A row for each cell and way of one model."""
     if not cells:
         return

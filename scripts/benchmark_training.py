@@ -282,7 +282,9 @@ def _loss_and_gradient(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach().double(), gradient
 
 
-def measure(arguments, size: str, cell: tuple[int, int], dtype, peak_flops: float | None) -> Iterator[dict]:
+def measure(
+    arguments: argparse.Namespace, size: str, cell: tuple[int, int], dtype: torch.dtype, peak_flops: float | None
+) -> Iterator[dict]:
     """A row of results for each model at one (batch, tokens). On a GPU one model lives at a time, on a CPU all do."""
     names = arguments.models
     groups = [[name] for name in names] if arguments.device == "cuda" else [names]

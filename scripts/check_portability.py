@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--verbose", action="store_true", help="a line for every launch, not only for failures")
     arguments = parser.parse_args(argv)
     if arguments.one:
-        compile_one(*arguments.one, arguments.quick, arguments.case)
+        architecture, shape, dtype = arguments.one
+        compile_one(architecture, shape, dtype, arguments.quick, arguments.case)
         return
     failures = check(_chosen(arguments), arguments)
     if failures:
@@ -54,7 +55,7 @@ def _chosen(arguments) -> list[tuple[str, str, str]]:
     return [(gpu, shape, dtype) for gpu in arguments.gpu for shape in shapes for dtype in arguments.dtype]
 
 
-def check(chosen: list[tuple[str, str, str]], arguments) -> list[str]:
+def check(chosen: list[tuple[str, str, str]], arguments: argparse.Namespace) -> list[str]:
     """A process each, since what is compiled for NVIDIA and for AMD differs from the import on."""
     options = [*(["--quick"] if arguments.quick else []), "--case", arguments.case]
 

@@ -17,7 +17,9 @@ import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -138,10 +140,10 @@ def _flat(run: dict) -> dict:
 class InThisProcess(concurrent.futures.Executor):
     """--jobs 1."""
 
-    def submit(self, function, *arguments):
+    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> concurrent.futures.Future:
         future = concurrent.futures.Future()
         try:
-            future.set_result(function(*arguments))
+            future.set_result(function(*arguments, **options))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -217,7 +219,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", default=[], help="more text for language tasks: files, folders, globs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the device (default: 1)")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no run is to end")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where it runs")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     parser.add_argument("--list", action="store_true", help="print all runs and which are finished; run nothing")
     arguments = parser.parse_args(argv)

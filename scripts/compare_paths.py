@@ -13,6 +13,7 @@ import json
 import math
 import pydoc_data.topics
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -58,12 +59,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def fast():
+def fast() -> Iterator[str]:
     yield "sdpa"
 
 
 @contextlib.contextmanager
-def definitions():
+def definitions() -> Iterator[str]:
     """Without kernels, without compiled chains, with the loop over time; attention by eager operations."""
     scan = rg_lru.rg_lru_scan
 
@@ -86,13 +87,13 @@ def texts(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.tensor_split([len(tokens) * 9 // 10])
 
 
-def batch(text: torch.Tensor, arguments, generator: torch.Generator) -> torch.Tensor:
+def batch(text: torch.Tensor, arguments: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
     """(rows, length) of it, from random places."""
     starts = torch.randint(len(text) - arguments.length, (arguments.rows, 1), generator=generator).to(text.device)
     return text[starts + torch.arange(arguments.length, device=text.device)]
 
 
-def train(arguments, attention: str, seed: int, name: str) -> dict:
+def train(arguments: argparse.Namespace, attention: str, seed: int, name: str) -> dict:
     torch.manual_seed(seed)
     config = GriffinConfig(
         vocab_size=BYTES,

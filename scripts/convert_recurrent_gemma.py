@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, RecurrentGemmaForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.conversion.recurrent_gemma import (
@@ -94,7 +95,7 @@ def safetensors_entries(folder: Path) -> Entries:
                 yield name, shard.get_tensor(name)
 
 
-def read_checkpoint(folder: Path, reverse: bool) -> tuple[object, object, Entries, int, Change]:
+def read_checkpoint(folder: Path, reverse: bool) -> tuple[PreTrainedConfig, PreTrainedConfig, Entries, int, Change]:
     """(source config, target config, entries, how many, what becomes of each) of a Transformers checkpoint."""
     count = sum(len(tensor_names(file)) for file in weight_files(folder))
     config, target = read_configs(folder, reverse)
@@ -109,7 +110,7 @@ def read_checkpoint(folder: Path, reverse: bool) -> tuple[object, object, Entrie
     return config, target, safetensors_entries(folder), count, change
 
 
-def read_configs(folder: Path, reverse: bool) -> tuple[object, object]:
+def read_configs(folder: Path, reverse: bool) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """(source config, target config). Raises ValueError for a config.json that is not the source's."""
     path = folder / "config.json"
     if not path.is_file():
@@ -117,15 +118,18 @@ def read_configs(folder: Path, reverse: bool) -> tuple[object, object]:
     fields = read_json_object(path)
     if not isinstance(fields.get("auto_map", {}), dict):
         raise ValueError(f"auto_map = {fields['auto_map']!r} in {path}: allowed is an object")
-    convert = recurrent_gemma_config_from_griffin if reverse else griffin_config_from_recurrent_gemma
     try:
         config = AutoConfig.from_pretrained(folder)
-        return config, convert(config) if reverse else convert(config, GriffinConfig)
+        if reverse:
+            return config, recurrent_gemma_config_from_griffin(config)
+        return config, griffin_config_from_recurrent_gemma(config, GriffinConfig)
     except Exception as error:  # what it raises depends on the field that it meets first
         raise ValueError(f"{path} cannot be converted ({error})") from error
 
 
-def read_deepmind(file: Path, arguments: argparse.Namespace) -> tuple[object, object, Entries, int, Change]:
+def read_deepmind(
+    file: Path, arguments: argparse.Namespace
+) -> tuple[PreTrainedConfig, PreTrainedConfig, Entries, int, Change]:
     """The same of DeepMind's `.pt` file; its tensors stay on disk until they are used."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -142,7 +146,7 @@ def read_deepmind(file: Path, arguments: argparse.Namespace) -> tuple[object, ob
     return None, target, iter(tensors.items()), len(tensors), griffin_tensors_from_deepmind
 
 
-def check_complete(writer: ShardWriter, config) -> None:
+def check_complete(writer: ShardWriter, config: PreTrainedConfig) -> None:
     """Raises ValueError unless the tensors written are the target's: loading would draw missing ones at random."""
     model_class = GriffinForCausalLM if config.model_type == GriffinConfig.model_type else RecurrentGemmaForCausalLM
     with torch.device("meta"):
@@ -176,7 +180,7 @@ def companions(source: Path) -> list[Path]:
     return files
 
 
-def describe_change(source, target) -> list[str]:
+def describe_change(source: PreTrainedConfig, target: PreTrainedConfig) -> list[str]:
     """The fields whose value or name changed."""
     before = {} if source is None else source.to_dict()
     after = target.to_dict()
@@ -243,7 +247,15 @@ def convert(arguments: argparse.Namespace) -> None:
     report(arguments.source, target, source_config, target_config, writer, dtypes, [file.name for file in copied])
 
 
-def report(source, target, source_config, target_config, writer, dtypes, copied) -> None:
+def report(
+    source: str,
+    target: Path,
+    source_config: PreTrainedConfig,
+    target_config: PreTrainedConfig,
+    writer: ShardWriter,
+    dtypes: dict,
+    copied: list[str],
+) -> None:
     tensors = sum(len(names) for names in dtypes.values())
     kinds = ", ".join(f"{len(names)} {dtype}" for dtype, names in sorted(dtypes.items()))
     print(f"{source} -> {target}")
@@ -279,7 +291,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     deepmind = parser.add_argument_group("what a .pt file does not tell (defaults: RecurrentGemma 2B and 9B)")
     deepmind.add_argument("--attention-window-size", type=int, default=2048, help="in DeepMind's sense, without itself")
     deepmind.add_argument("--logits-soft-cap", type=float, default=30.0, help="0 for none")
-    deepmind.add_argument("--no-scale-embeddings", action="store_true")
+    scaled = "embeddings are not multiplied by the square root of the width"
+    deepmind.add_argument("--no-scale-embeddings", action="store_true", help=scaled)
     return parser.parse_args(argv)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from help_formatter import ShowDefaults
 
@@ -26,7 +27,7 @@ import train
 from generate import generate
 from lambda_study.trigram import trigram_bits_per_byte
 from training.report import next_steps
-from transformers import AutoModelForCausalLM, StoppingCriteria, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, StoppingCriteria, set_seed
 
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
@@ -60,17 +61,17 @@ def write_documents(path: Path, texts: list[str]) -> None:
 class EndOfSentence(StoppingCriteria):
     """Stops a single row at the first full stop after `after` tokens."""
 
-    def __init__(self, tokenizer, after: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, after: int):
         self.tokenizer, self.after = tokenizer, after
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(1,) bool: whether the row ends here."""
         at_end = input_ids.shape[1] > self.after and self.tokenizer.decode(input_ids[0, -1:]).rstrip().endswith(".")
         return torch.tensor([at_end], device=input_ids.device)
 
 
 @torch.no_grad()
-def some_logits(model) -> np.ndarray:
+def some_logits(model: torch.nn.Module) -> np.ndarray:
     """Logits (1, 200, vocabulary) of a fixed row of tokens."""
     tokens = torch.arange(200, device=model.device)[None] * 7 % 256
     return model.eval()(input_ids=tokens).logits.cpu().numpy()

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from help_formatter import ShowDefaults
 from training.report import bits_per_byte, versions
 from training.text_data import IGNORED_LABEL, PackedRows, load_documents, tokenize
 from training.text_tokenizer import document_ends
+from transformers import PreTrainedTokenizerBase
 
 from modeling_griffin.cache_name import CACHE_NAME
 
@@ -34,7 +36,7 @@ def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     return np.diff(bytes_up_to[ends], prepend=0).tolist()
 
 
-def count_token_bytes(documents, tokenizer) -> np.ndarray:
+def count_token_bytes(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """For every token of `tokenize(documents)`, the documents' ends (no bytes) included."""
     counts = []
     for record in documents:
@@ -44,7 +46,7 @@ def count_token_bytes(documents, tokenizer) -> np.ndarray:
 
 
 @torch.no_grad()
-def row_losses(model, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
+def row_losses(model: torch.nn.Module, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
     """-log p (T - 1,) in nats of one row of `PackedRows`, `chunk` tokens at a time; 0 where nothing is predicted."""
     input_ids, position_ids, labels = (
         row[name][None].to(model.device) for name in ("input_ids", "position_ids", "labels")
@@ -66,7 +68,9 @@ def row_losses(model, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
     return torch.nn.functional.pad(torch.cat(losses).cpu(), (0, input_ids.shape[1] - 1 - last))
 
 
-def bucket_losses(model, rows: PackedRows, num_bytes: np.ndarray, chunk: int, max_rows: int | None) -> list[dict]:
+def bucket_losses(
+    model: torch.nn.Module, rows: PackedRows, num_bytes: np.ndarray, chunk: int, max_rows: int | None
+) -> list[dict]:
     """One entry for the positions [1, 2), [2, 4), [4, 8), ...: tokens, bytes and summed loss (nats).
 
     The position of a token is how many tokens of its document, the start included, stand before it in the row.

@@ -2,16 +2,24 @@
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from help_formatter import ShowDefaults
 from training.text_tokenizer import document_ends
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
 
-def load(name: str, trust_remote_code: bool, device: str):
+def load(name: str, trust_remote_code: bool, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or Hub id; weights in safetensors only, never pickles."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -25,7 +33,7 @@ def load(name: str, trust_remote_code: bool, device: str):
     return model.to(device).eval(), tokenizer
 
 
-def generate(model, tokenizer, prompt: str, **options) -> torch.Tensor:
+def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any) -> torch.Tensor:
     """Continues a document that begins with `prompt`; streams it to stdout, returns all token ids (1, T)."""
     first, _ = document_ends(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []

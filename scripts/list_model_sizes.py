@@ -44,7 +44,7 @@ def size_table(folder: Path = MODELS) -> str:
     return "\n".join(header + [row for _, _, row in sorted(rows)])
 
 
-def main():
+def main() -> None:
     print(size_table())
 
 

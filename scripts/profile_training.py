@@ -36,7 +36,7 @@ class Part(NamedTuple):
     """function: of tensors, to one or several. flops of products and bytes of the rest: of one forward and backward."""
 
     name: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     inputs: tuple[torch.Tensor, ...]
     flops: float

@@ -81,7 +81,7 @@ def check_shipped_code(folder: Path, model: str, environment: dict, revision: st
         ids = torch.arange(2 * 40).reshape(2, 40) * 7919 % read_config(folder)["vocab_size"]
         save_file({"input_ids": ids}, inputs)
         script = Path(__file__).with_name("run_shipped_code.py")
-        command = [sys.executable, script, model, auto_class, inputs, outputs, "--trust-remote-code"]
+        command = [sys.executable, str(script), model, auto_class, inputs, outputs, "--trust-remote-code"]
         environment = {**os.environ, "HF_MODULES_CACHE": f"{scratch}/modules", **environment}
         command += ["--revision", revision] if revision else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -153,7 +153,9 @@ def check_same_model(api: HfApi, repo_id: str, folder: Path, revision: str | Non
     return names
 
 
-def upload(api: HfApi, repo_id: str, folder: Path, names: list[str], card: ModelCard, arguments) -> str:
+def upload(
+    api: HfApi, repo_id: str, folder: Path, names: list[str], card: ModelCard, arguments: argparse.Namespace
+) -> str:
     """One commit with everything, which also removes weights that are replaced; returns its name."""
     api.create_repo(repo_id, private=arguments.private or None, exist_ok=True)
     if arguments.revision:

@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from help_formatter import ShowDefaults
-from lambda_study.run import make_config, make_model, train
+from lambda_study.run import make_config, make_model, make_optimizer, train
 from lambda_study.synthetic_tasks import IGNORED, needle
 from lambda_study.tasks import HELD_OUT_SEED, SyntheticTask
+
+from modeling_griffin import GriffinForCausalLM
 
 
 ARMS = {
@@ -53,7 +55,7 @@ def distances(longest: int) -> list[int]:
 
 
 @torch.no_grad()
-def accuracy(model, distance: int, rows: int, chunk: int) -> float:
+def accuracy(model: GriffinForCausalLM, distance: int, rows: int, chunk: int) -> float:
     """Share of right answers over rows that no run trains on; a pass sees rows * chunk tokens at any distance."""
     tokens, answers = questions(distance, rows)
     return (model.prefill(tokens, chunk_size=chunk).logits.cpu().argmax(-1) == answers).float().mean().item()
@@ -67,7 +69,7 @@ def questions(distance: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(moved), targets[row, place]
 
 
-def run_arm(name: str, seed: int, arguments) -> dict:
+def run_arm(name: str, seed: int, arguments: argparse.Namespace) -> dict:
     """Trains one model and asks it at all distances."""
     start, device = time.perf_counter(), torch.device(arguments.device)
     settings = {"kind": "needle", "sizes": distances(arguments.trained), "rows": arguments.rows}
@@ -75,7 +77,8 @@ def run_arm(name: str, seed: int, arguments) -> dict:
     config = make_config(shared_by_arms(vars(arguments)), ARMS[name], task.vocab_size)
     model = make_model(config, seed).to(device).train()
     run = {"settings": TRAINING, "steps": arguments.steps, "learning_rate": arguments.learning_rate}
-    losses = [loss for _, loss in train(model, task, run)][-100:]
+    optimizer = make_optimizer(model, arguments.learning_rate, TRAINING["weight_decay"])
+    losses = [loss for _, loss in train(model, optimizer, task, run)][-100:]
     loss = torch.stack(losses).mean().item()
     seconds = time.perf_counter() - start
     model.eval()
@@ -203,11 +206,12 @@ def main(argv: list[str] | None = None) -> dict:
         "held_out_rows",
         "chunk",
     )
-    report = {"birth": birth, "run": {name: getattr(arguments, name) for name in names}, "runs": []}
+    runs: list[dict] = []
+    report = {"birth": birth, "run": {name: getattr(arguments, name) for name in names}, "runs": runs}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for name in arguments.arms:
-            report["runs"].append(run_arm(name, seed, arguments))
+            runs.append(run_arm(name, seed, arguments))
             Path(f"{arguments.output}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
             Path(f"{arguments.output}.md").write_text(text_of(report), encoding="utf-8")
             plot(report, Path(f"{arguments.output}.png"))

@@ -61,6 +61,24 @@ def page(name: str, records: list[dict], reference: str, pictures: dict[str, str
     return "\n".join(lines)
 
 
+def with_kept_note(path: Path, text: str) -> str:
+    """The page, with the note that someone wrote above the figures of the old one: between its title and its origin.
+
+    A correction stands there, and a page that is written anew must not drop it.
+    """
+    if not path.is_file():
+        return text
+    title, _, rest = text.partition("\n")
+    old = path.read_text(encoding="utf-8").partition("\n")[2]
+    note = old[: len(old) - len(old.lstrip("\n"))] + _up_to_origin(old.lstrip("\n"))
+    return title + "\n" + note.rstrip("\n") + ("\n" if note.strip() else "") + rest
+
+
+def _up_to_origin(text: str) -> str:
+    """What stands before the paragraph that `provenance` writes, which begins with the command."""
+    return "" if text.startswith("`") else text.partition("\n\n`")[0]
+
+
 def provenance(records: list[dict]) -> list[str]:
     """Command, commit, hardware, versions and dates, each as often as it differs."""
     said = {}
@@ -330,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     records = [record for record in records if record["task"] in pictures]
     text = page(arguments.folder.name, records, arguments.reference, pictures)
     output = arguments.folder.with_name(arguments.folder.name + ".md")
-    output.write_text(text, encoding="utf-8")
+    output.write_text(with_kept_note(output, text), encoding="utf-8")
     print("written:", output, *(arguments.folder.with_name(name) for name in pictures.values()))
 
 

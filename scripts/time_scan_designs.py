@@ -114,7 +114,15 @@ def _scan(design: Callable, *inputs, reset=None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def persistent(tile: Tile, blocks: int, one_reciprocal: bool, x, r, i, log_decay) -> torch.Tensor:
+def persistent(
+    tile: Tile,
+    blocks: int,
+    one_reciprocal: bool,
+    x: torch.Tensor,
+    r: torch.Tensor,
+    i: torch.Tensor,
+    log_decay: torch.Tensor,
+) -> torch.Tensor:
     """hidden (B, T, C) bfloat16 by `persistent_forward_kernel`; T and C in whole tiles."""
     batch, length, channels = x.shape
     tiles = batch * (length // tile.steps) * (channels // tile.channels)

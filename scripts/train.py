@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from training.arguments import DataArguments, ModelArguments, Resume, read_arguments
@@ -33,6 +33,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -95,7 +96,7 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     return GriffinConfig(**{**settings, **ids})
 
 
-def check_enough_rows(rows: PackedRows, arguments) -> None:
+def check_enough_rows(rows: PackedRows, arguments: TrainingArguments) -> None:
     """Raises ValueError where the processes would not all have a full batch even once."""
     batch = arguments.train_batch_size * arguments.world_size
     if len(rows) < batch:
@@ -106,14 +107,16 @@ def check_enough_rows(rows: PackedRows, arguments) -> None:
         )
 
 
-def make_tokenizer(arguments: DataArguments, model_name: str | None, checkpoint: str | None, texts):
+def make_tokenizer(
+    arguments: DataArguments, model_name: str | None, checkpoint: str | None, texts: Any
+) -> PreTrainedTokenizerBase:
     """Of the interrupted run, else as asked for, else the model's own, else bytes."""
     return load_tokenizer(
         checkpoint or arguments.tokenizer or model_name or "bytes", texts, arguments.tokenizer_vocab_size
     )
 
 
-def make_documents(arguments: DataArguments):
+def make_documents(arguments: DataArguments) -> tuple:
     """(training, held-out) documents."""
     column, subset = arguments.text_column, arguments.dataset_subset
     train = load_documents(arguments.train_data, column, arguments.train_split, subset)
@@ -122,7 +125,9 @@ def make_documents(arguments: DataArguments):
     return train, load_documents(arguments.eval_data, column, arguments.eval_split, subset)
 
 
-def make_rows(model_name: str | None, data_arguments: DataArguments, training_arguments, checkpoint: str | None):
+def make_rows(
+    model_name: str | None, data_arguments: DataArguments, training_arguments: TrainingArguments, checkpoint: str | None
+) -> tuple:
     """(tokenizer, {"train_data": PackedRows, "eval_data": PackedRows}, (training, held-out) documents)."""
     with training_arguments.main_process_first(desc="reading the data"):
         documents = make_documents(data_arguments)
@@ -136,7 +141,12 @@ def make_rows(model_name: str | None, data_arguments: DataArguments, training_ar
     return tokenizer, rows, documents
 
 
-def make_trainer(model_arguments, data_arguments, training_arguments, resume: Resume) -> tuple[GriffinTrainer, dict]:
+def make_trainer(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    training_arguments: TrainingArguments,
+    resume: Resume,
+) -> tuple[GriffinTrainer, dict]:
     """The trainer, and what metrics.json says about its model and data.
 
     Raises ValueError where the ranks, or the checkpoint `resume.checkpoint`, have other settings, data or models.
@@ -196,7 +206,7 @@ def train(trainer: GriffinTrainer, facts: dict, checkpoint: str | None) -> dict:
 
     Trains nothing where the checkpoint is the run's end, and was killed before all of the rest was done.
     """
-    before = {"num_input_tokens_seen": 0}
+    before: dict = {"num_input_tokens_seen": 0}
     if checkpoint is not None:
         before = read_state(checkpoint)
     begun = len(before.get("log_history", []))

@@ -134,7 +134,7 @@ def what_a_wheel_holds() -> set[str]:
 
 
 def test_wheel(tmp_path):
-    """Complete and no more, and it imports from a fresh folder without the repository."""
+    """Complete and no more; from a fresh folder without the repository it imports, trains and generates."""
     copy = tmp_path / "source"
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         copy.mkdir(exist_ok=True)
@@ -158,6 +158,14 @@ def test_wheel(tmp_path):
     version, file = printed.split()[-2:]
     assert Path(file).parent == target / "modeling_griffin"
     assert re.search(rf"^Version: {re.escape(version)}$", said, flags=re.M)
+
+    (tmp_path / "text.txt").write_text("The list of names in a class is kept in a dictionary. " * 200)
+    griffin = [sys.executable, str(target / "bin" / "griffin")]
+    train = ["train", "own_text_cpu", "--train_data", "text.txt", "--output_dir", "run", "--max_steps", "1"]
+    small = ["--sequence_length", "32", "--tokenizer_vocab_size", "300", "--use_cpu", "true"]
+    assert "griffin generate run" in run([*griffin, *train, *small], cwd=tmp_path, env=environment)
+    generate = [*griffin, "generate", "run", "--prompt", "The list", "--max_new_tokens", "2"]
+    assert run(generate, cwd=tmp_path, env=environment).startswith("The list")
 
 
 def _other_paths():

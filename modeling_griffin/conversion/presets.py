@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+from ..configuration_griffin import GriffinConfig
 
 
 HERE = Path(__file__).resolve().parents[2]
@@ -9,7 +12,7 @@ HERE = Path(__file__).resolve().parents[2]
 FOLDERS = (HERE / "configuration" / "model", HERE / "griffin_configuration" / "model")
 
 
-def config_from_preset(name: str, config_class, **overrides):
+def config_from_preset(name: str, config_class: type[GriffinConfig], **overrides: Any) -> GriffinConfig:
     """A `config_class` (GriffinConfig) of the ready-made configuration `name`, for example "griffin-100m".
 
     overrides: fields that differ from it. Raises ValueError for a name that there is none of.

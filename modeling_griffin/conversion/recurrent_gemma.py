@@ -7,10 +7,16 @@ This file imports nothing of the package: the classes are handed in, so that the
 """
 
 import copy
+import os
 import re
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, RecurrentGemmaConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..configuration_griffin import GriffinConfig
+from ..modeling_griffin import GriffinForCausalLM
 
 
 # Inside `rg_lru`: RecurrentGemma's name in Transformers, and ours.
@@ -71,7 +77,7 @@ def _rename(name: str, names: dict[str, str]) -> str:
     return prefix + found + names.get(rest, rest)
 
 
-def griffin_config_from_recurrent_gemma(config, config_class):
+def griffin_config_from_recurrent_gemma(config: PreTrainedConfig, config_class: type[GriffinConfig]) -> GriffinConfig:
     """A `config_class` (GriffinConfig) with the shapes and choices of a RecurrentGemmaConfig.
 
     Raises:
@@ -99,7 +105,7 @@ def griffin_config_from_recurrent_gemma(config, config_class):
     )
 
 
-def recurrent_gemma_config_from_griffin(config) -> RecurrentGemmaConfig:
+def recurrent_gemma_config_from_griffin(config: GriffinConfig) -> RecurrentGemmaConfig:
     """The inverse of `griffin_config_from_recurrent_gemma`.
 
     Transformers' class then attends one key fewer than this model. Raises ValueError for what it cannot express.
@@ -197,11 +203,11 @@ def griffin_tensors_from_deepmind(name: str, tensor: torch.Tensor) -> dict[str, 
 
 def griffin_config_from_deepmind(
     tensors: dict[str, torch.Tensor],
-    config_class,
+    config_class: type[GriffinConfig],
     attention_window_size: int = 2048,
     logits_soft_cap: float | None = 30.0,
     scale_embeddings: bool = True,
-):
+) -> GriffinConfig:
     """A `config_class` (GriffinConfig) for the state dict of DeepMind's torch `Griffin`; only its shapes are read.
 
     What shapes do not tell are arguments, in DeepMind's sense; the defaults are those of RecurrentGemma 2B and 9B.
@@ -269,7 +275,9 @@ def _shape(name: str, tensor, allowed: tuple[int, int | None]) -> torch.Size:
     return tensor.shape
 
 
-def load_recurrent_gemma(source, model_class, **kwargs):
+def load_recurrent_gemma(
+    source: str | os.PathLike | PreTrainedModel, model_class: type[GriffinForCausalLM], **kwargs: Any
+) -> GriffinForCausalLM:
     """A `model_class` (GriffinForCausalLM) with the weights of RecurrentGemma.
 
     Args:

@@ -7,6 +7,9 @@ not know, a GPU that the kernels have not met.
 import torch
 from transformers.cache_utils import DynamicCache
 
+from .forward import ForwardStep
+from .state import DecodeStep
+
 
 # Of the largest logit: rounding, and TF32 in float32 on a GPU, stay far below, another network is far above
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -18,7 +21,7 @@ class Disagreement(RuntimeError):
 
 
 @torch.no_grad()
-def check_step(model, step) -> None:
+def check_step(model: torch.nn.Module, step: DecodeStep | ForwardStep) -> None:
     """Raises Disagreement, which names the first layer that differs. Overwrites the step's state."""
     tokens = _tokens(model, len(step.token), step.device)
     cache = _start(model, step, tokens)
@@ -53,9 +56,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
-def first_difference(model, step, tokens: torch.Tensor) -> str:
+def first_difference(model: torch.nn.Module, step: DecodeStep | ForwardStep, tokens: torch.Tensor) -> str:
     """The first layer behind which the residual stream of a fused step is another than the model's."""
-    if not hasattr(step, "trace"):
+    if isinstance(step, ForwardStep):
         return "the forward pass over fixed buffers"
     cache, expected, step.trace = _start(model, step, tokens), [], []
     layers = model.model.layers

@@ -10,13 +10,14 @@ two tokens; else it goes through Transformers' own loop, whose model is the step
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import generation
+from transformers import GenerationConfig, generation
 from transformers.cache_utils import DynamicCache
+from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingCriteriaList
 
 from ..modeling_griffin import GriffinAttention, GriffinRecurrentBlock
 from .fused_model import fused_obstacles
@@ -79,15 +80,15 @@ class Path(NamedTuple):
 
 
 def decide(
-    model,
+    model: nn.Module,
     input_ids: torch.Tensor,
     *,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
-    synced_gpus=False,
-    streamer=None,
-    **kwargs,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **kwargs: Any,
 ) -> Path:
     """The path of a request. Arguments of `_sample` and `_beam_search`."""
     cached = kwargs.get("use_cache", True)
@@ -108,7 +109,7 @@ def decide(
     return behind(Path("fused", ahead), model, obstacle)
 
 
-def behind(path: Path, model, reason: str = "its step cannot be used, see above") -> Path:
+def behind(path: Path, model: nn.Module, reason: str = "its step cannot be used, see above") -> Path:
     """The next best path behind one that cannot be taken for this reason."""
     if path.step == "forward":
         return Path("transformers", False, Obstacle(reason, "none"))
@@ -118,7 +119,7 @@ def behind(path: Path, model, reason: str = "its step cannot be used, see above"
     )
 
 
-def asks_for_hidden_states(generation_config) -> bool:
+def asks_for_hidden_states(generation_config: GenerationConfig) -> bool:
     return bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
 
 
@@ -132,12 +133,12 @@ def _runs_ahead(logits_processor, stopping_criteria, generation_config) -> bool:
     )
 
 
-def ineligible_model_reasons(model) -> Iterator[str]:
+def ineligible_model_reasons(model: nn.Module) -> Iterator[str]:
     """What keeps a model from the fused step, whatever the request: `fused_model.py`."""
     return fused_obstacles(model)
 
 
-def shared_places(model) -> Obstacle | None:
+def shared_places(model: nn.Module) -> Obstacle | None:
     """Layers that a cache has no places for: two in the same, or one in another kind's.
 
     A cache has a place for each entry of config.layer_types, and a block knows its own by its number.
@@ -153,7 +154,7 @@ def shared_places(model) -> Obstacle | None:
     return None
 
 
-def unused_places(model) -> list[int]:
+def unused_places(model: nn.Module) -> list[int]:
     """Places of a cache that no layer uses. Drafts cannot be undone there, and a state has nothing to put there."""
     used = {place for place, _ in _used_places(model)}
     return [place for place in range(len(model.config.layer_types)) if place not in used]
@@ -161,12 +162,15 @@ def unused_places(model) -> list[int]:
 
 def _used_places(model) -> list[tuple[int, str]]:
     """The place in a cache and the kind of each block that keeps something there."""
-    kinds = {GriffinAttention: "sliding_attention", GriffinRecurrentBlock: "linear_attention"}
+    kinds: dict[type[nn.Module], str] = {
+        GriffinAttention: "sliding_attention",
+        GriffinRecurrentBlock: "linear_attention",
+    }
     blocks = [getattr(layer, "temporal_block", None) for layer in model.model.layers]
     return [(block.layer_idx, kinds[cls]) for block in blocks for cls in kinds if isinstance(block, cls)]
 
 
-def check_places(model) -> None:
+def check_places(model: nn.Module) -> None:
     """Raises ValueError where the model's layers cannot share a cache, which states and batches are made of."""
     obstacle, unused = shared_places(model), unused_places(model)
     if obstacle is None and unused:
@@ -218,7 +222,7 @@ def _in_prompt(input_ids: torch.Tensor, kwargs: dict) -> Iterator[Obstacle]:
         yield Obstacle("padding that is not on the left, or position_ids that do not count", "pad on the left")
 
 
-def forward_obstacles(model) -> Iterator[Obstacle]:
+def forward_obstacles(model: nn.Module) -> Iterator[Obstacle]:
     """What keeps a model's own forward pass from being recorded over fixed buffers."""
     if (attention := model.config._attn_implementation) not in MASKS:
         yield Obstacle(f"attn_implementation = {attention!r}", "load the model with 'sdpa'")

@@ -31,7 +31,7 @@ IGNORED = {GriffinAttention: ("num_key_value_groups",)}  # what a forward pass i
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def fused_fingerprint(model) -> tuple:
+def fused_fingerprint(model: nn.Module) -> tuple:
     """Of a model that the fused step can compute: its modules are known, and so are their settings."""
     config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
     settings = tuple(
@@ -40,7 +40,7 @@ def fused_fingerprint(model) -> tuple:
     return config, settings, tuple(_place(parameter) for parameter in model.parameters())
 
 
-def forward_fingerprint(model) -> tuple:
+def forward_fingerprint(model: nn.Module) -> tuple:
     """Of any model: every module, all that it holds, and the precision that the call asks for."""
     kind = model.device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

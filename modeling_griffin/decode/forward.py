@@ -7,6 +7,7 @@ Legend: B rows, T tokens read so far, C RG-LRU channels, S slots of a ring, K he
 """
 
 import weakref
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -52,19 +53,23 @@ class FixedCache(Cache):
         super().__init__(layers=layers)
         self.slot = slot
 
-    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ring = self.layers[layer_idx]
         ring.keys.index_copy_(2, self.slot, key_states.to(ring.keys.dtype))
         ring.values.index_copy_(2, self.slot, value_states.to(ring.values.dtype))
         return ring.keys, ring.values
 
-    def update_conv_state(self, conv_states, layer_idx: int, *args, **kwargs):
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.layers[layer_idx].conv_states[0].copy_(conv_states)
 
-    def update_recurrent_state(self, recurrent_states, layer_idx: int, *args, **kwargs):
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         return self.layers[layer_idx].recurrent_states[0].copy_(recurrent_states)
 
-    def has_previous_state(self, *args, **kwargs) -> bool:
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -77,7 +82,7 @@ class ForwardStep(Recording, Lease):
     slots: S, of each ring. hidden: whether `hidden_states` (L + 1, B, 1, D) are left too.
     """
 
-    def __init__(self, model, batch: int, slots: int, hidden: bool):
+    def __init__(self, model: torch.nn.Module, batch: int, slots: int, hidden: bool):
         Recording.__init__(self, model.device)
         Lease.__init__(self, model.device)
         self.model, self.config = weakref.ref(model), model.config
@@ -92,7 +97,7 @@ class ForwardStep(Recording, Lease):
             self.new_document = torch.zeros(batch, 1, dtype=torch.bool, device=self.device)
 
     @torch.no_grad()
-    def prepare(self, model, like: tuple | None = None) -> None:
+    def prepare(self, model: torch.nn.Module, like: tuple | None = None) -> None:
         """Makes the buffers and records the step on a GPU. like: a cache of as many rows, and logits (B, V).
 
         Without them the model is called once, which runs what the user has put into it.
@@ -126,7 +131,7 @@ class ForwardStep(Recording, Lease):
         ]
         self.cache = FixedCache(layers, self.slot)
 
-    def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
+    def load(self, cache: Cache, length: int, padding: torch.Tensor | None) -> None:
         """As `DecodeStep.load`."""
         self.start(length)
         self.load_rows(torch.arange(len(self.token), device=self.device), cache, length, padding)
@@ -135,7 +140,7 @@ class ForwardStep(Recording, Lease):
         self.clock.time.fill_(time)
 
     @torch.no_grad()
-    def load_rows(self, rows: torch.Tensor, cache, length: int, padding: torch.Tensor | None) -> None:
+    def load_rows(self, rows: torch.Tensor, cache: Cache, length: int, padding: torch.Tensor | None) -> None:
         """As `DecodeStep.load_rows`."""
         time = self.clock.time
         self.clock.padding[rows] = time - length + (0 if padding is None else padding)

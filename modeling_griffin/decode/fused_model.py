@@ -33,7 +33,7 @@ ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # hooks that record outputs when a call asks for them
 
 
-def fused_obstacles(model) -> Iterator[str]:
+def fused_obstacles(model: nn.Module) -> Iterator[str]:
     """Why the fused step would not compute what `model(...)` does."""
     if not isinstance(model, GriffinForCausalLM):
         yield f"the model is a {type(model).__name__}"

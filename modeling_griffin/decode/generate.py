@@ -13,8 +13,10 @@ Legend: B rows, T tokens of the prompt.
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
@@ -32,12 +34,12 @@ LEAST_CHUNK = 128  # tokens a row
 TOKENS_AHEAD = 3  # of what the host has seen, on a GPU
 
 
-def sample(model, stock: Callable, input_ids: torch.Tensor, **kwargs):
+def sample(model: torch.nn.Module, stock: Callable, input_ids: torch.Tensor, **kwargs: Any) -> Any:
     """`GenerationMixin._sample`, arguments and result as there. stock: the loop of Transformers."""
     return _generate("_sample", model, stock, input_ids, **kwargs)
 
 
-def beam_search(model, stock: Callable, input_ids: torch.Tensor, **kwargs):
+def beam_search(model: torch.nn.Module, stock: Callable, input_ids: torch.Tensor, **kwargs: Any) -> Any:
     """`GenerationMixin._beam_search`, arguments and result as there. stock: the loop of Transformers."""
     return _generate("_beam_search", model, stock, input_ids, **kwargs)
 
@@ -57,7 +59,7 @@ def _generate(name: str, model, stock: Callable, input_ids: torch.Tensor, **kwar
     return by_transformers(path, stock, input_ids, kwargs)
 
 
-def by_transformers(path: Path, stock: Callable, input_ids: torch.Tensor, kwargs: dict):
+def by_transformers(path: Path, stock: Callable, input_ids: torch.Tensor, kwargs: dict) -> Any:
     """Transformers' loop, with one warning that names the reason and the remedy."""
     say_slow("generate", path)
     if path.step == "uncached":
@@ -105,7 +107,13 @@ def _on_step(name: str, model, path: Path, input_ids: torch.Tensor, kwargs: dict
             step.release()
 
 
-def prefill_into(model, step: DecodeStep, input_ids, attention_mask, generation_config) -> torch.Tensor:
+def prefill_into(
+    model: torch.nn.Module,
+    step: DecodeStep,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    generation_config: GenerationConfig,
+) -> torch.Tensor:
     """The logits (B, V) behind the prompt, read in chunks of bounded memory; its state goes into the step."""
     batch, length = input_ids.shape
     padding = padding_of(attention_mask, length)
@@ -122,19 +130,23 @@ def padding_of(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor
     return length - attention_mask.long().sum(1)
 
 
-def chunk_of(batch: int, generation_config) -> int:
+def chunk_of(batch: int, generation_config: GenerationConfig) -> int:
     """Tokens a row that one forward pass reads of a prompt."""
     return generation_config.prefill_chunk_size or max(LEAST_CHUNK, PREFILL_TOKENS // batch)
 
 
-def read_prompt(model, input_ids, attention_mask: torch.Tensor | None, chunk: int) -> tuple[DynamicCache, torch.Tensor]:
+def read_prompt(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, chunk: int
+) -> tuple[DynamicCache, torch.Tensor]:
     """The state and the logits (B, V) behind the prompt, read `chunk` tokens at a time."""
     cache, output = prompt_output(model, input_ids, attention_mask, chunk)
     return cache, output.logits[:, -1]
 
 
 @torch.no_grad()
-def prompt_output(model, input_ids, attention_mask: torch.Tensor | None, chunk: int, **options) -> tuple:
+def prompt_output(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, chunk: int, **options: Any
+) -> tuple:
     """The state and the output of the model behind the prompt, read `chunk` tokens at a time."""
     cache, length = DynamicCache(config=model.config), input_ids.shape[1]
     for start in range(0, length, chunk):

@@ -11,7 +11,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ def global_hooks() -> list:
     return [*nn.modules.module._global_forward_hooks.values(), *nn.modules.module._global_forward_pre_hooks.values()]
 
 
-def effect_of(function, owner: type | None = None, seen: frozenset = frozenset()) -> str | None:
+def effect_of(function: Callable, owner: type | None = None, seen: frozenset = frozenset()) -> str | None:
     """What the function does beyond computing with tensors, or None.
 
     owner: the class whose methods it may call. seen: functions that are already looked at.

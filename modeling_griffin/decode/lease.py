@@ -9,11 +9,17 @@ class Lease:
     """stream: it is held by a generator that may be left lying about, so that nobody should wait for it.
 
     failed: why it is not used at all: it could not be recorded, or computes something else than the model.
+    fingerprint: of the model for which it was made, see `fingerprint.py`.
     """
 
+    fingerprint: tuple
+
     def __init__(self, device: torch.device):
-        self.held_on, self.stream, self.failed = device, False, None
-        self._lock, self._owner, self._queued = threading.Lock(), None, None
+        self.held_on, self.stream = device, False
+        self.failed: Exception | None = None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._queued: torch.cuda.Event | None = None
 
     @property
     def busy(self) -> bool:

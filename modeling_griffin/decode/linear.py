@@ -7,6 +7,8 @@ again for two or four rows.
 Legend: M rows, D inputs, N outputs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -50,7 +52,14 @@ class Gemms:
         aligned = len({weight.data_ptr() % 16 for weight in pair}) < 2
         return self.matmul and 1 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned
 
-    def project(self, x, norm, linears: list[nn.Linear], residual=None, outputs=None) -> list[torch.Tensor]:
+    def project(
+        self,
+        x: torch.Tensor,
+        norm: nn.Module | None,
+        linears: Sequence[nn.Linear],
+        residual: torch.Tensor | None = None,
+        outputs: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
         """norm(x) through each of the linears, plus the residual (M, N), into outputs or new tensors (M, N)."""
         ys = outputs or [x.new_empty(x.shape[0], each.out_features) for each in linears]
         sizes = [each.out_features for each in linears]
@@ -80,7 +89,7 @@ class Gemms:
             matmul_kernel[grid](*tensors, *scratch, eps, x.shape[0], *padded_sizes, **options)
         return ys
 
-    def gated(self, x, norm, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, norm: nn.Module, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
         """gelu(gate(norm(x))) * up(norm(x))."""
         width = gate.out_features
         y = x.new_empty(x.shape[0], width)

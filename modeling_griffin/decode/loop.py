@@ -6,15 +6,26 @@ reading a token is the step's: one replay, and one wait a token, which is the lo
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from ..cache_name import CACHE_NAME
+from .forward import ForwardStep
+from .state import DecodeStep
 
 
-def run_loop(name: str, model, step, prompt_output, input_ids: torch.Tensor, **kwargs):
+def run_loop(
+    name: str,
+    model: torch.nn.Module,
+    step: DecodeStep | ForwardStep,
+    prompt_output: ModelOutput,
+    input_ids: torch.Tensor,
+    **kwargs: Any,
+) -> Any:
     """`GenerationMixin`'s method of this name. prompt_output: of the model behind the prompt, which is in the step."""
     stepped = SteppedModel(model, step, prompt_output, input_ids.shape[1])
     result = getattr(GenerationMixin, name)(stepped, input_ids, **kwargs)
@@ -28,7 +39,7 @@ class StepCache:
 
     is_croppable = is_compileable = False
 
-    def __init__(self, step):
+    def __init__(self, step: DecodeStep | ForwardStep):
         self.step = step
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -38,18 +49,18 @@ class StepCache:
 class SteppedModel(GenerationMixin):
     """To a loop a model. length: tokens that the step has read. Everything else is asked of the model itself."""
 
-    def __init__(self, model, step, prompt_output, length: int):
+    def __init__(self, model: torch.nn.Module, step: DecodeStep | ForwardStep, prompt_output: ModelOutput, length: int):
         self.model, self.step, self.prompt_output, self.length = model, step, prompt_output, length
         self.cache = StepCache(step)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["model"], name)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs) -> CausalLMOutputWithPast:
         output = self.prompt_output
         return self._output(output.logits[:, -1:], output.hidden_states)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
         return {"input_ids": input_ids[:, -1]}
 
     def __call__(self, input_ids: torch.Tensor, return_dict: bool = True) -> CausalLMOutputWithPast:

@@ -4,7 +4,8 @@ Legend: B rows, or tokens of one row where the operations say so; V vocabulary.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ class Recording:
     """
 
     logits: torch.Tensor | None = None
+    _compute: Callable[[], None]
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -65,8 +67,10 @@ class RecordedStep(Recording):
 
     def __init__(self, base: nn.Module, head: nn.Linear, ops: PlainOps):
         super().__init__(head.weight.device)
-        self.base, self.head, self.config, self.ops = base, head, base.config, ops
-        self.dtype, self.trace = head.weight.dtype, None
+        self.base, self.head, self.config = base, head, base.config
+        self.ops: Any = ops  # those of a pass over drafts take buffers besides
+        self.dtype = head.weight.dtype
+        self.trace: list[torch.Tensor] | None = None
         self.scale = base.embedding_scale if self.config.scale_embeddings else 1.0
         self.frequencies = None
         if "sliding_attention" in self.config.layer_types:  # as rotary_emb computes them

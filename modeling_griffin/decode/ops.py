@@ -55,7 +55,9 @@ class Clock:
 class PlainOps:
     """As the layers compute, for one token a row."""
 
-    def begin(self, token, embedding: nn.Embedding, scale: float, clock: Clock, frequencies) -> tuple[Stream, Clock]:
+    def begin(
+        self, token: torch.Tensor, embedding: nn.Embedding, scale: float, clock: Clock, frequencies: torch.Tensor | None
+    ) -> tuple[Stream, Clock]:
         """The embeddings of token (B,) times scale, and the clock with cos and sin of frequencies (R,) or None."""
         stream = Stream(embedding.weight.index_select(0, token) * scale)
         if frequencies is None:
@@ -64,7 +66,7 @@ class PlainOps:
         dtype = embedding.weight.dtype
         return stream, Clock(clock.time, clock.padding, angles.cos().to(dtype), angles.sin().to(dtype))
 
-    def head(self, stream: Stream, norm, linear: nn.Linear, logits: torch.Tensor) -> None:
+    def head(self, stream: Stream, norm: nn.Module, linear: nn.Linear, logits: torch.Tensor) -> None:
         """norm(stream) through linear, into logits (B, V)."""
         logits.copy_(self.project(stream, norm, [linear])[0])
 
@@ -73,12 +75,12 @@ class PlainOps:
         token.copy_(logits.argmax(-1))
         clock.time.add_(1)
 
-    def project(self, stream: Stream, norm, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
+    def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
         """norm(stream) through each of the linears."""
         x = self._normed(stream, norm)
         return [linear(x, each.weight, each.bias) for each in linears]
 
-    def gated_project(self, stream: Stream, norm, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
+    def gated_project(self, stream: Stream, norm: nn.Module, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
         """gelu(gate(norm(stream))) * up(norm(stream))."""
         gate_output, up_output = self.project(stream, norm, (gate, up))
         return gelu(gate_output, approximate="tanh") * up_output
@@ -87,7 +89,16 @@ class PlainOps:
         """The stream with out(x) added."""
         return Stream(stream.residual + linear(x, out.weight, out.bias))
 
-    def recurrent(self, x, y, block, past, state, log_decay, clock: Clock) -> torch.Tensor:
+    def recurrent(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        block: nn.Module,
+        past: torch.Tensor,
+        state: torch.Tensor,
+        log_decay: torch.Tensor,
+        clock: Clock,
+    ) -> torch.Tensor:
         """Convolution, gates, recurrence and the product with gelu(y): x, y (B, C) -> (B, C).
 
         past (B, taps, C) and state (B, C) float32 are updated.
@@ -101,7 +112,16 @@ class PlainOps:
         state.copy_(new_state)
         return gelu(y, approximate="tanh") * hidden[:, 0]
 
-    def attend(self, q, k, v, keys, values, clock: Clock, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        clock: Clock,
+        scaling: float,
+    ) -> torch.Tensor:
         """q (B, H * K), k and v (B, H_kv * K), before the rotation -> (B, H * K).
 
         keys, values (B, H_kv, W, K) are updated.
@@ -142,7 +162,9 @@ class KernelOps(PlainOps):
         self.gemms = Gemms(self.launch, matmul)
         self.counters: torch.Tensor | None = None  # heads that are shared are fewer than programs to aim at
 
-    def begin(self, token, embedding, scale, clock, frequencies):
+    def begin(
+        self, token: torch.Tensor, embedding: nn.Embedding, scale: float, clock: Clock, frequencies: torch.Tensor | None
+    ) -> tuple[Stream, Clock]:
         width, rotary = embedding.weight.shape[1], 0 if frequencies is None else len(frequencies)
         x = embedding.weight.new_empty(len(token), width)
         cos, sin = x.new_empty(len(token), rotary), x.new_empty(len(token), rotary)
@@ -158,24 +180,24 @@ class KernelOps(PlainOps):
         )
         return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
-    def head(self, stream, norm, linear, logits):
+    def head(self, stream: Stream, norm: nn.Module, linear: nn.Linear, logits: torch.Tensor) -> None:
         if self.gemms.takes(stream.residual):
             self.gemms.project(stream.residual, norm, [linear], outputs=[logits])
         else:
             torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
 
-    def end(self, logits, token, clock):
+    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
         block = largest_logits_block(logits.shape[1])
         end_kernel[(logits.shape[0],)](
             *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=16, **self.launch
         )
 
-    def project(self, stream, norm, linears):
+    def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
         if self.gemms.takes(stream.residual):
             return self.gemms.project(stream.residual, norm, linears)
         return super().project(stream, norm, linears)
 
-    def gated_project(self, stream, norm, gate, up):
+    def gated_project(self, stream: Stream, norm: nn.Module, gate: nn.Linear, up: nn.Linear) -> torch.Tensor:
         if self.gemms.takes(stream.residual, gate.weight, up.weight):
             return self.gemms.gated(stream.residual, norm, gate, up)
         gate_output, up_output = super().project(stream, norm, (gate, up))
@@ -184,12 +206,21 @@ class KernelOps(PlainOps):
         gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
         return y
 
-    def add_project(self, stream, x, out):
+    def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear) -> Stream:
         if self.gemms.takes(x):
             return Stream(self.gemms.project(x, None, [out], stream.residual)[0])
         return Stream(stream.residual, linear(x, out.weight, out.bias))
 
-    def recurrent(self, x, y, block, past, state, log_decay, clock):
+    def recurrent(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        block: nn.Module,
+        past: torch.Tensor,
+        state: torch.Tensor,
+        log_decay: torch.Tensor,
+        clock: Clock,
+    ) -> torch.Tensor:
         gates, out = block.rg_lru, torch.empty_like(x)
         blocks, width = gates.input_gate.weight.shape[:2]
         tensors = (
@@ -206,7 +237,16 @@ class KernelOps(PlainOps):
             recurrent_kernel[(tiles, triton.cdiv(x.shape[0], tile["BLOCK_B"]))](*tensors, **options)
         return out
 
-    def attend(self, q, k, v, keys, values, clock, scaling):
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        clock: Clock,
+        scaling: float,
+    ) -> torch.Tensor:
         batch, key_heads, window, head_dim = keys.shape
         heads, rings = q.shape[1] // head_dim, batch * key_heads
         tile = attention_split(rings, heads // key_heads, window, head_dim, q.element_size(), q.device)

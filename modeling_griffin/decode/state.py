@@ -8,7 +8,7 @@ Legend: B rows, T tokens read so far, C RG-LRU channels, W attention window, K h
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..kernels.device import can_overlap, decode_gemm_fits, properties
 from .lease import Lease
@@ -52,12 +52,12 @@ class DecodeStep(RecordedStep, Lease):
         decays = torch.zeros(recurring, config.lru_width, **float32)
         self.layers = in_order(config.layer_types, self.rings, (*self.memories, decays))
 
-    def prepare(self, model, like=None) -> None:
+    def prepare(self, model: nn.Module, like: tuple | None = None) -> None:
         """Records the step on a GPU. Overwrites the state. model and like are as of a `ForwardStep`."""
         if self.on_gpu:
             self.record()
 
-    def load(self, cache, length: int, padding: torch.Tensor | None) -> None:
+    def load(self, cache: Cache, length: int, padding: torch.Tensor | None) -> None:
         """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
         self.start(length)
         self.load_rows(torch.arange(len(self.token), device=self.device), cache, length, padding)
@@ -71,7 +71,7 @@ class DecodeStep(RecordedStep, Lease):
                 buffers[2].copy_(block.temporal_block.rg_lru.decay())
 
     @torch.no_grad()
-    def load_rows(self, rows: torch.Tensor, cache, length: int, padding: torch.Tensor | None) -> None:
+    def load_rows(self, rows: torch.Tensor, cache: Cache, length: int, padding: torch.Tensor | None) -> None:
         """As `load`, into these rows (N,) only, as if their last token had been read just now. Others go on."""
         time = self.clock.time
         self.clock.padding[rows] = time - length + (0 if padding is None else padding)

@@ -7,10 +7,12 @@ compared with the model's plain forward pass when it is made; where it differs, 
 import threading
 import weakref
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from ..configuration_griffin import GriffinConfig
 from ..gpu import on_its_device
 from .agreement import check_step
 from .fingerprint import forward_fingerprint, fused_fingerprint
@@ -29,8 +31,18 @@ STEPS: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, list]]" = 
 _FINDING = threading.Lock()
 
 
-def take_step(model, rows: int, tokens: int | None = None, kind="fused", hidden=False, like=None, stream=False):
+def take_step(
+    model: torch.nn.Module,
+    rows: int,
+    tokens: int | None = None,
+    kind: str = "fused",
+    hidden: bool = False,
+    like: tuple | None = None,
+    stream: bool = False,
+) -> Any:
     """The model's step of this kind for so many rows, recorded unless it is; None, and one warning, where it fails.
+
+    A `DecodeStep` where kind is "fused", a `ForwardStep` where it is "forward".
 
     tokens: that a row will hold at most; None: any number. hidden: whether it leaves hidden states too. like: see
     `ForwardStep.prepare`. stream: for a generator, which may be left lying about. To be handed back by `release`.
@@ -52,7 +64,7 @@ def take_step(model, rows: int, tokens: int | None = None, kind="fused", hidden=
         return None
 
 
-def ring_slots(config, tokens: int | None, device: torch.device) -> int:
+def ring_slots(config: GriffinConfig, tokens: int | None, device: torch.device) -> int:
     """Of the KV ring of a row: the window, or where it is long no more than about twice what `tokens` need."""
     window = config.attention_window_size
     return window if tokens is None else min(window, max(LEAST_SLOTS[device.type], 1 << (tokens - 1).bit_length()))

@@ -127,7 +127,15 @@ class _LocalAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None, None, None
 
 
-def attention_forward(query, key, value, first, blocks, scaling: float, tile: Tile | None = None):
+def attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    first: torch.Tensor,
+    blocks: torch.Tensor,
+    scaling: float,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and log2 of each softmax's denominator (H, N). All tensors of this and the next two contiguous."""
     tile = tile or _packed(_tile(training.ATTENTION_FORWARD, query), query, key)
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=torch.float32)
@@ -136,7 +144,18 @@ def attention_forward(query, key, value, first, blocks, scaling: float, tile: Ti
     return out, lse
 
 
-def query_gradient(query, key, value, out, d_out, lse, first, blocks, scaling: float, tile: Tile | None = None):
+def query_gradient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    d_out: torch.Tensor,
+    lse: torch.Tensor,
+    first: torch.Tensor,
+    blocks: torch.Tensor,
+    scaling: float,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """d_query, and delta (H, N): what each row of the scores' gradients has subtracted."""
     tile = tile or _packed(_tile(training.ATTENTION_QUERY_GRADIENT, query), query, key)
     d_query, delta = torch.empty_like(query), torch.empty_like(lse)
@@ -161,7 +180,19 @@ def _launch_on_queries(kernel, tile: Tile, arguments) -> None:
         )
 
 
-def key_gradients(query, key, value, d_out, lse, delta, first, last, blocks, scaling: float, tile: Tile | None = None):
+def key_gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    d_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    blocks: torch.Tensor,
+    scaling: float,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """d_key and d_value."""
     tile = tile or _tile(training.ATTENTION_KEY_GRADIENTS, query)
     (tokens, heads, dim), key_heads = query.shape, key.shape[1]

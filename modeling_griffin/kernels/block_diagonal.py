@@ -4,6 +4,7 @@ Legend: B batch, T time, C channels, N gate blocks, W = C / N their width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,7 +18,7 @@ class BlockDiagonalProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         y, wide = x.new_empty(x.shape), _join_narrow_blocks(weight)
         torch.bmm(_by_block(x, wide), wide, out=_by_block(y, wide))
@@ -25,7 +26,7 @@ class BlockDiagonalProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, weight = ctx.saved_tensors
         d_y, d_x, wide = d_y.contiguous(), x.new_empty(x.shape), _join_narrow_blocks(weight)
         torch.bmm(_by_block(d_y, wide), wide.mT, out=_by_block(d_x, wide))

@@ -47,7 +47,15 @@ def causal_conv1d_triton(
     return _CausalConv1d.apply(x, state, weight, bias, document_start)
 
 
-def convolve_on_gpu(x, state, weight, bias, document_start, real, number) -> tuple[torch.Tensor, torch.Tensor]:
+def convolve_on_gpu(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    document_start: torch.Tensor | None,
+    real: torch.Tensor | None,
+    number: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`convolve_with_states` in one kernel; x is copied only where the states cannot do without."""
     taps, age = weight.shape[-1], None
     y = causal_conv1d_triton(x, state, weight, bias, document_start)

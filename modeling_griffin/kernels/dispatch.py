@@ -28,7 +28,7 @@ LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much a
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
-def pays(first: torch.Tensor, *others, least: int = LEAST_ELEMENTS) -> bool:
+def pays(first: torch.Tensor, *others: object, least: int = LEAST_ELEMENTS) -> bool:
     """Whether to leave the eager operations: large plain tensors on a GPU, outside other transformations."""
     return (
         first.is_cuda
@@ -64,36 +64,37 @@ def as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def rms_norm(x, weight, eps):
-    if pays(x, weight) and x.shape[-1] <= LARGEST_ROW:
-        return triton_rms_norm(x, weight, eps)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
+    return triton_rms_norm(x, weight, eps) if pays(x, weight) and x.shape[-1] <= LARGEST_ROW else None
 
 
-def add_rms_norm(x, residual, weight, eps):
-    if pays(residual, x, weight) and residual.shape[-1] <= LARGEST_ROW:
-        return triton_add_rms_norm(x, residual, weight, eps)
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not pays(residual, x, weight) or residual.shape[-1] > LARGEST_ROW:
+        return None
+    return triton_add_rms_norm(x, residual, weight, eps)
 
 
-def gated(act_fn, gate, x):
+def gated(act_fn: nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """One kernel for the activation of the paper's and DeepMind's models."""
-    if isinstance(act_fn, GELU_TANH) and pays(gate, x):
-        return triton_gelu_gated(gate, x)
+    return triton_gelu_gated(gate, x) if isinstance(act_fn, GELU_TANH) and pays(gate, x) else None
 
 
-def rotate(x, cos, sin):
-    if pays(x, cos, sin):
-        return triton_rotate(x, cos, sin)
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+    return triton_rotate(x, cos, sin) if pays(x, cos, sin) else None
 
 
-def linears(x, *modules):
+def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...] | None:
     inputs = _plain_inputs(x, modules)
     return None if inputs is None else joined_linears(*inputs)
 
 
-def gated_linears(act_fn, x, gate, up):
+def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor | None:
     inputs = _plain_inputs(x, (gate, up)) if isinstance(act_fn, GELU_TANH) else None
-    if inputs is not None and gate.bias is not None and up.bias is not None:
-        return gelu_gated_linears(*inputs)
+    if inputs is None or gate.bias is None or up.bias is None:
+        return None
+    return gelu_gated_linears(*inputs)
 
 
 def _plain_inputs(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor | None] | None:
@@ -104,12 +105,13 @@ def _plain_inputs(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.T
     return as_autocast(*inputs) if pays(*inputs) else None
 
 
-def block_diagonal(x, weight, bias):
-    if pays(x, weight, bias):
-        return BlockDiagonalProduct.apply(*as_autocast(x, weight, bias))
+def block_diagonal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor | None:
+    return BlockDiagonalProduct.apply(*as_autocast(x, weight, bias)) if pays(x, weight, bias) else None
 
 
-def gates(x, recurrence_gate, input_gate):
+def gates(
+    x: torch.Tensor, recurrence_gate: nn.Module, input_gate: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     both = (recurrence_gate, input_gate)
     if not all(is_plain(gate, BlockDiagonalLinear) for gate in both):
         return None
@@ -123,14 +125,22 @@ def gates(x, recurrence_gate, input_gate):
     return r, i, same if same.dtype == x.dtype else x
 
 
-def convolve_with_states(x, state, weight, bias, document_start, real, number):
-    if pays(x, state, weight, bias, document_start):
-        return convolve_on_gpu(x, state, weight, bias, document_start, real, number)
+def convolve_with_states(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    document_start: torch.Tensor | None,
+    real: torch.Tensor | None,
+    number: int,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    if not pays(x, state, weight, bias, document_start):
+        return None
+    return convolve_on_gpu(x, state, weight, bias, document_start, real, number)
 
 
-def row_losses(logits, targets, ignore_index):
-    if pays(logits):
-        return KernelRowLosses.apply(logits, targets, ignore_index)
+def row_losses(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    return KernelRowLosses.apply(logits, targets, ignore_index) if pays(logits) else None
 
 
 SLOTS = {

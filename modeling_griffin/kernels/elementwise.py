@@ -143,7 +143,9 @@ def gelu_gated_forward(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def gelu_gated_backward(d_y, gate, x, sums: bool) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+def gelu_gated_backward(
+    d_y: torch.Tensor, gate: torch.Tensor, x: torch.Tensor, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
     """d_gate, d_x and, if asked, their column sums (D,) in float32."""
     d_gate, d_x, columns = torch.empty_like(gate), torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns

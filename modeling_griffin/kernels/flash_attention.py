@@ -11,15 +11,18 @@ Legend: B batch, H heads, H_kv key-value heads, T queries, S keys, K head dimens
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from ..cache_layers import attention_layer, is_static, tokens_in_cache
+from ..configuration_griffin import GriffinConfig
+from ..documents import Documents
 from ..gpu import flash_refusal, properties
-from .attention import local_attention_triton, triton_attention_unavailable_reason, visible_tokens
+from .attention import Visible, local_attention_triton, triton_attention_unavailable_reason, visible_tokens
 from .fallback import FAILED, give_up
 
 
@@ -51,7 +54,7 @@ class Runs(NamedTuple):
     longest_keys: int
 
 
-def flash_unavailable_reason(config, inputs_embeds: torch.Tensor, more_keys: bool = False) -> str | None:
+def flash_unavailable_reason(config: GriffinConfig, inputs_embeds: torch.Tensor, more_keys: bool = False) -> str | None:
     """None where local attention of this model can run as flash attention, else why not.
 
     more_keys: there are keys without a query, in front.
@@ -122,7 +125,7 @@ def flash_local_attention(
     value: torch.Tensor,
     runs: Runs,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K), and no weights."""
     output = varlen_attn(
@@ -143,7 +146,13 @@ def _flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.transpose(1, 2).flatten(0, 1) for x in tensors]
 
 
-def attention_runs(config, inputs_embeds, attention_mask, past_key_values, documents):
+def attention_runs(
+    config: GriffinConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    documents: Documents,
+) -> Runs | Visible | None:
     """What flash attention takes in place of a mask; None where it cannot run, or for one token, which needs no mask.
 
     Behind a cache only rows of one document without padding are runs: how many of the cached keys belong to another
@@ -176,7 +185,7 @@ def attention_runs(config, inputs_embeds, attention_mask, past_key_values, docum
     return runs_of_edges(edge, window) if layout is None else layout(edge.flatten(), window)
 
 
-def kernel_layout(config, inputs_embeds) -> Callable | None:
+def kernel_layout(config: GriffinConfig, inputs_embeds: torch.Tensor) -> Callable | None:
     """Of a model that flash attention can run: runs without further keys are the Triton kernels'."""
     dtype, device = computed_in(inputs_embeds), inputs_embeds.device
     if inputs_embeds.shape[:2].numel() < LEAST_TOKENS:
@@ -206,7 +215,15 @@ def _attention_runs(heads: tuple[int, int, int], dtype: torch.dtype, device: tor
     return ("local_attention", device) not in FAILED
 
 
-def visible_attention(module, query, key, value, visible, scaling: float, **kwargs) -> tuple[torch.Tensor, None]:
+def visible_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: Visible,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """query, key, value (B, H or H_kv, T, K) -> (B, T, H, K), and no weights; visible from `visible_tokens`."""
     tensors = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, K)
     output = local_attention_triton(*tensors, visible, scaling)

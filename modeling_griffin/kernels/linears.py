@@ -32,7 +32,9 @@ def _narrow_as_one(x, weights, biases, narrow: list[int]) -> tuple[torch.Tensor,
     return tuple(output for _, output in sorted(zip((*wide, *narrow), outputs), key=lambda pair: pair[0]))
 
 
-def gelu_gated_linears(x, gate_weight, up_weight, gate_bias, up_bias) -> torch.Tensor:
+def gelu_gated_linears(
+    x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor, gate_bias: torch.Tensor, up_bias: torch.Tensor
+) -> torch.Tensor:
     """gelu(x W_gate + b_gate) * (x W_up + b_up), the tanh form."""
     return _GeluGatedLinears.apply(x, gate_weight, up_weight, gate_bias, up_bias)
 

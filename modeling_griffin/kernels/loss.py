@@ -3,6 +3,8 @@
 Legend: N rows, V vocabulary. Kernels: p_ pointer, i_ index, m_ mask.
 """
 
+from typing import Any
+
 import torch
 
 from ..causal_lm_loss import columns_and_scale, softmax_gradient
@@ -21,14 +23,14 @@ class KernelRowLosses(torch.autograd.Function):
     """`RowLosses` by Triton kernels. A target that is no token gives NaN; PyTorch's operator ends the process."""
 
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index):
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
         losses, log_sums = row_losses(logits, targets, ignore_index)
         ctx.save_for_backward(logits, targets, log_sums)
         ctx.ignore_index = ignore_index
         return losses
 
     @staticmethod
-    def backward(ctx, d_losses):
+    def backward(ctx: Any, d_losses: torch.Tensor) -> tuple:
         logits, targets, log_sums = ctx.saved_tensors
         columns, scale = columns_and_scale(targets, d_losses, ctx.ignore_index)
         if torch.is_grad_enabled():
@@ -51,7 +53,9 @@ def row_losses(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -
     return losses, log_sums
 
 
-def row_gradients(logits, targets, log_sums, scale) -> torch.Tensor:
+def row_gradients(
+    logits: torch.Tensor, targets: torch.Tensor, log_sums: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """(softmax - one-hot) * scale in the dtype of the logits; scale (N,) float32, 0 for rows that are left out."""
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     with on_its_device(logits):

@@ -30,7 +30,9 @@ def forward_or_torch(kernels: Callable, inputs: tuple, sequences: tuple = ()) ->
     return rg_lru_scan_torch(*inputs)
 
 
-def backward_or_torch(kernels: Callable, d_hidden, d_last_state, *saved) -> tuple[torch.Tensor, ...]:
+def backward_or_torch(
+    kernels: Callable, d_hidden: torch.Tensor, d_last_state: torch.Tensor, *saved: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     """The gradients of x, both gates, log_decay and initial_state; saved: as `kernels` takes it, inputs first."""
     inputs, sequences = saved[:6], saved[7:]
     if inputs[0].device not in FAILED or any(each is not None for each in sequences):
@@ -55,7 +57,8 @@ def _remember(error: Exception, device: torch.device, sequences: tuple) -> None:
 def _gradients(d_hidden, d_last_state, *inputs) -> tuple[torch.Tensor, ...]:
     leaves = [None if x is None or x.dtype == torch.bool else x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        hidden, last_state = rg_lru_scan_torch(*leaves[:5], inputs[5])
+        arguments = [*leaves[:5], inputs[5]]
+        hidden, last_state = rg_lru_scan_torch(*arguments)
     d_last_state = torch.zeros_like(last_state) if d_last_state is None else d_last_state
     wanted = [leaf for leaf in leaves if leaf is not None]
     gradients = torch.autograd.grad((hidden, last_state), wanted, (d_hidden, d_last_state))

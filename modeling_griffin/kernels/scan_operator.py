@@ -12,7 +12,14 @@ import torch
 from ..rg_lru_scan_torch import RGLRUScan, rg_lru_scan_torch
 
 
-def rg_lru_scan_torch_or_operator(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+def rg_lru_scan_torch_or_operator(
+    x: torch.Tensor,
+    recurrence_gate: torch.Tensor,
+    input_gate: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    reset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as in `rg_lru_scan`. Exported for one length, it is PyTorch's own operators."""
     arguments = (x, recurrence_gate, input_gate, log_decay, initial_state, reset)
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() and isinstance(x.shape[1], int):

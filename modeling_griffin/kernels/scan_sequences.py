@@ -3,10 +3,12 @@
 A process that serves many requests needs it; a model does not, so that it does not go to the Hub.
 """
 
+from typing import Any
+
 import torch
 
 from ..gpu import on_its_device
-from ..rg_lru_scan_triton import overlap_options
+from ..rg_lru_scan_triton import Tile, overlap_options
 
 
 try:
@@ -17,7 +19,9 @@ except ImportError:
     triton = None
 
 
-def lay_out_sequences(layout, x, reset, tile, count: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+def lay_out_sequences(
+    layout: Any, x: torch.Tensor, reset: torch.Tensor | None, tile: Tile, count: int
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """`count` cleared words, or None for 0, and the marks and sequence numbers of `lay_out_kernel`."""
     (_, length, channels), number = x.shape, layout.cu_seqlens.shape[0] - 1
     words = x.new_empty(count, dtype=torch.int64) if count else None
@@ -54,7 +58,13 @@ def lay_out_sequences(layout, x, reset, tile, count: int) -> tuple[torch.Tensor 
     return words, marks, sequence
 
 
-def launch_walk(exact: bool, inputs, sequences, outputs, channels_each: int = 256) -> None:
+def launch_walk(
+    exact: bool,
+    inputs: tuple[torch.Tensor, ...],
+    sequences: tuple[torch.Tensor, torch.Tensor | None],
+    outputs: tuple[torch.Tensor, ...],
+    channels_each: int = 256,
+) -> None:
     x, (cu_seqlens, starts) = inputs[0], sequences
     _, length, channels = x.shape
     number = cu_seqlens.shape[0] - 1

@@ -6,6 +6,8 @@ know nothing of sequences, and autograd finds the states' gradients. Lengths sta
 Legend: T tokens, N sequences, C channels.
 """
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -64,7 +66,17 @@ def check_sequences(cu_seqlens: torch.Tensor, starts: torch.Tensor | None, x: to
         raise ValueError(f"cu_seqlens = {shown}: allowed is 0 first, never falling, at most {x.shape[1]} last")
 
 
-def scan_sequences(scan, x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu_seqlens, starts):
+def scan_sequences(
+    scan: Callable,
+    x: torch.Tensor,
+    recurrence_gate: torch.Tensor,
+    input_gate: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    reset: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`scan` over one row, with the state before each sequence as a token in front of it: a reset of which h is x."""
     dtype = torch.promote_types(x.dtype, torch.float32)  # the states must not be rounded
     number, (_, length, channels) = cu_seqlens.shape[0] - 1, x.shape

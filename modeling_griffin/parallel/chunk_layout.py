@@ -5,9 +5,12 @@ Every rank is given the whole rows, of which only numbers are read, so that noth
 Legend: B batch, T tokens of the rows, L tokens of a chunk, N ranks, W attention window.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.functional import pad
 
+from ..configuration_griffin import GriffinConfig
 from ..documents import Documents, attention_mask_for_documents, read_rows
 from .neighbours import Ranks
 
@@ -21,7 +24,7 @@ class ChunkLayout:
     on the left its number of real tokens; None where there is no padding.
     """
 
-    def __init__(self, chunk: int, reach: int, mask, history: torch.Tensor | None, tails: torch.Tensor | None):
+    def __init__(self, chunk: int, reach: int, mask: Any, history: torch.Tensor | None, tails: torch.Tensor | None):
         self.chunk, self.reach, self.mask, self.history, self.tails = chunk, reach, mask, history, tails
         self.layers = {}  # the attention layer that has started, by its number
 
@@ -31,14 +34,16 @@ def chunk_length(length: int, ranks: int) -> int:
     return -(-length // ranks)
 
 
-def take_chunk(tensor: torch.Tensor, ranks: Ranks, filler=0) -> torch.Tensor:
+def take_chunk(tensor: torch.Tensor, ranks: Ranks, filler: float = 0) -> torch.Tensor:
     """This rank's part of (B, T, ...), filled up with `filler` behind the end: (B, L, ...)."""
     chunk = chunk_length(tensor.shape[1], ranks.size)
     part = tensor[:, ranks.rank * chunk : (ranks.rank + 1) * chunk]
     return pad(part, (0, 0) * (tensor.dim() - 2) + (0, chunk - part.shape[1]), value=filler)
 
 
-def read_chunk(config, whole: torch.Tensor, like: torch.Tensor, ranks: Ranks, before: int, **arguments):
+def read_chunk(
+    config: GriffinConfig, whole: torch.Tensor, like: torch.Tensor, ranks: Ranks, before: int, **arguments: Any
+) -> tuple["ChunkLayout", torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(ChunkLayout, positions (B, L), document starts (B, L), real (B, L) or None) of this rank.
 
     Args:

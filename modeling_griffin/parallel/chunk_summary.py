@@ -33,7 +33,9 @@ def fold(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return a[:, 0], b[:, 0]
 
 
-def decays(recurrence_gate, log_decay, reset, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def decays(
+    recurrence_gate: torch.Tensor, log_decay: torch.Tensor, reset: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """a (B, T, C), 0 at a reset, and what the input is multiplied by, 1 at a reset."""
     log_a = log_decay.to(dtype) * torch.sigmoid(recurrence_gate.to(dtype))
     a, multiplier = torch.exp(log_a), torch.sqrt(-torch.expm1(2 * log_a))
@@ -42,7 +44,13 @@ def decays(recurrence_gate, log_decay, reset, dtype) -> tuple[torch.Tensor, torc
     return a, multiplier
 
 
-def summarize(x, recurrence_gate, input_gate, log_decay, reset) -> torch.Tensor:
+def summarize(
+    x: torch.Tensor,
+    recurrence_gate: torch.Tensor,
+    input_gate: torch.Tensor,
+    log_decay: torch.Tensor,
+    reset: torch.Tensor | None,
+) -> torch.Tensor:
     """(2, B, C) in float32 (float64 where x is): the product of the decays, and the last state from a zero state."""
     if triton_unavailable_reason(x) is None:
         segments = _reduce_segments(summary_kernel, (x, recurrence_gate, input_gate), log_decay, reset)
@@ -55,7 +63,9 @@ def summarize(x, recurrence_gate, input_gate, log_decay, reset) -> torch.Tensor:
     return torch.stack(fold(*(torch.stack(each, dim=1) for each in zip(*steps))))
 
 
-def summarize_backwards(d_hidden, recurrence_gate, log_decay, reset) -> torch.Tensor:
+def summarize_backwards(
+    d_hidden: torch.Tensor, recurrence_gate: torch.Tensor, log_decay: torch.Tensor, reset: torch.Tensor | None
+) -> torch.Tensor:
     """(B, C): the gradient of the initial state, as far as it comes from `d_hidden` (B, T, C) of this chunk."""
     if triton_unavailable_reason(d_hidden) is None:
         segments = _reduce_segments(backward_summary_kernel, (d_hidden, recurrence_gate), log_decay, reset)

@@ -1,7 +1,11 @@
 """What the package adds to Transformers' FSDP2 and tensor parallelism: a Λ that stays float32."""
 
+from collections.abc import Callable
+from typing import Any
+
 import transformers
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
 from ..tensor_parallel import RECURRENT_PLAN
@@ -11,7 +15,7 @@ if distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def distribute_model(stock, model: nn.Module, distributed_config, mesh) -> nn.Module:
+def distribute_model(stock: Callable, model: nn.Module, distributed_config: Any, mesh: DeviceMesh | None) -> nn.Module:
     """`PreTrainedModel.maybe_distribute_model`, arguments and result as there, with a Λ that stays float32.
 
     stock: the method of Transformers. Raises ValueError for a `tp_size` together with an `fsdp_size` where Transformers
@@ -40,7 +44,7 @@ def _sharded(model: nn.Module) -> set[str]:
     return {name for name, decay in _decay_modules(model).items() if isinstance(decay, FSDPModule)}
 
 
-def keep_lambda_float32(model: nn.Module, **fully_shard_arguments) -> None:
+def keep_lambda_float32(model: nn.Module, **fully_shard_arguments: Any) -> None:
     """Keeps every Λ float32 in storage, forward pass, gradient and optimizer when FSDP2 runs the model in bfloat16.
 
     FSDP2 casts by group. This gives each Λ, which sits alone in a module, a group with a policy that casts nothing, and

@@ -33,7 +33,8 @@ class Pending:
 
     def __init__(self, ranks: Ranks, sends: list[int], receives: list[int]):
         self.group, self.sends, self.receives = ranks.group, sends, receives
-        self.received = self._flight = None
+        self.received: torch.Tensor | None = None
+        self._flight: tuple | None = None
 
     def start(self, tail: torch.Tensor) -> "Pending":
         """tail: (entries, ...), entries in the order of the sequence. Returns at once."""

@@ -7,6 +7,8 @@ all chunks. Weights are whole on each rank, or sharded by FSDP2.
 Legend: B batch, T tokens of the rows, L tokens of a chunk, N ranks, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -75,10 +77,10 @@ class SequenceParallel:
     def __enter__(self) -> "SequenceParallel":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def __deepcopy__(self, memo) -> "SequenceParallel":
+    def __deepcopy__(self, memo: dict) -> "SequenceParallel":
         raise ValueError("a model shared over ranks cannot be copied: allowed is after remove()")
 
     def install(self) -> None:
@@ -108,7 +110,7 @@ class SequenceParallel:
             del self.head._loss_function
         self._hook, self.layers = None, []
 
-    def chunk(self, tensor: torch.Tensor, filler=0) -> torch.Tensor:
+    def chunk(self, tensor: torch.Tensor, filler: float = 0) -> torch.Tensor:
         """(B, T, ...) -> (B, L, ...), this rank's part of it, with `filler` behind the end of the rows."""
         return take_chunk(tensor, self.ranks, filler)
 
@@ -129,7 +131,9 @@ class SequenceParallel:
         """
         return prefill(self, input_ids, state, chunk_size)
 
-    def loss_in_pieces(self, hidden: torch.Tensor, labels: torch.Tensor, piece: int = 8192, **kwargs) -> torch.Tensor:
+    def loss_in_pieces(
+        self, hidden: torch.Tensor, labels: torch.Tensor, piece: int = 8192, **kwargs: Any
+    ) -> torch.Tensor:
         """The loss that the model would return, without the logits of the whole chunk: at a million tokens the most of
         the memory. They are made again, `piece` tokens at a time, on the way back.
 

@@ -7,6 +7,8 @@ Legend: B batch, L tokens of a chunk, D hidden size, C RG-LRU channels, W attent
 head dimension.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -16,7 +18,7 @@ from ..elementwise import linears, rotate
 from ..local_attention import OWN_ATTENTION
 from ..modeling_griffin import eager_attention_forward
 from .chunk_layout import ChunkLayout
-from .neighbours import Ranks, exchange_positions, exchange_tails
+from .neighbours import Pending, Ranks, exchange_positions, exchange_tails
 from .sequence_scan import SequenceScan
 
 
@@ -27,7 +29,8 @@ class RecurrentLayer:
         self.ranks, self.block = ranks, block
         self.taps = block.conv_1d.weight.shape[-1]
         self.before, self.collect, self.collected = None, False, None
-        self._inputs = self._layout = None
+        self._inputs: Pending | None = None
+        self._layout: ChunkLayout | None = None
         self._scan = block.rg_lru.scan = SequenceScan(ranks)
         self._hooks = [
             block.register_forward_pre_hook(self._start, with_kwargs=True),
@@ -96,8 +99,9 @@ class AttentionLayer:
 
     def __init__(self, ranks: Ranks, block: nn.Module):
         self.ranks, self.reach = ranks, block.sliding_window - 1
-        self.before, self.collect, self.collected = None, False, None
-        self._keys = None
+        self.before, self.collect = None, False
+        self.collected: tuple[torch.Tensor, ...] | None = None
+        self._keys: Pending | None = None
         self._hook = block.register_forward_pre_hook(self._start, with_kwargs=True)
 
     def remove(self) -> None:
@@ -116,7 +120,16 @@ class AttentionLayer:
         self._keys = exchange_positions(self.ranks, chunk, self.reach).start(both.contiguous())
         kwargs["attention_mask"].layers[block.layer_idx] = self
 
-    def attend(self, module: nn.Module, query, key, value, layout: ChunkLayout, scaling: float, **kwargs):
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: ChunkLayout,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The model's own attention over the chunk and what it sees in front; the first queries are nobody's.
 
         query (B, H, L, K), key and value (B, H_kv, L, K) -> (B, L, H, K), and the weights, where attention has them.

@@ -4,6 +4,8 @@ Each pass reads as many tokens as all ranks take at a time. What the last rank k
 stands before the next pass.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
@@ -13,8 +15,14 @@ from .neighbours import Ranks
 from .sequence_layers import AttentionLayer
 
 
+if TYPE_CHECKING:  # they import each other
+    from .sequence import SequenceParallel
+
+
 @torch.no_grad()
-def prefill(parallel, input_ids: torch.Tensor, state: GenerationState | None, chunk_size: int) -> GenerationState:
+def prefill(
+    parallel: "SequenceParallel", input_ids: torch.Tensor, state: GenerationState | None, chunk_size: int
+) -> GenerationState:
     """See `SequenceParallel.prefill`."""
     model, ranks = parallel.head, parallel.ranks
     if model is None:

@@ -11,6 +11,8 @@ g_local, and with g_in known the scan's own backward pass runs once. Reducing re
 Legend: N ranks, B batch, T time (of the chunk), C channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -27,10 +29,20 @@ class SequenceScan:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.before = self.collect = None
+        self.before: torch.Tensor | None = None
+        self.collect: Callable[[torch.Tensor], None] | None = None
 
     @torch.compiler.disable
-    def __call__(self, x, recurrence_gate, input_gate, log_decay, *, initial_state=None, reset=None):
+    def __call__(
+        self,
+        x: torch.Tensor,
+        recurrence_gate: torch.Tensor,
+        input_gate: torch.Tensor,
+        log_decay: torch.Tensor,
+        *,
+        initial_state: torch.Tensor | None = None,
+        reset: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Arguments and results as in `rg_lru_scan`; initial_state must be None, see `before`."""
         arguments = (x, recurrence_gate, input_gate, log_decay)
         with torch.no_grad():

@@ -8,6 +8,7 @@ in the file too where the card is written into its folder, because uploads take 
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
@@ -31,6 +32,9 @@ from .card_text import inline, literal
 from .mask_secrets import mask_file, mask_secrets
 from .saved_files import read_json_object
 
+
+if TYPE_CHECKING:  # its import needs accelerate
+    from transformers import Trainer
 
 logger = logging.get_logger(__name__)
 TEMPLATE = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
@@ -69,7 +73,7 @@ model.train()
 """
 
 
-def write_model_card(folder: str | os.PathLike, *, repo_id: str | None = None, **given) -> ModelCard:
+def write_model_card(folder: str | os.PathLike, *, repo_id: str | None = None, **given: Any) -> ModelCard:
     """Writes README.md into the folder of a saved model, over any card that is there.
 
     Args:
@@ -89,7 +93,7 @@ def write_model_card(folder: str | os.PathLike, *, repo_id: str | None = None, *
     return card
 
 
-def keep_model_card(trainer, **given) -> None:
+def keep_model_card(trainer: "Trainer", **given: Any) -> None:
     """Makes `trainer.push_to_hub()` write this card. Stock `Trainer.create_model_card` would put its own over it.
 
     Args:

@@ -10,7 +10,7 @@ NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 MAX_LENGTH = 200
 
 
-def inline(value) -> str:
+def inline(value: object) -> str:
     """`str(value)` in one line, at most `MAX_LENGTH` characters of it, with every sign of Markdown and HTML escaped."""
     text = one_line(str(value))
     text = text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 1]}…"

@@ -12,6 +12,7 @@ import re
 import shlex
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -48,7 +49,7 @@ SHAPES = re.compile(
 )
 
 
-def mask_secrets(value):
+def mask_secrets(value: Any) -> Any:
     """A copy of `value`, JSON of any depth, in which no secret is left.
 
     Args:

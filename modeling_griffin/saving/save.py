@@ -17,16 +17,18 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+import torch
+from huggingface_hub import CommitInfo, HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..configuration_griffin import AUTO_MAP, OUR_CLASSES
+from ..configuration_griffin import AUTO_MAP, OUR_CLASSES, GriffinConfig
 from .card import card_for_hub, refresh_card
 from .saved_files import TOKENIZER_FILES
 from .sharded import all_ranks_or_none, gather, is_sharded
@@ -42,7 +44,9 @@ CARD_FILES = ("README.md", "metrics.json", "loss_curve.png")  # of these, what t
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
-def save_config(config, stock, save_directory: str | os.PathLike, push_to_hub: bool, **kwargs) -> None:
+def save_config(
+    config: GriffinConfig, stock: Callable, save_directory: str | os.PathLike, push_to_hub: bool, **kwargs: Any
+) -> None:
     """`GriffinConfig.save_pretrained` with the code beside it. stock: the method of Transformers."""
     # Its copying of code is done here, where each file takes its place in one step.
     config.__dict__["_auto_class"] = None
@@ -57,13 +61,13 @@ def save_config(config, stock, save_directory: str | os.PathLike, push_to_hub: b
 
 
 def save_model(
-    model,
-    stock,
+    model: torch.nn.Module,
+    stock: Callable,
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
     state_dict: dict | None = None,
     push_to_hub: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> None:
     """Saves configuration, safetensors, generation configuration, code and model card; adapters as PEFT has them.
 
@@ -134,7 +138,14 @@ def _copy_tokenizer(source: Path, stage: Path, folder: Path) -> None:
             shutil.copyfile(source / name, stage / name)
 
 
-def push_model(model, repo_id: str, *, max_shard_size: int | str = "50GB", tags=None, **kwargs):
+def push_model(
+    model: torch.nn.Module,
+    repo_id: str,
+    *,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | str | None = None,
+    **kwargs: Any,
+) -> CommitInfo | None:
     """`push_to_hub`, arguments and result as in Transformers.
 
     A card on the Hub that a person wrote stays, with `tags` added.
@@ -175,7 +186,7 @@ def copy_code(folder: str | os.PathLike, model_class: type | None = None) -> lis
         target = Path(folder) / path.name
         if target.exists() and target.samefile(path):
             continue
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=STAGE_PREFIX, delete=False) as beside:
+        with tempfile.NamedTemporaryFile(dir=os.fspath(folder), prefix=STAGE_PREFIX, delete=False) as beside:
             pass
         shutil.copyfile(path, beside.name)
         shutil.copymode(path, beside.name)
@@ -198,7 +209,8 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=folder))
     new, old = stage / "new", stage / "old"
     try:
-        new.mkdir(), old.mkdir()
+        new.mkdir()
+        old.mkdir()
         yield new
         _swap_in(new, old, folder)
     except BaseException as error:
@@ -236,10 +248,10 @@ def _weights_family(name: str) -> tuple[str, str] | None:
     """("model", ".fp16") for model.fp16.safetensors, for its shards and for their index; None for other files."""
     pattern = r"(.+?)(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|(.+?)\.safetensors\.index(\.\w+)?\.json"
     match = re.fullmatch(pattern, name)
-    return match and (match[1] or match[4], match[2] or match[5] or "")
+    return None if match is None else (match[1] or match[4], match[2] or match[5] or "")
 
 
-def _own_class(model) -> type:
+def _own_class(model) -> Any:
     """The class that has a source file: FSDP2 puts a generated FSDP<name> before it."""
     return next(cls for cls in type(model).__mro__ if not cls.__name__.startswith("FSDP"))
 
@@ -282,7 +294,7 @@ def create_repo(arguments: dict) -> str:
     return api.create_repo(arguments["repo_id"], private=arguments.get("private"), exist_ok=True).repo_id
 
 
-def upload(folder: str | os.PathLike, names: list[str], **arguments):
+def upload(folder: str | os.PathLike, names: list[str], **arguments: Any) -> CommitInfo:
     """Uploads the named files of the folder in one commit, which also removes weights that they replace.
 
     Args:

@@ -12,9 +12,10 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.generation import (
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -37,7 +38,7 @@ class GeneratedToken(NamedTuple):
     finish_reason: None while it goes on, else "eos", "stop", "length", or "error: " and what was wrong with it.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     token: int | None
     finish_reason: str | None
 
@@ -50,7 +51,9 @@ class GenerationResult:
     finish_reason: str | None = None
 
 
-def generate_batch(model, queue: Iterable[GenerationRequest] | None = None, **options) -> list[GenerationResult]:
+def generate_batch(
+    model: torch.nn.Module, queue: Iterable[GenerationRequest] | None = None, **options: Any
+) -> list[GenerationResult]:
     """Runs all generations and returns their results in the order given. Options as for `stream_batch`.
 
     Raises ValueError for the arguments of Transformers' method of that name, which serves attention's paged caches.
@@ -72,11 +75,11 @@ def generate_batch(model, queue: Iterable[GenerationRequest] | None = None, **op
 
 @torch.no_grad()
 def stream_batch(
-    model,
+    model: torch.nn.Module,
     queue: Iterable[GenerationRequest],
     max_rows: int = 32,
     prefill_chunk_size: int = 2048,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[GeneratedToken]:
     """Runs generations side by side and yields each token as soon as it is known.
 

@@ -9,13 +9,14 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..decode.eligibility import check_places
+from .request import GenerationRequest
 from .state import GenerationState
 
 
 class RunningBatch:
     """The rows that run; between steps, `members` are the next step's: numbers of rows in the cache, and new states."""
 
-    def __init__(self, model, max_rows: int = 1):
+    def __init__(self, model: torch.nn.Module, max_rows: int = 1):
         self.model, self.max_rows = model, max_rows
         self.lengths: tuple[int, ...] = ()
         self.cache = DynamicCache(config=model.config)
@@ -91,7 +92,7 @@ def _without_logits(state: GenerationState) -> GenerationState:
 
 @torch.no_grad()
 def prefill(
-    model, input_ids: torch.Tensor, state: GenerationState | None = None, chunk_size: int = 2048
+    model: torch.nn.Module, input_ids: torch.Tensor, state: GenerationState | None = None, chunk_size: int = 2048
 ) -> GenerationState:
     """Reads tokens, behind those of `state` if one is given, which stays as it is.
 
@@ -114,14 +115,14 @@ def prefill(
     return batch.state(logits)
 
 
-def read_request(model, request, chunk_size: int) -> GenerationState:
+def read_request(model: torch.nn.Module, request: GenerationRequest, chunk_size: int) -> GenerationState:
     if not request.prompt:
         request.state.check(model)
         return request.state
     return prefill(model, torch.tensor([request.prompt]), request.state, chunk_size)
 
 
-def check_whole(name: str, number) -> None:
+def check_whole(name: str, number: object) -> None:
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"{name} = {number!r}: allowed are whole numbers from 1")
 

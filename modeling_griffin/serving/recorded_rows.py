@@ -23,7 +23,7 @@ LEAST_FREE = 8  # a batch's share of rows, 1 / LEAST_FREE, that waits to be fill
 MOST_PADDING = 2  # times the shortest prompt that the longest of one pass may have
 
 
-def recorded_batch(model, max_rows: int) -> "RecordedBatch | None":
+def recorded_batch(model: torch.nn.Module, max_rows: int) -> "RecordedBatch | None":
     """Room for max_rows rows on the model's recorded step; None, and one line why, where there is none."""
     if model.device.type not in model._fast_generation_devices:
         return None
@@ -38,7 +38,7 @@ def recorded_batch(model, max_rows: int) -> "RecordedBatch | None":
 class RecordedBatch:
     """The same to `stream_batch` as its batch behind a cache. Running rows have numbers 0, 1, ... in their order."""
 
-    def __init__(self, model, step: DecodeStep, max_rows: int):
+    def __init__(self, model: torch.nn.Module, step: DecodeStep, max_rows: int):
         self.model, self.step, self.max_rows = model, step, max_rows
         self.places: list[int] = []  # of each running row in the step
         self.free = list(range(len(step.token)))

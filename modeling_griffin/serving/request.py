@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class GenerationRequest:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
 
 
-def as_request(entry) -> GenerationRequest:
+def as_request(entry: Any) -> GenerationRequest:
     """A request as it is, a dict of its fields, or a prompt alone."""
     if type(entry).__name__ == GenerationRequest.__name__:  # by name: see `GenerationRequest.state`
         return entry

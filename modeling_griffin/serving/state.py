@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import DynamicCache
 
+from ..configuration_griffin import GriffinConfig
+
 
 FORMAT = "griffin generation state, version 1"
 # What the meaning of a state depends on, besides the weights.
@@ -54,7 +56,7 @@ class GenerationState:
     (B, H_kv, S, K), right-aligned: row b fills the last min(lengths[b], S) slots.
     """
 
-    config: object
+    config: GriffinConfig
     lengths: tuple[int, ...]
     logits: torch.Tensor
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -95,7 +97,9 @@ class GenerationState:
         return _aligned(config, lengths, torch.cat([state.logits for state in states]), layers)
 
     @staticmethod
-    def from_cache(config, cache: DynamicCache, lengths: Sequence[int], logits: torch.Tensor) -> "GenerationState":
+    def from_cache(
+        config: GriffinConfig, cache: DynamicCache, lengths: Sequence[int], logits: torch.Tensor
+    ) -> "GenerationState":
         """Copies a cache whose rows hold `lengths` tokens, without padding behind or between them."""
         layers = []
         for kind, layer in zip(config.layer_types, cache.layers):
@@ -125,7 +129,7 @@ class GenerationState:
         empty = slots - torch.tensor(self.lengths, device=self.logits.device)
         return (torch.arange(slots, device=self.logits.device) >= empty[:, None]).long()
 
-    def check(self, model) -> None:
+    def check(self, model: torch.nn.Module) -> None:
         """Raises ValueError where the state cannot be one of `model`: another shape, dtype or device."""
         check_same_model(model.config, self.config, "state")
         device = model.device
@@ -137,7 +141,7 @@ class GenerationState:
             )
 
 
-def save_state(state: GenerationState, model, path: str | os.PathLike) -> None:
+def save_state(state: GenerationState, model: torch.nn.Module, path: str | os.PathLike) -> None:
     """Writes the state to one safetensors file, all or nothing."""
     state.check(model)
     tensors = {"logits": state.logits, "lengths": torch.tensor(state.lengths)}
@@ -158,7 +162,7 @@ def save_state(state: GenerationState, model, path: str | os.PathLike) -> None:
         raise
 
 
-def load_state(model, path: str | os.PathLike) -> GenerationState:
+def load_state(model: torch.nn.Module, path: str | os.PathLike) -> GenerationState:
     """Reads a state back, to the model's device.
 
     Raises ValueError, naming what differs, for a damaged file and for the state of a model with another configuration,
@@ -226,7 +230,7 @@ def _row_numbers(rows, count: int) -> Sequence[int]:
     for row in rows:
         if isinstance(row, bool) or not isinstance(row, Integral):
             raise TypeError(f"rows has {row!r}: allowed are numbers of rows, from 0 to {count - 1}, and slices")
-        if not -count <= row < count:
+        if not -count <= int(row) < count:
             raise IndexError(f"rows has {row}: allowed are -{count} to {count - 1}")
     return [range(count)[row] for row in rows]
 
@@ -241,7 +245,7 @@ def _check_same_tensors(one: "GenerationState", other: "GenerationState") -> Non
             )
 
 
-def check_same_model(expected, found, name: str) -> None:
+def check_same_model(expected: GriffinConfig, found: GriffinConfig, name: str) -> None:
     """Raises ValueError naming the first field of two configurations on which the meaning of a state depends."""
     for field in FIELDS:
         one, other = getattr(expected, field), getattr(found, field)

@@ -42,8 +42,10 @@ def mlp_in_pieces(model: nn.Module, piece: int = PIECE) -> None:
             block.__class__ = type(type(block).__name__, (MLPInPieces, type(block)), {})
 
 
-class MLPInPieces:
+class MLPInPieces(nn.Module):
     """Stands before the class of an MLP, whose forward pass it calls; `piece`: tokens at a time."""
+
+    piece: int
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""

@@ -9,6 +9,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +31,13 @@ class OnTheHost(LogitsProcessor):
     def __init__(self):
         self.seen = []
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.seen.append(input_ids[:, -1].tolist())
         return scores.index_fill(1, torch.tensor([3], device=scores.device), -torch.inf)
 
 
 class Never(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.tensor([token < 0 for token in input_ids[:, -1].tolist()], device=input_ids.device)
 
 
@@ -54,11 +55,11 @@ class LowRank(nn.Module):
         for linear in (self.down, self.up):
             linear.weight.data.normal_(std=0.01)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + self.up(self.down(x))
 
 
-def with_adapters(model):
+def with_adapters(model: nn.Module) -> torch.nn.Module:
     try:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -67,7 +68,7 @@ def with_adapters(model):
         return with_low_rank(model)
 
 
-def with_low_rank(model):
+def with_low_rank(model: nn.Module) -> torch.nn.Module:
     for layer in model.model.layers:
         for block in (layer.mlp_block, layer.temporal_block):
             for name, linear in list(block.named_children()):
@@ -76,22 +77,22 @@ def with_low_rank(model):
     return model
 
 
-def steer(module, args, output):
+def steer(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     return output * 1.01
 
 
-def with_a_hook(model):
+def with_a_hook(model: nn.Module) -> torch.nn.Module:
     model.model.layers[0].mlp_block.register_forward_hook(steer)
     return model
 
 
-def with_a_host_hook(model):
+def with_a_host_hook(model: nn.Module) -> torch.nn.Module:
     seen = []
     model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(1))
     return model
 
 
-def with_an_activation(model):
+def with_an_activation(model: nn.Module) -> torch.nn.Module:
     for layer in model.model.layers:
         layer.mlp_block.act_fn = nn.SiLU()
     return model

@@ -6,12 +6,13 @@ same, so that runs can be compared in pairs.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from lambda_study.tasks import make_task
+from lambda_study.tasks import LanguageTask, SyntheticTask, make_task
 from modeling_griffin import (
     LAMBDA_INITS,
     GriffinConfig,
@@ -80,7 +81,7 @@ def make_model(config: GriffinConfig, seed: int) -> GriffinForCausalLM:
     return model
 
 
-def make_optimizer(model, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """On a GPU ready to be recorded: the rate is a tensor, and all state exists before the first step."""
     decayed, recorded = set(decay_parameter_names(model)), model.device.type == "cuda"
     groups = [
@@ -109,11 +110,10 @@ def _make_state(optimizer: torch.optim.AdamW, model) -> None:
 
 
 class Watch:
-    """Curve and Λ of a run: `take` at step 0 and at each of `points` evenly spaced steps."""
+    """Curve and Λ of a run: `take` at step 0 and at each of `steps`."""
 
-    def __init__(self, model, task, steps: int, points: int):
-        self.model, self.task = model, task
-        self.steps = {round(steps * k / points) for k in range(points + 1)}
+    def __init__(self, model: torch.nn.Module, task: SyntheticTask | LanguageTask, steps: set[int]):
+        self.model, self.task, self.steps = model, task, steps
         self.decays = [module for module in model.modules() if isinstance(module, Decay)]
         self.first = [decay.lambda_bias.detach().clone() for decay in self.decays]
         self.curve: list[dict] = []
@@ -137,11 +137,23 @@ class Watch:
         return {"memory": [_short(value) for value in quantiles], "moved": _short(moved)}
 
 
-def train(model, task, run: dict) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (steps taken, loss of the last one), and reads no value off the device itself."""
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: SyntheticTask | LanguageTask,
+    run: dict,
+    done: int = 0,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields (steps taken, loss of the last one), and reads no value off the device itself.
+
+    done: steps that model, optimizer and task have behind them.
+    """
     settings, steps = run["settings"], run["steps"]
-    optimizer = make_optimizer(model, run["learning_rate"], settings["weight_decay"])
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(settings["warmup"] * steps)), steps)
+    warmup = max(1, round(settings["warmup"] * steps))
+    if done:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = run["learning_rate"]
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=done - 1)
 
     def gradients(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -157,7 +169,7 @@ def train(model, task, run: dict) -> Iterator[tuple[int, torch.Tensor]]:
 
     if model.device.type == "cuda":
         take_step = Recorded(take_step, warm_up=gradients)
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         loss = take_step(task.batch())
         schedule.step()
         yield step, loss
@@ -169,7 +181,7 @@ class Recorded:
     function: batch -> a tensor; warm_up: what can run before without changing anything, so that kernels are compiled.
     """
 
-    def __init__(self, function, warm_up):
+    def __init__(self, function: Callable, warm_up: Any):
         self.function, self.warm_up = function, warm_up
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle()  # shared: recordings are replayed one after the other
@@ -211,9 +223,11 @@ def run_one(run: dict) -> dict:
     task = make_task(run["settings"], run["seed"], device)
     config = make_config(run["settings"]["model"], run["arm_settings"], task.vocab_size)
     model = make_model(config, run["seed"]).to(device).train()
-    watch = Watch(model, task, run["steps"], run["settings"]["points"])
+    optimizer = make_optimizer(model, run["learning_rate"], run["settings"]["weight_decay"])
+    points = run["settings"]["points"]
+    watch = Watch(model, task, {round(run["steps"] * k / points) for k in range(points + 1)})
     finite, losses = watch.take(0, None), []
-    for step, loss in train(model, task, run):
+    for step, loss in train(model, optimizer, task, run):
         losses.append(loss)
         if step in watch.steps:
             finite, losses = watch.take(step, torch.stack(losses).mean().item()), []

@@ -45,16 +45,16 @@ class SyntheticTask:
         tokens, targets = self.draw(self.settings["rows"], size, self.generator, **self.options)
         return {"tokens": tokens, "targets": targets}
 
-    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean -log p of the answers, nats."""
         logits = _logits(model, batch["tokens"]).flatten(0, 1)
         return cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORED)
 
-    def validate(self, model) -> dict[str, float]:
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """loss (nats an answer) and accuracy (share of right answers), both means over the trained sizes."""
         return _mean_figures(self._held_out(model, size) for size in self.settings["sizes"])
 
-    def evaluate(self, model) -> list[dict[str, float]]:
+    def evaluate(self, model: torch.nn.Module) -> list[dict[str, float]]:
         return [{"size": size, **self._held_out(model, size)} for size in self.settings["held_out_sizes"]]
 
     @torch.no_grad()
@@ -85,6 +85,8 @@ class LanguageTask:
     Settings: rows, length (tokens in a row), held_out_rows (of that length), long_length and long_rows.
     """
 
+    LONG = ("held_out", "held_out_bytes.npy")  # what is read in long rows, and the bytes of its tokens
+
     def __init__(self, settings: dict, seed: int, device: torch.device):
         import datasets
         import numpy as np
@@ -96,23 +98,24 @@ class LanguageTask:
         tokenizer = load_tokenizer(str(folder / "tokenizer"), [], 0)
         self.settings, self.device = settings, device
         self.vocab_size, filler = len(tokenizer), document_ends(tokenizer)[1]
-        self.num_bytes = np.load(folder / "held_out_bytes.npy")
-        train, held_out = (datasets.load_from_disk(str(folder / name)) for name in ("train", "held_out"))
+        self.num_bytes = np.load(folder / self.LONG[1])
+        names = ("train", "held_out", self.LONG[0])
+        train, held_out, long = (datasets.load_from_disk(str(folder / name)) for name in names)
         self.train_rows = PackedRows(train, settings["length"], filler)
         self.held_out_rows = PackedRows(held_out, settings["length"], filler)
-        self.long_rows = PackedRows(held_out, settings["long_length"], filler)
+        self.long_rows = PackedRows(long, settings["long_length"], filler)
         self.order = _endless_order(len(self.train_rows), np.random.default_rng(seed))
 
     def batch(self) -> dict[str, torch.Tensor]:
         return self._batch([self.train_rows[next(self.order)] for _ in range(self.settings["rows"])])
 
-    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """nats a token."""
         with self._autocast():
             return model(**batch, use_cache=False).loss
 
     @torch.no_grad()
-    def validate(self, model) -> dict[str, float]:
+    def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """loss: nats a token, over the first held_out_rows rows of the held-out documents."""
         rows = [self.held_out_rows[i] for i in range(min(self.settings["held_out_rows"], len(self.held_out_rows)))]
         size = self.settings["rows"]
@@ -122,7 +125,7 @@ class LanguageTask:
         nats = torch.stack([loss * count for loss, count in zip(losses, predicted)]).sum()
         return {"loss": nats.item() / sum(predicted)}
 
-    def evaluate(self, model) -> list[dict[str, float]]:
+    def evaluate(self, model: torch.nn.Module) -> list[dict[str, float]]:
         """By position in the document, in rows of `long_length` tokens; `size` is the first position of a bucket."""
         from evaluate_text import bucket_losses, summarize
 

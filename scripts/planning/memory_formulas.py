@@ -7,6 +7,7 @@ G key-value heads, K head dimension; e bytes of a number in the matrix products,
 from math import prod
 from typing import NamedTuple
 
+from modeling_griffin import GriffinConfig
 from modeling_griffin.causal_lm_loss import CHUNK_ELEMENTS
 from modeling_griffin.kernels.attention import BLOCK
 from modeling_griffin.kernels.linears import NARROW
@@ -50,7 +51,7 @@ FUSED_AUTOCAST = AUTOCAST._replace(fused=True)  # float32 weights under bfloat16
 FUSED_BFLOAT16 = BFLOAT16._replace(fused=True)  # weights that FSDP2 gathers in bfloat16
 
 
-def sizes_of(config) -> Sizes:
+def sizes_of(config: GriffinConfig) -> Sizes:
     """The sizes of a GriffinConfig."""
     return Sizes(
         V=config.vocab_size,

@@ -7,6 +7,7 @@ Legend: B rows, T time, D width, C RG-LRU channels, H heads, K head dimension, W
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -127,13 +128,12 @@ def _elementwise(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case
     yield "rotation", lambda: backward(elementwise.triton_rotate(q, angle, angle), q)
     u, taps, bias = leaf(4, 512, shape.lru), leaf(shape.lru, 1, 4), leaf(shape.lru)
     start = _new(4, 512, dtype=torch.bool)
-    for past, name in ((None, ""), (leaf(4, shape.lru, 4), " with states")):
-        yield (
-            f"convolution{name}",
-            lambda past=past: backward(
-                convolution.causal_conv1d_triton(u, past, taps, bias, None if past is None else start), u, taps
-            ),
-        )
+
+    def convolve(past: torch.Tensor | None) -> None:
+        backward(convolution.causal_conv1d_triton(u, past, taps, bias, None if past is None else start), u, taps)
+
+    yield "convolution", partial(convolve, None)
+    yield "convolution with states", partial(convolve, leaf(4, shape.lru, 4))
     logits, targets = _new(2048, shape.vocabulary, dtype=dtype), _new(2048, dtype=torch.long)
     yield "loss", lambda: loss.row_losses(logits, targets, -100)
     row = _new(2048, dtype=torch.float32)
@@ -186,13 +186,16 @@ def _decode(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         made.ops = KernelOps(can_overlap(META), decode_gemm_fits(properties(META)))
         return made
 
-    for rows in (1, 64) if quick else (1, 2, 4, 16, 32, 64, 65):
-        yield f"decode, {rows} rows", lambda rows=rows: step(rows)._compute()
+    def decode(rows: int) -> None:
+        step(rows)._compute()
 
-    def drafts(tokens: int) -> VerifyStep:
+    for rows in (1, 64) if quick else (1, 2, 4, 16, 32, 64, 65):
+        yield f"decode, {rows} rows", partial(decode, rows)
+
+    def verify(tokens: int) -> None:
         made = VerifyStep(step(1), tokens)
         made.tokens, made.on_host = (torch.empty_like(each, device=META) for each in (made.tokens, made.on_host))
-        return made
+        made._compute()
 
     for tokens in (8,) if quick else (4, 16, 64):
-        yield f"drafts, {tokens} tokens", lambda tokens=tokens: drafts(tokens)._compute()
+        yield f"drafts, {tokens} tokens", partial(verify, tokens)

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import yaml
@@ -37,7 +38,7 @@ class ModelArguments:
         default=1, metadata={"help": "processes that share each row; a divisor of their number"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sequence_parallel_size < 1:
             raise ValueError(
                 f"sequence_parallel_size = {self.sequence_parallel_size}: allowed are whole numbers from 1"
@@ -68,7 +69,7 @@ class DataArguments:
     sequence_length: int = field(default=1024, metadata={"help": "tokens in a row; documents are packed into rows"})
     preprocessing_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length = {self.sequence_length}: allowed are whole numbers from 2")
 
@@ -81,7 +82,7 @@ TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 class Resume:
     """What the command line says of an interrupted run."""
 
-    checkpoint: str | bool | None = None  # None: a new run; True: the newest checkpoint; or a checkpoint's folder
+    checkpoint: Any = None  # None: a new run; True: the newest checkpoint; or a checkpoint's folder
     allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the checkpoint's
 
 

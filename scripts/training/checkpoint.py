@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -53,7 +54,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
                 "another output_dir"
             )
         return None
-    if resume is True:
+    if isinstance(resume, bool):
         return _newest_whole(output_dir)
     if fault := fault_of(Path(resume)):
         raise ValueError(f"--resume {resume}: {fault}; allowed are whole checkpoint folders")
@@ -110,7 +111,7 @@ def read_manifest(checkpoint: str | Path, name: str = MANIFEST) -> dict | None:
         return None
 
 
-def write_manifest(checkpoint: Path, **facts) -> None:
+def write_manifest(checkpoint: Path, **facts: Any) -> None:
     """What is in the folder, with `facts`. Appears whole or not at all."""
     names = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
     _write(checkpoint / MANIFEST, {**facts, "files": describe_files(checkpoint, set(names) - {MANIFEST, FINAL})})

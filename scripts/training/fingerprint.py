@@ -2,6 +2,9 @@
 
 import json
 
+from transformers import TrainingArguments
+
+from training.arguments import DataArguments
 from training.masking import mask_values
 
 
@@ -39,7 +42,7 @@ ALLOWED = {
 }
 
 
-def settings_of(data_arguments, training_arguments, shared_by: int = 1) -> dict:
+def settings_of(data_arguments: DataArguments, training_arguments: TrainingArguments, shared_by: int = 1) -> dict:
     """{name: value as JSON has it} of all that the numbers of a run depend on, but for its texts and its model.
 
     shared_by: how many processes share each row, see sequence_parallel_size.

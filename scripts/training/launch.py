@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
@@ -90,7 +91,7 @@ def says_precision(settings: dict) -> bool:
     return by_launcher or not settings.keys().isdisjoint(("bf16", "fp16"))
 
 
-def check_processes(state, request: Request) -> None:
+def check_processes(state: PartialState, request: Request) -> None:
     """Raises ValueError unless as many processes as asked for know of each other.
 
     Args:
@@ -103,7 +104,7 @@ def check_processes(state, request: Request) -> None:
         raise ValueError(f"{state.num_processes} processes would train without each other: {HINT}")
 
 
-def check_launch(accelerator) -> None:
+def check_launch(accelerator: Accelerator) -> None:
     """Raises ValueError where accelerate would shard, or compute, otherwise than the launcher asks."""
     kind, precision = accelerator.distributed_type, precision_of(accelerator)
     for wanted in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -126,7 +127,7 @@ def check_launch(accelerator) -> None:
         )
 
 
-def check_checkpoint(checkpoint: str, accelerator) -> None:
+def check_checkpoint(checkpoint: str, accelerator: Accelerator) -> None:
     """Raises ValueError where the shards of one launcher would be read by another."""
     of = "FSDP" if (Path(checkpoint) / "pytorch_model_fsdp_0").is_dir() else "NO"
     of = "DEEPSPEED" if (Path(checkpoint) / "latest").is_file() else of
@@ -139,7 +140,7 @@ def check_checkpoint(checkpoint: str, accelerator) -> None:
         )
 
 
-def describe(accelerator) -> str:
+def describe(accelerator: Accelerator) -> str:
     """One line: what really runs, as "one process on CPU, float32" or "2 processes on GPU (DDP), ..."."""
     count, device = accelerator.num_processes, accelerator.device.type
     processes = "one process" if count == 1 else f"{count} processes"
@@ -149,7 +150,7 @@ def describe(accelerator) -> str:
     return f"{processes} on {place}{f' ({layout})' if layout else ''}, {precision}"
 
 
-def precision_of(accelerator) -> str:
+def precision_of(accelerator: Accelerator) -> str:
     """ "no", "bf16" or "fp16"; what DeepSpeed computes in, accelerate calls "no"."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return accelerator.mixed_precision

@@ -1,6 +1,7 @@
 """Takes secrets out of what a run writes down: the package's masking, and the values of this process's environment."""
 
 import os
+from typing import Any
 
 from modeling_griffin.saving.mask_secrets import MASK, is_secret_name, mask_command, mask_words
 from modeling_griffin.saving.mask_secrets import mask_secrets as mask_json
@@ -15,7 +16,7 @@ def mask_secrets(command: str | list[str]) -> str | list[str]:
     return _without_environment(mask_command(command) if isinstance(command, str) else mask_words(command))
 
 
-def mask_values(obj):
+def mask_values(obj: Any) -> Any:
     """A copy of nested dicts, lists, tuples and strings, as JSON has them, without the secrets in it."""
     return _without_environment(mask_json(obj))
 

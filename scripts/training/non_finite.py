@@ -3,26 +3,30 @@
 Runs only after a failure: the pass over the batch once more, with a hook on every module.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from accelerate.utils import DistributedType
+from transformers import Trainer
 
 
 SNIPPET_TOKENS, SNIPPET_CHARACTERS, MOST_ROWS = 64, 60, 8
 
 
-def find_in_loss(trainer, batches: list[dict]) -> str:
+def find_in_loss(trainer: Trainer, batches: list[dict]) -> str:
     """One line about the one batch in `batches`, whose loss is not finite."""
     if spoiled := first_spoiled((*trainer.model.named_parameters(), *trainer.model.named_buffers())):
         return f"first not finite: {spoiled}, so an earlier step spoiled it; {describe_rows(trainer, *batches)}"
     return find_in_pass(trainer, batches, backward=False)
 
 
-def find_in_gradients(trainer, batches: list[dict]) -> str:
+def find_in_gradients(trainer: Trainer, batches: list[dict]) -> str:
     """One line about this process's first batch of the step whose gradients are not finite."""
     return find_in_pass(trainer, batches, backward=True)
 
 
-def find_in_pass(trainer, batches: list[dict], backward: bool) -> str:
+def find_in_pass(trainer: Trainer, batches: list[dict], backward: bool) -> str:
     if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         # One process alone cannot repeat a pass for which all of them gather the weights.
         return f"run this batch in one process to see in which tensor; {describe_rows(trainer, *batches)}"
@@ -33,7 +37,7 @@ def find_in_pass(trainer, batches: list[dict], backward: bool) -> str:
     return f"on this process the pass once more is finite; {describe_rows(trainer, *batches)}"
 
 
-def first_spoiled(named_tensors) -> str | None:
+def first_spoiled(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of the first tensor that is not finite; of a sharded tensor this process's part."""
     for name, tensor in named_tensors:
         own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -77,7 +81,7 @@ def first_in_pass(model: torch.nn.Module, batch: dict, backward: bool) -> tuple[
     return found[0] if found else None
 
 
-def tensors_in(output) -> list[torch.Tensor]:
+def tensors_in(output: Any) -> list[torch.Tensor]:
     """The floating-point tensors of a module's output, whatever they are nested in."""
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
@@ -88,7 +92,7 @@ def tensors_in(output) -> list[torch.Tensor]:
     return [tensor for part in output for tensor in tensors_in(part)]
 
 
-def describe_rows(trainer, *batches: dict, rows: list[int] | None = None) -> str:
+def describe_rows(trainer: Trainer, *batches: dict, rows: list[int] | None = None) -> str:
     """Which rows of the training data, and how the first of them begins."""
     input_ids = torch.cat([batch["input_ids"] for batch in batches]).cpu()
     input_ids = input_ids[rows] if rows else input_ids

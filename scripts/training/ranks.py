@@ -4,6 +4,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -15,26 +16,26 @@ SILENCE = ("Timed out waiting", "Application timeout", "Connection closed by pee
 STORE_KEY = "train.py/answers"
 
 
-def join_in_time(backend: str | None, seconds) -> None:
+def join_in_time(backend: str | None, seconds: float) -> None:
     """Makes the group of CPU processes with `ddp_timeout`; TrainingArguments, which would make it, leaves that out."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and str(seconds).isdigit():
         PartialState(cpu=True, backend=backend, timeout=datetime.timedelta(seconds=int(seconds)))
 
 
-def decided_by_rank_0(decide: Callable):
+def decided_by_rank_0(decide: Callable) -> Any:
     """What decide() returns, or the ValueError it raises, on rank 0: the same on every rank."""
     if not _is_one_of_many():
         return decide()
-    said = [None]
+    said: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             said = [(decide(), None)]
         except ValueError as error:
             said = [(None, str(error))]
     dist.broadcast_object_list(said)
-    value, error = said[0]
-    if error is not None:
-        raise ValueError(error)
+    value, refusal = said[0]
+    if refusal is not None:
+        raise ValueError(refusal)
     return value
 
 
@@ -42,7 +43,7 @@ def check_same_on_all_ranks(facts: dict[str, dict]) -> None:
     """Raises ValueError, on every rank, that names what another rank has otherwise than rank 0."""
     if not _is_one_of_many():
         return
-    all_facts = [None] * dist.get_world_size()
+    all_facts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(all_facts, facts)
     for rank, others in enumerate(all_facts):
         for kind, here in all_facts[0].items():

@@ -6,7 +6,9 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import datasets
@@ -33,7 +35,7 @@ def bits_per_byte(total_nats: float, num_bytes: int) -> float:
     return total_nats / math.log(2) / num_bytes
 
 
-def held_out_metrics(num_bytes: int):
+def held_out_metrics(num_bytes: int) -> Callable:
     """`compute_metrics` for Trainer, whose predictions are `token_losses`: exact means over tokens and over bytes."""
 
     def compute(prediction) -> dict[str, float]:
@@ -73,7 +75,7 @@ def command_again() -> str:
     return shlex.join(mask_secrets([*launch_command(), *words]))
 
 
-def write_metrics(path: Path, log_history: list[dict], **facts) -> dict:
+def write_metrics(path: Path, log_history: list[dict], **facts: Any) -> dict:
     """Writes `facts`, command, versions and all logged losses as JSON, without any secret; returns them."""
     metrics = {"command": command_again(), "versions": versions(), **facts, **summarize(log_history)}
     metrics = mask_values(metrics)

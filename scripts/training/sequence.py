@@ -1,5 +1,7 @@
 """`sequence_parallel_size` of train.py: each row over several processes, by `modeling_griffin.parallel`."""
 
+from collections.abc import Callable
+
 import torch
 
 from modeling_griffin.parallel import SequenceParallel, parallelize_trainer
@@ -17,7 +19,7 @@ def share_rows(trainer: GriffinTrainer, size: int) -> None:
     trainer.preprocess_logits_for_metrics = whole_token_losses(shared)
 
 
-def whole_token_losses(shared: SequenceParallel):
+def whole_token_losses(shared: SequenceParallel) -> Callable:
     """`token_losses` of whole rows (B, T - 1), from this rank's logits (B, L, V) and the rows' labels (B, T)."""
 
     def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

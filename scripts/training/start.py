@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from transformers import TrainingArguments
+
 from modeling_griffin import GriffinConfig
 from training.arguments import TOKEN_IDS, DataArguments, Resume
 from training.checkpoint import find_checkpoint, is_final, read_manifest, read_state
@@ -16,7 +18,7 @@ CHANGEABLE = {"use_cache", *TOKEN_IDS}
 
 
 def where_to_start(
-    data_arguments: DataArguments, arguments, resume: Resume, shared_by: int = 1
+    data_arguments: DataArguments, arguments: TrainingArguments, resume: Resume, shared_by: int = 1
 ) -> tuple[str | None, bool]:
     """(the checkpoint to continue from, or None; whether all of that run is done). Before anything is read."""
     checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir)
@@ -44,7 +46,7 @@ def check_output_dir(output_dir: str) -> None:
         raise ValueError(f"output_dir = {output_dir!r}: {reason}; allowed is a folder, new or not") from error
 
 
-def is_complete(checkpoint: str, arguments) -> bool:
+def is_complete(checkpoint: str, arguments: TrainingArguments) -> bool:
     """Whether nothing is left to train. Stock Trainer would take one step more, since it looks after each step."""
     state = read_state(checkpoint)
     if arguments.max_steps > 0:
@@ -65,7 +67,7 @@ def check_same_model(checkpoint: str, config: GriffinConfig, allowed: list[str])
         raise ValueError(f"--resume: the checkpoint {checkpoint} is of another model: {'; '.join(changed)}")
 
 
-def end_of_complete_run(checkpoint: str, arguments) -> NoReturn:
+def end_of_complete_run(checkpoint: str, arguments: TrainingArguments) -> NoReturn:
     if arguments.process_index == 0:
         print(
             f"the run is complete, {checkpoint} is its end: to go on, raise max_steps or num_train_epochs and name it "

@@ -2,9 +2,10 @@
 
 import math
 import time
+from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 
@@ -19,11 +20,20 @@ class LogTable(TrainerCallback):
         self.bytes_per_token = bytes_per_token
         self.has_header = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin = self.last = time.monotonic()
         self.first_step, self.last_tokens = state.global_step, state.num_input_tokens_seen
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         if "loss" in logs:
             now = time.monotonic()
             speed = (state.num_input_tokens_seen - self.last_tokens) / max(now - self.last, 1e-9)
@@ -33,7 +43,7 @@ class LogTable(TrainerCallback):
         elif "eval_loss" in logs:
             self._print(state, logs["eval_loss"], logs["eval_bits_per_byte"], "held out", "")
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last, self.last_tokens = time.monotonic(), state.num_input_tokens_seen
 
     def _time_left(self, state, now: float) -> str:
@@ -53,11 +63,18 @@ class LogTable(TrainerCallback):
 class QuietBar(ProgressCallback):
     """Trainer's bar without the dictionaries that it writes above itself."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         pass
 
 
-def print_table(trainer, bytes_per_token: float) -> None:
+def print_table(trainer: Trainer, bytes_per_token: float) -> None:
     """Puts the table in the place of the dictionaries that a Trainer prints."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(QuietBar)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import datasets
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
@@ -134,7 +135,7 @@ def _is_of_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _refuse(error: OSError) -> None:
+def _refuse(error: OSError) -> NoReturn:
     raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 

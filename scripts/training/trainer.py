@@ -1,6 +1,7 @@
 """Stock Trainer with what Griffin and several processes need: decay, exact last batches, whole saves, loud failures."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ class GriffinTrainer(Trainer):
         """Not the RG-LRU's, norms, biases and embeddings; stock Trainer would decay gate weights and embeddings."""
         return decay_parameter_names(model)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | int | None]:
         batches = map(self._without_repeated_rows, epoch_iterator)
         self.batches_of_step, num_items = super().get_batch_samples(batches, num_batches, device)
         return self.batches_of_step, num_items
@@ -52,7 +55,9 @@ class GriffinTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):  # read at every step, as stock Trainer's own filter of such losses would
             raise FloatingPointError(self._describe(f"the training loss is {loss.item()}", find_in_loss, [inputs]))

@@ -5,8 +5,9 @@ A pass reads the token chosen last and its drafts, one without a draft is a plai
 The tokens are those of greedy decoding, whatever is drafted. On a CPU the passes are the same, but not recorded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -24,7 +25,7 @@ OF_DRAFTS = ("assistant_model", "assistant_tokenizer", "tokenizer", "inputs_tens
 KEPT_SIZES = 2  # numbers of tokens for which a recorded pass and its buffers stay with a step
 
 
-def decode_with_drafts(model, stock, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+def decode_with_drafts(model: torch.nn.Module, stock: Callable, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """`GenerationMixin._assisted_decoding`, arguments and result as there. stock: the loop of Transformers."""
     if model.device.type not in model._fast_generation_devices:
         return stock(input_ids, **kwargs)

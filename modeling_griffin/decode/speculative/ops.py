@@ -25,7 +25,18 @@ if triton is not None:
 class PlainVerifyOps(PlainOps):
     """As the layers compute, for N tokens of one row."""
 
-    def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock: Clock) -> torch.Tensor:
+    def recurrent(  # type: ignore[override]  # with buffers besides
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        block: torch.nn.Module,
+        past: torch.Tensor,
+        state: torch.Tensor,
+        log_decay: torch.Tensor,
+        new_x: torch.Tensor,
+        new_h: torch.Tensor,
+        clock: Clock,
+    ) -> torch.Tensor:
         """Convolution, gates, recurrence and the product with gelu(y): x, y (N, C) -> (N, C).
 
         past (1, taps, C) and state (1, C) float32 are read. new_x (N, C) becomes x and new_h (N, C) float32 the state
@@ -42,7 +53,18 @@ class PlainVerifyOps(PlainOps):
         new_h.copy_(hidden[0])
         return gelu(y, approximate="tanh") * hidden[0].to(y.dtype)
 
-    def attend(self, q, k, v, keys, values, new_keys, new_values, clock: Clock, scaling: float) -> torch.Tensor:
+    def attend(  # type: ignore[override]  # with buffers besides
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        clock: Clock,
+        scaling: float,
+    ) -> torch.Tensor:
         """q (N, H * K), k and v (N, H_kv * K), before the rotation -> (N, H * K).
 
         keys, values (1, H_kv, W, K) are read. new_keys, new_values (H_kv, N, K) become those of these tokens.
@@ -67,7 +89,7 @@ class PlainVerifyOps(PlainOps):
         )
         return output.transpose(0, 1).reshape(number, -1)
 
-    def accept(self, tokens, report, token, clock: Clock) -> None:
+    def accept(self, tokens: torch.Tensor, report: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
         """How many of tokens (N,) are right, into report[0]; the first is. Time goes on by as many.
 
         report[1:] (N,): the argmax behind each; a token is right where it is the argmax behind the one in front of it.
@@ -78,7 +100,15 @@ class PlainVerifyOps(PlainOps):
         token.copy_(report.index_select(0, report[:1]))
         clock.time.add_(report[:1])
 
-    def keep_recurrent(self, past, state, new_x, new_h, accepted, clock: Clock) -> None:
+    def keep_recurrent(
+        self,
+        past: torch.Tensor,
+        state: torch.Tensor,
+        new_x: torch.Tensor,
+        new_h: torch.Tensor,
+        accepted: torch.Tensor,
+        clock: Clock,
+    ) -> None:
         """What the first accepted (1,) tokens leave in all L layers; the clock's time is already behind them.
 
         new_x, new_h (L, N, C) into past (L, 1, taps, C) and state (L, 1, C).
@@ -90,7 +120,15 @@ class PlainVerifyOps(PlainOps):
         past.copy_(torch.where(is_new, new_x.index_select(1, source.clamp(min=0)), past[:, 0])[:, None])
         state.copy_(new_h.index_select(1, accepted - 1))
 
-    def keep_attention(self, keys, values, new_keys, new_values, accepted, clock: Clock) -> None:
+    def keep_attention(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        accepted: torch.Tensor,
+        clock: Clock,
+    ) -> None:
         """The same for rings of keys and values; slots of tokens that are not accepted keep what they have.
 
         new_keys, new_values (L, H_kv, N, K) into keys, values (L, 1, H_kv, W, K).
@@ -108,7 +146,18 @@ QUERIES = 16  # of a program; with more, their sums do not fit into its register
 class KernelVerifyOps(PlainVerifyOps, KernelOps):
     """The same in Triton kernels; `begin`, `end`, GEMV and GEMM are those of one token a row."""
 
-    def recurrent(self, x, y, block, past, state, log_decay, new_x, new_h, clock):
+    def recurrent(  # type: ignore[override]  # with buffers besides
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        block: torch.nn.Module,
+        past: torch.Tensor,
+        state: torch.Tensor,
+        log_decay: torch.Tensor,
+        new_x: torch.Tensor,
+        new_h: torch.Tensor,
+        clock: Clock,
+    ) -> torch.Tensor:
         gates, out = block.rg_lru, torch.empty_like(x)
         blocks, width = gates.input_gate.weight.shape[:2]
         draft_recurrent_kernel[(blocks * triton.cdiv(width, RECURRENT["BLOCK_C"]),)](
@@ -125,7 +174,18 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
         )
         return out
 
-    def attend(self, q, k, v, keys, values, new_keys, new_values, clock, scaling):
+    def attend(  # type: ignore[override]  # with buffers besides
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        clock: Clock,
+        scaling: float,
+    ) -> torch.Tensor:
         number, (_, key_heads, window, head_dim) = len(q), keys.shape
         heads = q.shape[1] // head_dim
         tiles = key_heads * triton.cdiv(number * heads // key_heads, QUERIES)
@@ -145,11 +205,19 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
         )
         return out
 
-    def accept(self, tokens, report, token, clock):
+    def accept(self, tokens: torch.Tensor, report: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
         block = triton.next_power_of_2(len(tokens))
         accept_kernel[(1,)](tokens, report, token, clock.time, len(tokens), BLOCK_N=block, num_warps=1, **self.launch)
 
-    def keep_recurrent(self, past, state, new_x, new_h, accepted, clock):
+    def keep_recurrent(
+        self,
+        past: torch.Tensor,
+        state: torch.Tensor,
+        new_x: torch.Tensor,
+        new_h: torch.Tensor,
+        accepted: torch.Tensor,
+        clock: Clock,
+    ) -> None:
         layers, _, taps, channels = past.shape
         if layers > 0:
             keep_recurrent_kernel[(triton.cdiv(channels, 256), layers)](
@@ -159,7 +227,15 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
                 **self.launch,
             )
 
-    def keep_attention(self, keys, values, new_keys, new_values, accepted, clock):
+    def keep_attention(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        accepted: torch.Tensor,
+        clock: Clock,
+    ) -> None:
         layers, key_heads, number, head_dim = new_keys.shape
         if layers > 0:
             keep_attention_kernel[(number, layers * key_heads)](

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...configuration_griffin import GriffinConfig
 from ..network import RecordedStep, in_order
 from ..ops import Clock, KernelOps
 from ..state import DecodeStep
@@ -21,7 +22,7 @@ MOST_TOKENS = 64  # of a pass: as many rows as there are GEMM kernels for
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of `disagreement`; float32 may be TF32
 
 
-def most_tokens(config) -> int:
+def most_tokens(config: GriffinConfig) -> int:
     """Of a pass: in a ring of W keys, more would have to share a slot."""
     return min(MOST_TOKENS, config.attention_window_size if "sliding_attention" in config.layer_types else MOST_TOKENS)
 

@@ -1,5 +1,7 @@
 """What vLLM cannot serve is refused at start, by name, before any process or weight is loaded."""
 
+from typing import Any
+
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ...tensor_parallel import check_tensor_parallel
@@ -9,7 +11,7 @@ class GriffinEligibility(VerifyAndUpdateConfig):
     """vLLM calls this once, with everything that the user asked for."""
 
     @staticmethod
-    def verify_and_update_config(vllm_config) -> None:
+    def verify_and_update_config(vllm_config: Any) -> None:
         config = vllm_config.model_config.hf_config
         config.validate_architecture()  # `hf_overrides` sets fields after construction
         _check_model(config)

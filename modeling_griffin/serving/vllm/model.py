@@ -6,6 +6,7 @@ Legend: T tokens of the step, D hidden size, C RG-LRU channels.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,13 +23,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsLoRA, SupportsMambaPrefixCaching
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
+from ...configuration_griffin import GriffinConfig
 from .recurrence import Recurrence, state_dtypes, state_shapes
 
 
 class GriffinRecurrentBlock(nn.Module):
     """Convolution and RG-LRU, times a GeLU gate (section 2.4)."""
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: GriffinConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         quantisation, width = vllm_config.quant_config, config.lru_width
         self.linear_yx = MergedColumnParallelLinear(
@@ -49,7 +51,7 @@ class GriffinRecurrentBlock(nn.Module):
 class GriffinAttention(nn.Module):
     """Local attention over the last W tokens (section 2.3)."""
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: GriffinConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         heads, dim, quantisation = config.num_attention_heads, config.head_dim, vllm_config.quant_config
         self.qkv_proj = QKVParallelLinear(
@@ -78,7 +80,7 @@ class GriffinAttention(nn.Module):
 class GriffinMLP(nn.Module):
     """Gated MLP (section 2.2)."""
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: GriffinConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         quantisation, width = vllm_config.quant_config, config.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(
@@ -93,11 +95,14 @@ class GriffinMLP(nn.Module):
         return self.down_proj(self.act_and_mul(self.gate_up_proj(hidden_states)[0]))[0]
 
 
-TEMPORAL_BLOCKS = {"linear_attention": GriffinRecurrentBlock, "sliding_attention": GriffinAttention}
+TEMPORAL_BLOCKS: dict[str, type[nn.Module]] = {
+    "linear_attention": GriffinRecurrentBlock,
+    "sliding_attention": GriffinAttention,
+}
 
 
 class GriffinDecoderLayer(nn.Module):
-    def __init__(self, config, index: int, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: GriffinConfig, index: int, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         block = TEMPORAL_BLOCKS[config.layer_types[index]]
         self.temporal_pre_norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -131,7 +136,7 @@ class GriffinModel(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors=None,
+        intermediate_tensors: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -180,15 +185,15 @@ class GriffinForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Suppo
         self.logits_processor = LogitsProcessor(config.vocab_size, soft_cap=config.final_logit_softcapping)
 
     @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         return state_shapes(vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size)
 
     @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig):
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         return state_dtypes(vllm_config)
 
     @classmethod
-    def get_mamba_state_copy_func(cls):
+    def get_mamba_state_copy_func(cls) -> tuple:
         return MambaStateCopyFuncCalculator.mamba1_state_copy_func()  # both states of a slot, as they are
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -198,9 +203,9 @@ class GriffinForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, Suppo
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors=None,
+        intermediate_tensors: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 

@@ -18,11 +18,12 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ...causal_conv1d import CausalConv1d, convolve
+from ...configuration_griffin import GriffinConfig
 from ...kernels.convolution_varlen import causal_conv1d_varlen
 from ...rg_lru import RGLRU
 
 
-def state_shapes(config, ranks: int) -> tuple[tuple[int, int], tuple[int]]:
+def state_shapes(config: GriffinConfig, ranks: int) -> tuple[tuple[int, int], tuple[int]]:
     """Of one slot on one rank: the convolution's past inputs and h."""
     channels = config.lru_width // ranks
     return (config.conv1d_width - 1, channels), (channels,)
@@ -38,7 +39,7 @@ class Recurrence(nn.Module, MambaBase):
     Λ and its arithmetic stay float32, whatever the model's dtype.
     """
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: GriffinConfig, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         self.ranks = get_tensor_model_parallel_world_size()
         self.config, self.prefix, self.dtypes = config, prefix, state_dtypes(vllm_config)
@@ -51,14 +52,14 @@ class Recurrence(nn.Module, MambaBase):
         self.kv_cache = (torch.tensor([]), torch.tensor([]))  # vLLM binds the slots here
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
-    def get_state_shape(self):
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return state_shapes(self.config, self.ranks)
 
-    def get_state_dtype(self):
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return self.dtypes
 
     @property
-    def mamba_type(self):
+    def mamba_type(self) -> MambaAttentionBackendEnum:
         return MambaAttentionBackendEnum.SHORT_CONV  # its metadata are all that is needed: slots, starts, who goes on
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
