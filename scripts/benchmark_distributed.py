@@ -3,6 +3,7 @@
     python scripts/benchmark_distributed.py --processes 1 2 4                            # griffin-1b3, GPUs
     python scripts/benchmark_distributed.py --processes 4 --config griffin-3b --largest  # and the deepest that trains
     python scripts/benchmark_distributed.py --rows 1 --engines ddp ddp_recorded          # small steps
+    python scripts/benchmark_distributed.py --processes 4 --engines --largest            # only that
     python scripts/benchmark_distributed.py --device cpu --processes 1 2 --config tiny --length 64     # does it run
 
 Each run is its own `torchrun`: random weights and tokens, AdamW without clipping, float32 weights with bfloat16
@@ -176,24 +177,59 @@ def launch(run: dict) -> dict | None:
     raise SystemExit(f"{run['engine']} on {run['processes']} processes failed:\n{errors[-3000:]}")
 
 
-def largest_depth(trains: Callable[[int], bool], start: int) -> int:
-    """The largest multiple of PATTERN for which `trains` holds, 0 if none: doubles from `start`, then bisects."""
-    good, bad = 0, max(1, start // PATTERN)
-    while trains(bad * PATTERN):
-        good, bad = bad, 2 * bad
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if trains(middle * PATTERN) else (good, middle)
-    return good * PATTERN
+def largest_depth(trains: Callable[[int], bool], guess: int) -> Iterator[tuple[int, int | None]]:
+    """Ever closer (layers that train, 0 before any does; layers that do not, None before any), in multiples of PATTERN.
+
+    Strides from the guess, doubling them, until both are known; then bisects until they are a sixteenth of the guess
+    apart, or one pattern.
+    """
+    good, bad, here = 0, None, max(1, guess // PATTERN)
+    close = stride = max(1, here // 16)
+    while bad is None or bad - good > close:
+        if trains(here * PATTERN):
+            good = here
+        else:
+            bad = here
+        yield good * PATTERN, None if bad is None else bad * PATTERN
+        if bad is None:
+            here = good + stride
+        elif not good and bad > stride:
+            here = bad - stride
+        else:
+            here = (good + bad) // 2
+        stride *= 2
 
 
-def find_largest(base: dict, processes: int) -> dict:
-    """The deepest model of this width that FSDP2 with checkpointing trains, two steps of it."""
+def guess_depth(base: dict, processes: int, memory: int) -> int:
+    """Layers whose planned memory is 95% of `memory`: at the peak there are gradients or activations, not both."""
+
+    def needed(layers: int) -> int:
+        sizes = sizes_of(make_config(base | {"layers": layers}))
+        plan = fsdp2(sizes, base["rows"], base["length"], processes, checkpointing=True)
+        return plan.memory - min(plan.activations, 4 * parameters(sizes) // processes)
+
+    layers = PATTERN
+    while needed(layers + PATTERN) <= 0.95 * memory:
+        layers += PATTERN
+    return layers
+
+
+def find_largest(base: dict, processes: int) -> Iterator[dict]:
+    """The deepest model of this width that FSDP2 with checkpointing trains, two steps of it; closer with each try."""
     run = base | {"engine": "fsdp2_checkpointing", "processes": processes, "warmup": 1, "steps": 1}
-    start = GriffinConfig.from_json_file(base["config"]).num_hidden_layers
-    depth = largest_depth(lambda layers: launch(run | {"layers": layers}) is not None, start)
-    found = {"processes": processes, "layers": depth}
-    return found | ({"parameters": parameters(sizes_of(make_config(run | {"layers": depth})))} if depth else {})
+    tried = {}
+
+    def trains(layers: int) -> bool:
+        tried[layers] = launch(run | {"layers": layers})
+        return tried[layers] is not None
+
+    guess = guess_depth(run, processes, torch.cuda.get_device_properties(0).total_memory)
+    for layers, failed in largest_depth(trains, guess):
+        found = {"processes": processes, "rows": base["rows"], "layers": layers, "out_of_memory": failed}
+        if layers:
+            found |= {"parameters": tried[layers]["parameters"], "peak": tried[layers]["peak"]}
+            found["planned"] = summarise(tried[layers], None)["planned"]
+        yield found
 
 
 def summarise(run: dict, single: dict | None) -> dict:
@@ -233,9 +269,12 @@ def benchmark(base: dict, processes: list[int], engines: list[str], largest: boo
                 check_loss(report["rows"])
                 single = single or report["rows"][-1]
             yield report
+    done = []
     for count in processes if largest else []:
-        report["largest"] = [*report.get("largest", []), find_largest(base, count)]
-        yield report
+        for found in find_largest(base, count):
+            report["largest"] = [*done, found]
+            yield report
+        done = report["largest"]
 
 
 # Reports
@@ -260,9 +299,13 @@ def text_of(report: dict) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [f"| {row['engine']} | {row['processes']} | out of memory |" for row in report["out_of_memory"]]
     if "largest" in report:
-        lines += ["", "Deepest model of this width that trains by FSDP2 with activation checkpointing:", ""]
-        lines += ["| processes | layers | parameters |", "|---|---|---|"]
-        lines += [f"| {r['processes']} | {r['layers']} | {r.get('parameters', 0):,} |" for r in report["largest"]]
+        lines += ["", "Deepest model of this width that trained by FSDP2 with activation checkpointing:", ""]
+        lines += ["| processes | rows | layers | parameters | peak GB | planned GB | ran out of memory with layers |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row in report["largest"]:
+            gigabytes = [f"{row[key] / 1e9:.1f}" if key in row else "-" for key in ("peak", "planned")]
+            cells = [row["processes"], row["rows"], row["layers"], f"{row.get('parameters', 0):,}", *gigabytes]
+            lines.append("| " + " | ".join(map(str, [*cells, row["out_of_memory"] or "none tried"])) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -304,7 +347,9 @@ def main(argv: list[str] | None = None) -> None:
         help="where it runs",
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="one run for each number")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="of accelerate")
+    parser.add_argument(
+        "--engines", nargs="*", choices=ENGINES, default=list(ENGINES), help="to time; none: --largest alone"
+    )
     parser.add_argument("--config", default="griffin-1b3", help="a name in configuration/model/, or a JSON file")
     parser.add_argument("--rows", type=int, default=4, help="rows a process")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
@@ -342,7 +387,8 @@ def main(argv: list[str] | None = None) -> None:
         report = {"birth": birth, **found, "run": run | {"config": arguments.config}}
         output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         output.with_suffix(".md").write_text(text_of(report), encoding="utf-8")
-        plot(report, output.with_suffix(".png"))
+        if report["rows"]:
+            plot(report, output.with_suffix(".png"))
     print(text_of(report), end="")
     print(f"wrote {output}.json, .md and .png")
 

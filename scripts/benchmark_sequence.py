@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 scripts/benchmark_sequence.py --device cpu --size tiny --length 512   # does it run
 
 A step is forward and backward of one row of random tokens under activation checkpointing, gradients averaged by DDP, no
-optimizer. The logits are made piece by piece, shared or alone. Beside it, in the same run: each GPU with a row of
-length / GPUs tokens of its own, no DDP; what a step sends between GPUs for the shared row, and the time that this takes
-when nothing else runs. Rank 0 writes OUTPUT.json and OUTPUT.md.
+optimizer. Logits and the MLPs' activations are made piece by piece, shared or alone. Beside it, in the same run: each
+GPU with a row of length / GPUs tokens of its own, no DDP; what a step sends between GPUs for the shared row, and the
+time that this takes when nothing else runs. Rank 0 writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_griffin.parallel import neighbours, parallelize_sequence
 from modeling_griffin.parallel.sequence import SequenceParallel
+from modeling_griffin.training.pieces import PIECE, mlp_in_pieces
 
 
 class Recorder:
@@ -81,13 +82,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def make_model(size: str, device: torch.device) -> torch.nn.Module:
+def make_model(size: str, mlp_piece: int, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
     with device:
         model = griffin(size).train()
     if device.type == "cuda":
         model = model.to(torch.bfloat16)
     model.gradient_checkpointing_enable()
+    if mlp_piece:
+        mlp_in_pieces(model, mlp_piece)
     return model
 
 
@@ -104,31 +107,36 @@ class Step(torch.nn.Module):
         return self.shared[0].loss_in_pieces(hidden, ids, self.piece)
 
 
-def measure(step: torch.nn.Module, ids: torch.Tensor, repeats: int) -> dict:
-    """Seconds of each step, once warm; the loss; peak bytes of the fullest GPU, None on a CPU."""
+def measure(step: torch.nn.Module, ids: torch.Tensor, repeats: int) -> tuple[dict, Recorder]:
+    """Seconds of each step, once warm; the loss; peak bytes of the fullest GPU, None on a CPU. What the first sent."""
     device, seconds = ids.device, []
-    for repeat in range(repeats + 1):
-        step.zero_grad(set_to_none=True)
-        if repeat == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    with Recorder() as recorder:
+        _run(step, ids)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(repeats):
         start = _now(device)
-        loss = step(ids)
-        loss.backward()
-        if repeat:
-            seconds.append(_now(device) - start)
-        else:
-            _now(device)
+        loss = _run(step, ids)
+        seconds.append(_now(device) - start)
     peak = torch.tensor(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return {"seconds": seconds, "loss": loss.item(), "peak": peak.item() or None}
+    return {"seconds": seconds, "loss": loss, "peak": peak.item() or None}, recorder
+
+
+def _run(step: torch.nn.Module, ids: torch.Tensor) -> float:
+    step.zero_grad(set_to_none=True)
+    loss = step(ids)
+    loss.backward()
+    return loss.item()
 
 
 def benchmark(arguments: argparse.Namespace, device: torch.device) -> dict:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     vocabulary = SIZES[arguments.size][4]
     found = {}
-    for name, length in (("alone", arguments.length // ranks), ("shared", arguments.length)):
-        model = make_model(arguments.size, device)
+    alone = [] if arguments.skip_alone else [("alone", arguments.length // ranks)]
+    for name, length in [*alone, ("shared", arguments.length)]:
+        model = make_model(arguments.size, arguments.mlp_piece, device)
         over = dist.new_group([rank], use_local_synchronization=True) if name == "alone" else None
         shared = parallelize_sequence(model, over)
         step = Step(model, shared, arguments.piece)
@@ -136,10 +144,9 @@ def benchmark(arguments: argparse.Namespace, device: torch.device) -> dict:
         ids = torch.randint(vocabulary, (1, length), generator=generator).to(device)
         if name == "shared":
             step = DistributedDataParallel(step, gradient_as_bucket_view=True)
-        found[name] = {"length": length, **measure(step, ids, arguments.repeats)}
+        measured, recorder = measure(step, ids, arguments.repeats)
+        found[name] = {"length": length, **measured}
         if name == "shared":
-            with Recorder() as recorder:
-                step(ids).backward()
             found["sent"] = what_was_sent(recorder, shared, device)
         found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         del model, step, shared
@@ -150,10 +157,17 @@ def benchmark(arguments: argparse.Namespace, device: torch.device) -> dict:
 def what_was_sent(recorder: Recorder, shared: SequenceParallel, device: torch.device) -> dict:
     """Of the rank that receives most: calls and bytes a step, the largest call, and the seconds of all of them."""
     received = recorder.received()
-    most = torch.tensor([sum(received), max(received)], device=device)
+    most = torch.tensor([sum(received), max(received, default=0)], device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     seconds = recorder.replay(shared.ranks.group, device)
     return {"calls": len(received), "bytes": most[0].item(), "largest": most[1].item(), "seconds": seconds}
+
+
+def efficiency(report: dict) -> float | None:
+    if "alone" not in report:
+        return None
+    alone, shared = (quantiles(report[name]["seconds"])["median"] for name in ("alone", "shared"))
+    return alone / shared
 
 
 def text_of(report: dict) -> str:
@@ -166,23 +180,25 @@ def text_of(report: dict) -> str:
         "",
         *birth_lines(report["birth"]),
         "",
+        *([f"`PYTORCH_CUDA_ALLOC_CONF={run['allocator']}`.", ""] if run["allocator"] else []),
         "| | tokens | s a step, median (10%, 90%) | tokens/s a process | peak GB |",
         "|---|---|---|---|---|",
     ]
     for name, count in (("alone", 1), ("shared", ranks)):
+        if name not in report:
+            continue
         row, time_of = report[name], quantiles(report[name]["seconds"])
         peak = "" if row["peak"] is None else f"{row['peak'] / 1e9:.1f}"
         speed = row["length"] / time_of["median"] / count
         title = "one process, its share as a row of its own" if name == "alone" else f"one row over {ranks}"
         spread = f"{time_of['median']:.3f} ({time_of['10%']:.3f}, {time_of['90%']:.3f})"
         lines.append(f"| {title} | {row['length']:,} | {spread} | {speed:,.0f} | {peak} |")
-    sent, median = report["sent"], quantiles(report["shared"]["seconds"])["median"]
+    sent, median, efficiency = report["sent"], quantiles(report["shared"]["seconds"])["median"], report["efficiency"]
     return "\n".join(
         [
             *lines,
             "",
-            f"Efficiency: {report['efficiency']:.1%} of the tokens/s of a process alone.",
-            "",
+            *([f"Efficiency: {efficiency:.1%} of the tokens/s of a process alone.", ""] if efficiency else []),
             f"A step has {sent['calls']} exchanges for the shared row, gradients' averages not counted: a process "
             f"receives {sent['bytes'] / 2**20:.2f} MiB, {sent['largest'] / 2**20:.3f} MiB in the largest. Alone, "
             f"they take {sent['seconds'] * 1e3:.2f} ms, {sent['seconds'] / median:.2%} of a step.",
@@ -198,12 +214,16 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2**20, help="tokens of the row")
     parser.add_argument("--repeats", type=int, default=3, help="steps that are timed, behind one that is not")
     parser.add_argument("--piece", type=int, default=8192, help="tokens of which logits are held")
+    parser.add_argument("--mlp_piece", type=int, default=PIECE, help="tokens of an MLP's activations; 0: all at once")
+    parser.add_argument("--skip_alone", action="store_true", help="only the shared row")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix; default results/sequence_...")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     for name in ("repeats", "piece", "length"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: allowed are whole numbers from 1")
+    if arguments.mlp_piece < 0:
+        parser.error(f"--mlp_piece {arguments.mlp_piece}: allowed are whole numbers from 0")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if arguments.length % ranks:
         parser.error(f"--length {arguments.length}: allowed are multiples of the {ranks} processes")
@@ -219,13 +239,13 @@ def main(argv: list[str] | None = None) -> None:
     dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     report = benchmark(arguments, device)
     ranks = dist.get_world_size()
-    alone, shared = (quantiles(report[name]["seconds"])["median"] for name in ("alone", "shared"))
     if dist.get_rank() == 0:
-        run = {name: getattr(arguments, name) for name in ("device", "size", "length", "repeats", "piece")}
+        run = {name: getattr(arguments, name) for name in ("device", "size", "length", "repeats", "piece", "mlp_piece")}
+        run["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
         birth = birth_certificate(arguments.device, arguments.commit)
-        report = {"birth": birth, "run": run, "ranks": ranks, "efficiency": alone / shared, **report}
-        name = f"sequence_{short_device_name(arguments.device)}_{arguments.size}_{ranks}x{arguments.length // ranks}"
-        output = arguments.output or Path("results") / name
+        report = {"birth": birth, "run": run, "ranks": ranks, "efficiency": efficiency(report), **report}
+        name = f"sequence_{short_device_name(arguments.device)}_x{ranks}_{arguments.length}"
+        output = arguments.output or Path("results") / "sequence" / name
         output.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{output}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         Path(f"{output}.md").write_text(text_of(report), encoding="utf-8")

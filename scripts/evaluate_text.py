@@ -1,22 +1,24 @@
-"""Loss and bits per byte by position: `python scripts/evaluate_text.py MODEL DATA --length 16384`.
+"""Loss and bits per byte by position: `python scripts/evaluate_text.py MODEL DATA --length 1048576`.
 
 Rows of any length are read in chunks with the model's state in between, so memory does not grow with the length. How a
-model does beyond the length it was trained on shows in the last lines of the table.
+model does beyond the length it was trained on shows in the last lines of the table. Writes evaluation.json, .md, .png.
 """
 
 import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.birth_certificate import birth_certificate, birth_lines
 from generate import load
 from help_formatter import ShowDefaults
 from training.report import bits_per_byte, versions
-from training.text_data import PackedRows, load_documents, tokenize
+from training.text_data import IGNORED_LABEL, PackedRows, load_documents, tokenize
 from training.text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
 
@@ -49,9 +51,11 @@ def row_losses(model: torch.nn.Module, row: dict[str, torch.Tensor], chunk: int)
     input_ids, position_ids, labels = (
         row[name][None].to(model.device) for name in ("input_ids", "position_ids", "labels")
     )
-    cache, losses = None, []
-    for begin in range(0, input_ids.shape[1] - 1, chunk):
-        end = min(begin + chunk, input_ids.shape[1] - 1)
+    predicted = (labels[0] != IGNORED_LABEL).nonzero()
+    last = int(predicted[-1]) if len(predicted) else 0  # behind it the row is only filled up
+    cache, losses = None, [torch.empty(0, device=model.device)]
+    for begin in range(0, last, chunk):
+        end = min(begin + chunk, last)
         output = model(
             input_ids=input_ids[:, begin:end],
             position_ids=position_ids[:, begin:end],
@@ -61,7 +65,7 @@ def row_losses(model: torch.nn.Module, row: dict[str, torch.Tensor], chunk: int)
         cache = output[CACHE_NAME]
         next_tokens = labels[0, begin + 1 : end + 1]
         losses.append(torch.nn.functional.cross_entropy(output.logits[0].float(), next_tokens, reduction="none"))
-    return torch.cat(losses).cpu()
+    return torch.nn.functional.pad(torch.cat(losses).cpu(), (0, input_ids.shape[1] - 1 - last))
 
 
 def bucket_losses(
@@ -76,7 +80,7 @@ def bucket_losses(
     for index in range(min(len(rows), max_rows or len(rows))):
         row = rows[index]
         losses = row_losses(model, row, chunk).double().numpy()
-        predicted = row["labels"][1:].numpy() != -100
+        predicted = row["labels"][1:].numpy() != IGNORED_LABEL
         bucket = np.log2(row["position_ids"][1:].numpy()[predicted]).astype(int)
         begin = index * (rows.length - 1) + 1
         bytes_here = num_bytes[begin : begin + rows.length - 1]
@@ -111,6 +115,23 @@ def print_table(result: dict) -> None:
         span = f"{entry['from']} - {entry['to']}" if entry["to"] else entry["from"]
         bits = "" if entry["bits_per_byte"] is None else f"{entry['bits_per_byte']:.4f}"
         print(f"{span:>17} {int(entry['tokens']):>10,} {entry['loss']:>8.4f} {bits:>10}")
+
+
+def text_of(result: dict, birth: dict) -> str:
+    """The page: where the figures come from, and what reading took."""
+    length, memory = result["length"], result["peak_bytes"]
+    lines = [f"# Loss by position, rows of {length:,} tokens", "", *birth_lines(birth), ""]
+    taken = f"{result['tokens']:,} tokens in {result['seconds']:.1f} s, {result['chunk']:,} in one forward pass"
+    lines += [
+        taken + ("." if memory is None else f"; at most {memory / 1e9:.2f} GB of GPU memory, weights included."),
+        "",
+    ]
+    lines += ["| tokens of the document before it | tokens | loss, nats | bits per byte |", "|---|---|---|---|"]
+    for entry in [*result["by_position"], result]:
+        span = f"{entry['from']:,} to {entry['to']:,}" if "from" in entry else "all"
+        bits = "" if entry["bits_per_byte"] is None else f"{entry['bits_per_byte']:.4f}"
+        lines.append(f"| {span} | {int(entry['tokens']):,} | {entry['loss']:.4f} | {bits} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(path: Path, result: dict, window: int | None) -> None:
@@ -148,7 +169,10 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--text_column", default="text", help="column of a record that holds its text")
     parser.add_argument("--split", default="test", help="split of a Hub data set (default: test)")
     parser.add_argument("--subset", default=None, help="subset of a Hub data set")
-    parser.add_argument("--output", type=Path, default=Path("build/evaluate"), help="folder for evaluation.json, .png")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/evaluate"), help="folder for evaluation.json, .md, .png"
+    )
+    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the model's repository")
     arguments = parser.parse_args(argv)
@@ -167,12 +191,17 @@ def main(argv: list[str] | None = None) -> dict:
     except ValueError as error:
         raise SystemExit(f"evaluate_text.py: error: {error}") from error
     rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
-    entries = bucket_losses(model, rows, count_token_bytes(documents, tokenizer), arguments.chunk, arguments.max_rows)
-    facts = {"model": arguments.model, "data": arguments.data, "length": arguments.length, "device": str(model.device)}
+    num_bytes, start = count_token_bytes(documents, tokenizer), time.perf_counter()
+    entries = bucket_losses(model, rows, num_bytes, arguments.chunk, arguments.max_rows)
+    facts = {name: getattr(arguments, name) for name in ("model", "data", "length", "chunk")}
+    facts |= {"device": str(model.device), "seconds": time.perf_counter() - start}
+    facts["peak_bytes"] = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
     result = {**facts, "versions": versions(), **summarize(entries)}
     print_table(result)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    page = text_of(result, birth_certificate(model.device.type, arguments.commit))
+    (arguments.output / "evaluation.md").write_text(page, encoding="utf-8")
     plot(arguments.output / "evaluation.png", result, getattr(model.config, "attention_window_size", None))
     print(f"written to {arguments.output}")
     return result

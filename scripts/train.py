@@ -44,6 +44,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, keep_lambda_float32
 from modeling_griffin.rg_lru_scan import describe_backend
 from modeling_griffin.saving.card import keep_model_card
+from modeling_griffin.training.pieces import mlp_in_pieces
 
 
 SECONDS_FOR_RANK_0 = 2
@@ -196,6 +197,8 @@ def make_trainer(
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
     share_rows(trainer, shared_by)
+    if training_arguments.gradient_checkpointing:
+        mlp_in_pieces(trainer.model)
     if model_arguments.record_steps:
         record_steps(trainer, data_arguments.sequence_length)
     from_hub = name is not None and not Path(name).exists()

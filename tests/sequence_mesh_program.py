@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_griffin import GriffinForCausalLM, GriffinForSequenceClassification, GriffinModel, keep_lambda_float32
 from modeling_griffin.parallel import parallelize_sequence
+from modeling_griffin.training.pieces import mlp_in_pieces
 from tests.conftest import make_audible, make_config
 from tests.ranks import gradients, join_group, start_ranks
 from tests.sequence_program import tokens
@@ -44,10 +45,12 @@ def gradients_of(model) -> dict:
     return {f"gradient of {name}": parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def with_ddp(mesh) -> dict:
+def with_ddp(mesh, in_pieces: bool = False) -> dict:
     """Each row on two ranks; DDP averages over all four."""
     data = mesh.get_local_rank("data")
     model = make_model()
+    if in_pieces:
+        mlp_in_pieces(model, 4)
     parallelize_sequence(model, mesh["sequence"])
     ddp = DistributedDataParallel(model)
     loss = step(ddp, TOKENS[data : data + 1])
@@ -55,9 +58,11 @@ def with_ddp(mesh) -> dict:
     return {"loss": loss / 4, **gradients_of(model)}
 
 
-def with_fsdp2(mesh, mixed: bool = False, checkpointing: bool = False) -> dict:
+def with_fsdp2(mesh, mixed: bool = False, checkpointing: bool = False, in_pieces: bool = False) -> dict:
     data = mesh.get_local_rank("data")
     model = make_model()
+    if in_pieces:
+        mlp_in_pieces(model, 4)
     if checkpointing:
         model.gradient_checkpointing_enable()
     shards = init_device_mesh("cpu", (4,))
@@ -167,6 +172,8 @@ def main(rank: int, folder: Path) -> None:
         "FSDP2": with_fsdp2(mesh),
         "FSDP2, checkpointing": with_fsdp2(mesh, checkpointing=True),
         "FSDP2, mixed": with_fsdp2(mesh, mixed=True),
+        "DDP, MLPs in pieces": with_ddp(mesh, in_pieces=True),
+        "FSDP2, checkpointing, MLPs in pieces": with_fsdp2(mesh, checkpointing=True, in_pieces=True),
     }
     results = {name: {"alone": expected, "parallel": found} for name, found in runs.items()}
     results["hidden states"] = hidden_states()

@@ -31,6 +31,7 @@ MARKED = {
     "docs/fine_tuning.md": 1,
     "docs/hub.md": 3,
     "docs/lambda.md": 1,
+    "docs/long_context.md": 1,
     "docs/performance.md": 1,
     "docs/pretraining.md": 1,
     "docs/quantisation.md": 2,

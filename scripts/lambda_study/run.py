@@ -27,6 +27,7 @@ from modeling_griffin.rg_lru import Decay
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LAYER_TYPES = {
     "hawk": ["linear_attention"],
+    "attention": ["sliding_attention"],
     "griffin": ["linear_attention", "linear_attention", "sliding_attention"],
     # The paper's small model: one local attention, in the middle of five blocks (section 6.2).
     "griffin_middle": ["linear_attention", "linear_attention", "sliding_attention"] + ["linear_attention"] * 2,

@@ -50,6 +50,21 @@ def induction_heads(rows: int, length: int, generator: torch.Generator) -> Batch
     return tokens, targets
 
 
+def needle(rows: int, distance: int, generator: torch.Generator, noise: int = 16) -> Batch:
+    """Random tokens (0 to 14); among them the trigger (15) and the needle, and `distance` tokens behind that one the
+    trigger again, answered by the needle. Of `noise` tokens some are before all this, the others behind it. T = noise +
+    distance + 2.
+    """
+    _check("distance", distance, 1)
+    device = generator.device
+    tokens = torch.randint(0, VOCABULARY - 1, (rows, noise + distance + 2), generator=generator, device=device)
+    place = torch.randint(0, noise + 1, (rows, 1), generator=generator, device=device)
+    question = place + 1 + distance
+    tokens.scatter_(1, place, VOCABULARY - 1).scatter_(1, question, VOCABULARY - 1)
+    targets = torch.full_like(tokens, IGNORED).scatter_(1, question, tokens.gather(1, place + 1))
+    return tokens, targets
+
+
 KEYS, VALUES = 4, 8
 
 
@@ -78,4 +93,5 @@ SYNTHETIC_TASKS: dict[str, Callable[..., Batch]] = {
     "selective_copying": selective_copying,
     "induction_heads": induction_heads,
     "delayed_recall": delayed_recall,
+    "needle": needle,
 }

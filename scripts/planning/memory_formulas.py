@@ -266,3 +266,20 @@ def activations(s: Sizes, rows: int, length: int, precision: Precision, checkpoi
             shapes = [shape for kind in s.kinds for shape in layer_tensors(s, kind).values() if len(shape) > 1]
             workspaces += [chunk + precision.e * sum(map(prod, shapes))]
     return kept(s, rows, length, precision, checkpointing) + max(workspaces)
+
+
+def activations_in_pieces(s: Sizes, rows: int, length: int, precision: Precision, piece: int | None) -> int:
+    """With checkpointing, of one row or a chunk of it; the loss in pieces, MLPs in pieces of p tokens (None: p = N).
+
+    Kept: the inputs of all layers, r N D each; token ids, labels, starts, rotation, `visible`. At the peak, which is in
+    the backward pass of an MLP of the last layer: the layer's own, without its input and without the MLP's 3 e N M;
+    gradients r N D of the residual stream and e N D of the MLP's input; and of p tokens 5 e p M: both projections, and
+    the gradients of their product and of themselves. In pieces also the sums of the MLP's gradients, in float32 and e.
+    """
+    e, tokens = precision.e, rows * length
+    mlp = min(piece or tokens, tokens)
+    stream = precision.r * tokens * s.D
+    kept = len(s.kinds) * stream + 17 * tokens + rotation(s, rows, length, precision) + visible(tokens)
+    workspace = max(kept_by_fused_layer(s, kind, tokens, precision) for kind in set(s.kinds)) - 3 * e * tokens * s.M
+    workspace += e * tokens * s.D + 5 * e * mlp * s.M  # the stream's gradient is as large as the input, kept already
+    return kept + workspace + (3 * (4 + e) * s.D * s.M if mlp < tokens else 0)

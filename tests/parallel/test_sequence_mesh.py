@@ -7,6 +7,7 @@ from tests.tolerances import assert_close
 
 
 EXACT = ["DDP", "FSDP2", "FSDP2, checkpointing", "compiled", "hidden states"]
+EXACT += ["DDP, MLPs in pieces", "FSDP2, checkpointing, MLPs in pieces"]
 STATES = ["state", "one pass", "a short prompt", "behind a state"]
 REFUSED = {
     "classifier": "model is a GriffinForSequenceClassification: allowed are GriffinForCausalLM and GriffinModel",

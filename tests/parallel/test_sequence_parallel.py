@@ -1,8 +1,11 @@
 """Rows shared over ranks: the logits, the loss and every gradient of one process."""
 
 import pytest
+from accelerate.big_modeling import _attach_context_parallel_hooks, _refuse_recurrent_layers_under_sequence_parallelism
 
+from modeling_griffin import GriffinForCausalLM
 from tests import sequence_program as program
+from tests.conftest import make_config
 from tests.ranks import run_program
 from tests.tolerances import assert_close
 
@@ -26,3 +29,17 @@ def test_numbers_of_one_process(results, case):
 @pytest.mark.parametrize("pair", [0, 1])
 def test_deterministic_and_removable(results, pair):
     assert results[f"again {pair}"] == {"again": True, "removed": True}
+
+
+@pytest.mark.parametrize(
+    "refuse, named",
+    [
+        (_attach_context_parallel_hooks, "'linear_attention', 'sliding_attention'"),
+        (_refuse_recurrent_layers_under_sequence_parallelism, "'linear_attention'"),
+    ],
+    ids=["cp_size", "sp_size"],
+)
+def test_accelerate_refuses_the_layers(refuse, named):
+    """Why rows are shared by functions of this package; where this fails, docs/sequence_parallel.md is out of date."""
+    with pytest.raises(ValueError, match=rf"does not support attention layers of type \[{named}\]"):
+        refuse(GriffinForCausalLM(make_config("griffin")))

@@ -3,11 +3,14 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import benchmark_distributed
 import pytest
+import torch
 from _script_helpers import ROOT
-from benchmark_distributed import check_loss, largest_depth, launch, main, make_config, summarise
+from benchmark_distributed import benchmark, check_loss, largest_depth, launch, main, make_config, summarise
+from benchmarks.birth_certificate import birth_certificate
 from planning.memory_formulas import parameters, sizes_of
 
 
@@ -63,17 +66,43 @@ def test_efficiency_is_against_the_first_run():
     assert (one["10%"], one["90%"]) == (1.2, 2.8) and (four["10%"], four["90%"]) == (4.0, 4.0)
 
 
-@pytest.mark.parametrize("limit", [0, 2, 3, 5, 12, 36, 38, 100])
-@pytest.mark.parametrize("start", [1, 3, 24])
-def test_largest_depth(limit, start):
+@pytest.mark.parametrize("limit", [0, 2, 3, 5, 12, 36, 38, 100, 640])
+@pytest.mark.parametrize("guess", [1, 3, 24, 600])
+def test_largest_depth(limit, guess):
     tried = []
 
     def trains(layers):
         tried.append(layers)
         return layers <= limit
 
-    assert largest_depth(trains, start) == limit - limit % 3
-    assert len(tried) == len(set(tried)) <= 12  # each is a whole run
+    *_, (layers, failed) = largest_depth(trains, guess)
+    assert layers <= limit < failed and layers % 3 == failed % 3 == 0
+    assert failed - layers <= max(3, guess // 16)
+    assert len(tried) == len(set(tried)) <= 16  # each is a whole run
+
+
+def test_a_good_guess_takes_few_runs():
+    assert len(list(largest_depth(lambda layers: layers <= 610, 600))) == 2
+
+
+def test_deepest_model(monkeypatch):
+    """What is planned for it fills the memory, which decides here; every try is reported."""
+    memory = 2e8
+
+    def run(run):
+        planned = summarise(run | {"seconds": [1.0], "loss": 1.0, "peak": None, "parameters": 1}, None)["planned"]
+        found = {"seconds": [1.0], "loss": 1.0, "peak": planned, "parameters": run["layers"]}
+        return run | found if planned <= memory else None
+
+    monkeypatch.setattr(benchmark_distributed, "launch", run)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    *_, report = benchmark(RUN, [2, 4], [], largest=True)
+    assert report["rows"] == [] and [row["processes"] for row in report["largest"]] == [2, 4]
+    for row in report["largest"]:
+        assert 0.85 * memory <= row["peak"] == row["planned"] <= memory
+        assert row["layers"] < row["out_of_memory"] <= 1.15 * row["layers"]
+    text = benchmark_distributed.text_of({**report, "birth": birth_certificate("cpu", "abc")})
+    assert f"| 4 | 2 | {row['layers']} |" in text and f"| {row['out_of_memory']} |" in text
 
 
 def test_another_depth_keeps_the_pattern():

@@ -5,6 +5,9 @@ import sys
 
 from _launch_helpers import launch_environment
 from _script_helpers import ROOT, run_to_end
+from benchmark_training import griffin
+from plan_memory import sent_for_rows
+from planning.memory_formulas import sizes_of
 
 
 def test_two_processes(tmp_path):
@@ -21,6 +24,6 @@ def test_two_processes(tmp_path):
     # recurrent layer has one gathered gradient. The loss is one number.
     inputs, states, keys, float32 = 3 * 32, 2 * 32, 2 * 15 * 16, 4
     right = float32 * (2 * (2 * inputs + keys) + 2 * 2 * states + 2 * 32 + 1)
-    assert report["sent"]["bytes"] == right
+    assert report["sent"]["bytes"] == right == sent_for_rows(sizes_of(griffin("tiny").config), 1, 2, float32)
     assert report["sent"]["largest"] == float32 * keys
     assert report["sent"]["calls"] == 2 * (2 * 2 + 1) + 2 * 2 + 1 + 1

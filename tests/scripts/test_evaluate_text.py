@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from _script_helpers import document_nats, make_text, save_model
-from evaluate_text import count_token_bytes, main, token_bytes
+from evaluate_text import count_token_bytes, main, row_losses, token_bytes
 from training.text_data import load_documents, tokenize
 from training.text_tokenizer import byte_tokenizer, train_bpe_tokenizer
+
+from tests.tolerances import assert_close
 
 
 TEXTS = [make_text(60, seed=1), "é", make_text(5, seed=2)]
@@ -37,6 +39,9 @@ def test_figures_are_those_of_the_documents_alone(model, data, tmp_path, capsys)
 
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "rows of 4,096 tokens" in page and f"{result['tokens']:,} tokens in " in page
+    assert f"| all | {result['tokens']:,} | {result['loss']:.4f} | {result['bits_per_byte']:.4f} |" in page
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["position", "tokens", "loss", "bits/byte"]
     assert table[len(result["by_position"]) + 1].split()[0] == "all"
@@ -71,6 +76,40 @@ def test_chunks_carry_the_state(tmp_path, data, layer_types):
     for a, b in zip(whole["by_position"], chunked["by_position"]):
         assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert max(entry["to"] for entry in whole["by_position"]) <= 39
+
+
+def test_long_rows_in_bounded_memory(model):
+    """Each pass sees one chunk, and the state between chunks is as large at the end as behind the window."""
+    tokens = torch.randint(0, 256, (4001,), generator=torch.Generator().manual_seed(0))
+    row = {"input_ids": tokens, "position_ids": torch.arange(4001), "labels": tokens}
+    passes, states = [], []
+
+    def watch(module, args, kwargs, output):
+        passes.append(kwargs["input_ids"].shape[1])
+        tensors = [each for layer in output.past_key_values.layers for each in vars(layer).values()]
+        flat = [part for each in tensors for part in (each.values() if isinstance(each, dict) else [each])]
+        states.append(sum(each.numel() for each in flat if isinstance(each, torch.Tensor)))
+
+    with torch.no_grad():
+        log_p = model[0](input_ids=tokens[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    handle = model[0].register_forward_hook(watch, with_kwargs=True)
+    losses = row_losses(model[0], row, 500)
+    handle.remove()
+    assert passes == [500] * 8 and len(set(states)) == 1 and 0 < states[0] < 2000
+    assert_close("logits", losses, -log_p.gather(1, tokens[1:, None])[:, 0])
+
+
+def test_a_row_that_is_filled_up_is_read_as_far_as_its_text(model):
+    tokens = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(100) < 31, tokens, -100)
+    passes = []
+    handle = model[0].register_forward_pre_hook(lambda module, args, kwargs: passes.append(kwargs), with_kwargs=True)
+    losses = row_losses(model[0], {"input_ids": tokens, "position_ids": torch.arange(100), "labels": labels}, 20)
+    handle.remove()
+    assert [each["input_ids"].shape[1] for each in passes] == [20, 10]
+    assert losses.shape == (99,) and (losses[:30] > 0).all() and (losses[30:] == 0).all()
+    nothing = {"input_ids": tokens[:2], "position_ids": torch.arange(2), "labels": labels[-2:]}
+    assert row_losses(model[0], nothing, 20).tolist() == [0.0]
 
 
 def test_first_rows_only(model, data, tmp_path):

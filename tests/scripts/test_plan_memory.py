@@ -10,16 +10,22 @@ import pytest
 import torch
 from _script_helpers import ROOT, run_to_end
 from accelerate.utils.operations import convert_outputs_to_fp32
+from benchmark_training import SIZES
 from memory_runs import TENSOR_PARALLEL, A, R, make_config
 from plan_memory import (
     MEASURED_TOLERANCE,
     PEAK_TOLERANCE,
+    SHARED_TOLERANCE,
     ddp,
+    fits,
     fsdp2,
     fsdp2_elements,
+    longest_row,
     main,
     page,
     ring,
+    sent_for_rows,
+    sequence_parallel,
     tensor_parallel,
     tensor_parallel_share,
 )
@@ -196,6 +202,37 @@ def tracked(config, precision: str, checkpointing: bool, shape) -> tuple[int, in
         after = tracker.get_tracker_snapshot("current")[ids.device]["Total"]
         loss.backward()
     return after - state, tracker.get_tracker_snapshot("peak")[ids.device]["Total"] - state
+
+
+SEQUENCES = sorted((ROOT / "results" / "sequence").glob("sequence_h200_*.json"))
+
+
+@pytest.mark.parametrize("page", SEQUENCES, ids=lambda path: path.stem)
+def test_shared_rows_measured_on_gpus(page):
+    """Peaks alone (where gradients are not there yet) and over several GPUs, and to the byte what was sent."""
+    report = json.loads(page.read_text())
+    width, depth, mlp, heads, vocabulary, window = SIZES[report["run"].get("size", "2b")]
+    fields = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": depth}
+    sizes = sizes_of(GriffinConfig(**fields, num_attention_heads=heads, attention_window_size=window))
+    assert parameters(sizes) == report["parameters"]
+    piece, gpus = report["run"].get("mlp_piece"), report["ranks"]
+    for name, over, state in (("alone", 1, 2), ("shared", gpus, 4)):
+        if name in report:
+            plan = sequence_parallel(sizes, 1, report[name]["length"], over, FUSED_BFLOAT16, state, piece or None)
+            tolerance = 0.05 if piece else SHARED_TOLERANCE
+            assert plan.memory == pytest.approx(report[name]["peak"], rel=tolerance), name
+    assert sent_for_rows(sizes, 1, gpus, e=2) == report["sent"]["bytes"]
+    assert report["sent"]["largest"] <= 2**20  # of one layer in one direction
+
+
+def test_the_longest_row_fits_and_no_longer_one():
+    sizes = sizes_of(GriffinConfig.from_json_file(ROOT / "configuration" / "model" / "griffin-1b3.json"))
+    alone, four = longest_row(sizes, 1, 141), longest_row(sizes, 4, 141)
+    for length, gpus in ((alone, 1), (four, 4)):
+        assert fits(sequence_parallel(sizes, 1, length, gpus), 141)
+        assert not fits(sequence_parallel(sizes, 1, length + 1024 * gpus, gpus), 141)
+    assert 3.5 * alone < four < 4 * alone  # the buckets of DDP
+    assert longest_row(sizes_of(GriffinConfig.from_json_file(MODELS[0])), 1, 1) == 0  # nothing fits 1 GB
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -6,7 +6,7 @@ from lambda_study.synthetic_tasks import IGNORED, SYNTHETIC_TASKS, VOCABULARY
 
 
 ROWS = 64
-SIZES = {"selective_copying": 48, "induction_heads": 40, "delayed_recall": 20}
+SIZES = {"selective_copying": 48, "induction_heads": 40, "delayed_recall": 20, "needle": 20}
 
 
 def draw(kind, size, seed=0, rows=ROWS, **options):
@@ -45,6 +45,19 @@ def test_induction_heads():
     assert all(row[0] == 15 and answers[2] == row[1] for row, answers in zip(*first, strict=True))
 
 
+@pytest.mark.parametrize("distance, noise", [(1, 16), (2, 0), (64, 3)])
+def test_needle(distance, noise):
+    tokens, targets = draw("needle", distance, noise=noise)
+    places = set()
+    for row, answers in zip(tokens, targets, strict=True):
+        first, second = [place for place, token in enumerate(row) if token == 15]
+        assert len(row) == noise + distance + 2 and second == first + 1 + distance
+        assert asked(answers) == [second] and answers[second] == row[first + 1] != 15
+        places.add(first)
+    assert places == set(range(noise + 1))
+    assert len({answer for answers in targets for answer in answers}) > 10
+
+
 @pytest.mark.parametrize("distance", [0, 1, 64])
 def test_delayed_recall(distance):
     tokens, targets = draw("delayed_recall", distance)
@@ -72,6 +85,7 @@ def test_the_seed_decides(kind):
         ("selective_copying", 31, "length = 31: allowed are whole numbers from 32"),
         ("induction_heads", 2, "length = 2: allowed are whole numbers from 3"),
         ("delayed_recall", -1, "distance = -1: allowed are whole numbers from 0"),
+        ("needle", 0, "distance = 0: allowed are whole numbers from 1"),
     ],
 )
 def test_sizes_that_are_too_small(kind, size, message):

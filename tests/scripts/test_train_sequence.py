@@ -42,3 +42,14 @@ def test_the_run_of_fewer_processes(runs, run, reference):
 
 def test_a_size_that_does_not_divide(runs):
     assert "sequence_parallel_size = 3: allowed are the divisors of 2" in runs[1]["refused"]
+
+
+def test_stock_trainer(runs):
+    """`parallelize_trainer` alone, with accumulated gradients: the run of one process."""
+    found, expected = runs[1]["stock"], runs[1]["stock alone"]
+    assert found["tokens"] == expected["tokens"] > 0
+    for name, count in (("loss", 4), ("grad_norm", 4), ("eval_loss", 2)):
+        assert len(expected[name]) == count
+        assert found[name] == pytest.approx(expected[name], rel=LOSS), name
+    for name, tensor in expected["weights"].items():
+        assert (found["weights"][name] - tensor).abs().max() <= WEIGHT * tensor.abs().max(), name
