@@ -1,11 +1,15 @@
 """The fingerprint of a run: its settings and its rows. A resumed run has the same, or says what may differ."""
 
 import json
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from training.arguments import DataArguments
 from training.masking import mask_values
+
+
+if TYPE_CHECKING:  # they import each other
+    from training.arguments import DataArguments
 
 
 # Of TrainingArguments: what changes no number of the training. Whatever else there is, in any version, is compared.
@@ -42,7 +46,7 @@ ALLOWED = {
 }
 
 
-def settings_of(data_arguments: DataArguments, training_arguments: TrainingArguments, shared_by: int = 1) -> dict:
+def settings_of(data_arguments: "DataArguments", training_arguments: TrainingArguments, shared_by: int = 1) -> dict:
     """{name: value as JSON has it} of all that the numbers of a run depend on, but for its texts and its model.
 
     shared_by: how many processes share each row, see sequence_parallel_size.
