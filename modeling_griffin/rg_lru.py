@@ -3,6 +3,8 @@
 Legend: B batch, T time, C channels, N gate blocks.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -82,7 +84,7 @@ class RGLRU(nn.Module):
     scan: what takes the place of `rg_lru_scan` in one module, where its rows go on elsewhere; None: nothing.
     """
 
-    scan = None
+    scan: Callable | None = None
 
     def __init__(self, width: int, num_gate_blocks: int, c: float):
         super().__init__()

@@ -220,7 +220,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the device (default: 1)")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no run is to end")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where it runs")
+    parser.add_argument("--device", default=device, help="where it runs; default: a GPU where there is one")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     parser.add_argument("--list", action="store_true", help="print all runs and which are finished; run nothing")
     arguments = parser.parse_args(argv)

@@ -232,8 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, default=Path("results/lambda_init/lambda_init"), help="path without suffix"
     )
     parser.add_argument("--c", type=float, default=8.0, help="the exponent c (default: 8)")
-    metavar = ("LOW", "HIGH")
-    parser.add_argument("--bounds", type=float, nargs=2, default=(0.9, 0.999), metavar=metavar, help="range of a^c")
+    bounds, text = (0.9, 0.999), "range of a^c (default: 0.9 0.999)"
+    parser.add_argument("--bounds", type=float, nargs=2, default=bounds, metavar=("LOW", "HIGH"), help=text)
     arguments = parser.parse_args(argv)
     (low, high), c = arguments.bounds, arguments.c
     if not (0 < low < high < 1 and c > 0):

@@ -64,7 +64,7 @@ def next_run(study: dict, records: dict[str, dict], in_flight: set[str], phases:
 
 
 def run_all(
-    study: dict, path: Path, state: Path, devices: list[str], deadline: float, facts: dict, phases
+    study: dict, path: Path, state: Path, devices: list[str], deadline: float, facts: dict, phases: list[str]
 ) -> list[str]:
     """Runs what is missing, one on each device; returns what failed, a line each."""
     records, failed, in_flight = read_records(path), {}, {}

@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ class TrainingRecorder:
         self.in_plain_forward = False
         self.serial = 0  # of forward passes
 
-    def run(self, model: nn.Module, **arguments: dict) -> CausalLMOutputWithPast | None:
+    def run(self, model: nn.Module, **arguments: Any) -> CausalLMOutputWithPast | None:
         """Loss and logits of a recorded step; the logits are valid up to the next step."""
         if self.in_plain_forward or not model.training or not torch.is_grad_enabled():
             return None
@@ -175,10 +176,8 @@ class RecordedTrainingStep:
     """Forward and backward of one shape: two graphs, and the tensors that they read and write."""
 
     def __init__(self, recorder: TrainingRecorder, model: nn.Module, batch: Batch):
-        self.recorder, self.batch = (
-            recorder,
-            Batch._make([*(None if x is None else x.clone() for x in batch[:4]), 0]),
-        )
+        self.recorder = recorder
+        self.batch = Batch._make([*(None if x is None else x.clone() for x in batch[:4]), 0])
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.serial, self.on_gpu = 0, batch.input_ids.is_cuda
         device = batch.input_ids.device

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,12 +80,19 @@ class ScaledScan:
         other = other_log_decay.sort().values[log_decay.argsort().argsort()]
         self.factor = (torch.expm1(other) / torch.expm1(log_decay)).sqrt()  # a^2 at r = 0.5 is exp(log(a^c))
 
-    def __call__(self, x, recurrence_gate, input_gate, log_decay, **others):
+    def __call__(
+        self,
+        x: torch.Tensor,
+        recurrence_gate: torch.Tensor,
+        input_gate: torch.Tensor,
+        log_decay: torch.Tensor,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return rg_lru_scan(x * self.factor.to(x.dtype), recurrence_gate, input_gate, log_decay, **others)
 
 
 @torch.no_grad()
-def change_input_scale(model, init: str, seed: int) -> None:
+def change_input_scale(model: torch.nn.Module, init: str, seed: int) -> None:
     """Gives every RG-LRU of the model the input scale that it would have with the initialisation `init`."""
     config, generator_state = model.config, torch.get_rng_state()
     torch.manual_seed(seed)

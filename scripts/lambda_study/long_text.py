@@ -131,7 +131,7 @@ class ResidentTextTask(LanguageTask):
         self.step += 1
         return {"rows": self.order[self.step - 1]}
 
-    def loss(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return super().loss(model, self._gather(batch["rows"]) if "rows" in batch else batch)
 
     def _gather(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ SEED = 10**6
 
 
 @torch.no_grad()
-def recall_by_distance(model, text: torch.Tensor, distances: list[int], vocab_size: int) -> list[dict]:
+def recall_by_distance(model: torch.nn.Module, text: torch.Tensor, distances: list[int], vocab_size: int) -> list[dict]:
     """An entry for each kind of passage and distance: loss and saved (nats a token), accuracy of the second reading.
 
     text: (N,) held-out tokens on the model's device, N >= the longest distance + 2 passages.

@@ -16,7 +16,7 @@ SILENCE = ("Timed out waiting", "Application timeout", "Connection closed by pee
 STORE_KEY = "train.py/answers"
 
 
-def join_in_time(backend: str | None, seconds: float) -> None:
+def join_in_time(backend: str | None, seconds: int | str | None) -> None:
     """Makes the group of CPU processes with `ddp_timeout`; TrainingArguments, which would make it, leaves that out."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and str(seconds).isdigit():
         PartialState(cpu=True, backend=backend, timeout=datetime.timedelta(seconds=int(seconds)))
