@@ -64,8 +64,23 @@ def tokens_to_reach(points: dict[int, float], loss: float) -> float | None:
 
 
 def measured(runs: Runs) -> Runs:
-    """Of a group, the runs that no learning rate was chosen by: of each arm and seed one, at the rate it was given."""
-    return [run for run in runs if run["measured"]]
+    """Of a group, the runs that no learning rate was chosen by; of an arm with several rates, those at its best one."""
+    kept = []
+    for arm in dict.fromkeys(run["arm"] for run in runs if run["measured"]):
+        own = [run for run in runs if run["measured"] and run["arm"] == arm]
+        rate = best_rate(own)
+        kept += [run for run in own if run["learning_rate"] == rate]
+    return kept
+
+
+def best_rate(runs: Runs) -> float:
+    """The rate with the lowest mean loss after as many tokens as all of these runs have seen."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    seen = set.intersection(*(set(curve(run)) for run in runs))
+    if len(rates) == 1 or not seen:
+        return rates[0]
+    at_rate = {rate: [curve(run)[max(seen)] for run in runs if run["learning_rate"] == rate] for rate in rates}
+    return min(at_rate, key=lambda rate: np.mean(at_rate[rate]))
 
 
 def page(name: str, records: Runs, reference: str) -> str:
@@ -111,8 +126,15 @@ def _seconds_a_step(run: dict) -> float:
 
 
 def rate_table(runs: Runs) -> list[str]:
-    """The final loss at each learning rate, of the runs that chose or check the rates."""
-    found = {(r["arm"], r["learning_rate"]): r for r in runs if not r["measured"] and r["status"] != "paused"}
+    """The final loss at each learning rate, of the seeds that ran at several; in a column arms differ in Λ alone."""
+    ended = [run for run in runs if run["status"] != "paused"]
+    rates_of: dict[int, set[float]] = {}
+    for run in ended:
+        rates_of.setdefault(run["seed"], set()).add(run["learning_rate"])
+    found: dict[tuple[str, float], list[float]] = {}
+    for run in ended:
+        if len(rates_of[run["seed"]]) > 1:
+            found.setdefault((run["arm"], run["learning_rate"]), []).append(curve_end(run))
     rates = sorted({rate for _, rate in found})
     if not rates:
         return []
@@ -121,7 +143,7 @@ def rate_table(runs: Runs) -> list[str]:
         "|---" * (len(rates) + 1) + "|",
     ]
     for arm in dict.fromkeys(arm for arm, _ in found):
-        cells = (f"{curve_end(found[arm, rate]):.4f}" if (arm, rate) in found else "" for rate in rates)
+        cells = (f"{np.mean(found[arm, rate]):.4f}" if (arm, rate) in found else "" for rate in rates)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -37,6 +37,7 @@ FOLDERS = {  # in this order; True: with all files in it
     "scripts/training/": ("what train.py imports", True),
     "scripts/benchmarks/": ("what the benchmarks share", True),
     "scripts/lambda_study/": ("the comparison of Λ initialisations", True),
+    "scripts/text_corpus/": ("a training text out of public packages", True),
     "scripts/planning/": ("formulas of memory and communication", True),
     "scripts/publishing/": ("which files are pushed", True),
     "scripts/portability/": ("compiling for GPUs that are not there", True),

@@ -15,8 +15,8 @@ from lambda_study import long_runs
 from lambda_study.long_runs import LongRun, ScaledScan, change_input_scale, plan, points, run_long
 from lambda_study.long_text import ResidentTextTask, prepare_shards
 from lambda_study.run import make_config, make_model
+from report_lambda_long import best_rate, measured, rate_table, tokens_to_reach
 from report_lambda_long import main as report
-from report_lambda_long import tokens_to_reach
 from study_lambda_long import main as study_main
 from study_lambda_long import read_study
 from text_corpus.deduplicate import Deduplicator
@@ -242,6 +242,19 @@ def test_points_and_rates(study):
     records[runs[1]["key"]]["status"] = "paused"
     assert [run["learning_rate"] for run in plan(study, records)[4:]] == [None, 1e-2]
     assert tokens_to_reach({10: 3.0, 1000: 1.0}, 2.0) == pytest.approx(100) and tokens_to_reach({10: 3.0}, 1.0) is None
+
+
+def test_an_arm_of_several_rates_is_judged_at_its_best():
+    def run(arm, rate, seed, losses, is_measured=True, status="finished"):
+        curve = [{"step": step, "loss": loss} for step, loss in enumerate([9.0, *losses])]
+        said = {"arm": arm, "learning_rate": rate, "seed": seed, "curve": curve, "tokens_a_step": 10, "status": status}
+        return {**said, "measured": is_measured}
+
+    slow, fast = run("a", 1e-3, 0, [3.0, 1.0]), run("a", 2e-3, 0, [2.0, 1.5])
+    only, paused = run("b", 2e-3, 0, [2.0, 1.25]), run("a", 2e-3, 1, [2.0], status="paused")
+    assert best_rate([slow, fast]) == 1e-3 and best_rate([slow, fast, paused]) == 2e-3  # after what all have seen
+    assert measured([slow, fast, only, run("c", 1.0, 0, [1.0], is_measured=False)]) == [slow, only]
+    assert rate_table([slow, fast, only, paused])[2:4] == ["| a | 1.0000 | 1.5000 |", "| b |  | 1.2500 |"]
 
 
 def test_the_whole_chain_over_two_calls(text, study, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from lambda_study.statistics import by_arm_and_seed, compare, holm, interval, metrics, pooled_deviation
-from report_lambda_inits import main
+from report_lambda_inits import main, with_kept_note
 from scipy import stats
 
 
@@ -203,3 +203,15 @@ def test_without_the_reference_it_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(folder)])
     assert "holds no measured run of the reference 'uniform'" in capsys.readouterr().err
+
+
+def test_a_note_above_the_figures_outlives_a_page_that_is_written_anew(tmp_path):
+    path, new = tmp_path / "page.md", "# New\n\n`new command`; commit b.\n\nfigures\n"
+    assert with_kept_note(path, new) == new
+    path.write_text("# Old\n\n`old command`; commit a.\n\nfigures\n")
+    assert with_kept_note(path, new) == new
+    path.write_text("# Old\n\n**Correction.** Said\nhere.\n\nAnd `here`.\n\n`old command`; commit a.\n")
+    kept = "# New\n\n**Correction.** Said\nhere.\n\nAnd `here`.\n\n`new command`; commit b.\n\nfigures\n"
+    assert with_kept_note(path, new) == kept
+    path.write_text(kept)
+    assert with_kept_note(path, new) == kept
