@@ -45,7 +45,7 @@ def record_recurrences(model: nn.Module) -> Iterator[dict[int, Recurrence]]:
     recurrence in plain PyTorch, and `generate` and `record_training` run without their recordings.
 
     Args:
-        model: any Griffin, or what PEFT, DDP or `torch.compile` made of it; from the Hub with its own code, too.
+        model: any Griffin, or what PEFT made of it; not compiled.
 
     Raises:
         ValueError: for a model without recurrent layers, with activation checkpointing (each layer runs again for the

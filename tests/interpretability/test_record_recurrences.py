@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from modeling_griffin import GriffinModel
@@ -146,6 +147,17 @@ def test_gradient_of_what_is_recorded_in_the_weights(small_model):
         assert (each is None) == (other is None) == name.startswith("input_gate")
         if each is not None:
             assert_close("scan float64", each, other, name)
+
+
+def test_adapters_of_peft(small_model):
+    model, ids = small_model("hawk"), random_ids()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["linear_x"], init_lora_weights=False))
+    expected = adapted(input_ids=ids).logits
+    with record_recurrences(adapted) as recorded:
+        assert_close("logits", adapted(input_ids=ids).logits, expected)
+    recorded[1].h.sum().backward()
+    grads = {name.split(".")[-3]: each.grad for name, each in adapted.named_parameters() if each.requires_grad}
+    assert grads.keys() == {"lora_A", "lora_B"} and all(grad.abs().max() > 0 for grad in grads.values())
 
 
 @torch.no_grad()
