@@ -30,7 +30,7 @@ def linear_scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def gates_and_multiplier(recurrence_gate, input_gate, log_decay, reset, dtype):
+def _gates(recurrence_gate, input_gate, log_decay, reset, dtype):
     """sigmoid of both gates, a (0 at a reset) and the input's multiplier (1 at a reset), all (B, T, C) in `dtype`."""
     r, i = torch.sigmoid(recurrence_gate.to(dtype)), torch.sigmoid(input_gate.to(dtype))
     log_a = log_decay.to(dtype) * r
@@ -54,7 +54,7 @@ class RGLRUScan(torch.autograd.Function):
         initial_state: torch.Tensor | None, reset: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         dtype = torch.promote_types(x.dtype, torch.float32)
-        _, i, a, multiplier = gates_and_multiplier(recurrence_gate, input_gate, log_decay, reset, dtype)
+        _, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype)
         b = multiplier * i * x.to(dtype)
         if initial_state is not None:
             b = torch.cat([b[:, :1] + (a[:, 0] * initial_state.to(dtype))[:, None], b[:, 1:]], dim=1)
@@ -69,7 +69,7 @@ class RGLRUScan(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, d_hidden: torch.Tensor, d_last_state: torch.Tensor) -> tuple:
         x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
-        r, i, a, multiplier = gates_and_multiplier(recurrence_gate, input_gate, log_decay, reset, dtype)
+        r, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype)
 
         # dh_t = d_hidden_t + a_{t+1} dh_{t+1}: the same scan, backwards in time. Its first a has no state to act on.
         length = x.shape[1]

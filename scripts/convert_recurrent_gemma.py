@@ -102,7 +102,9 @@ def safetensors_entries(folder: Path) -> Entries:
                 yield name, shard.get_tensor(name)
 
 
-def read_checkpoint(folder: Path, reader: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig, Entries, int, Change]:
+def read_checkpoint(
+    folder: Path, reader: str | None
+) -> tuple[PreTrainedConfig, PreTrainedConfig, Entries, int, Change]:
     """(source config, target config, entries, how many, what becomes of each) of a Transformers checkpoint.
 
     reader: who reads a Griffin that is turned back, a key of `READERS`; None for the way here.

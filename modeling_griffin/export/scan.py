@@ -6,14 +6,21 @@ Legend: B batch, T time, C channels.
 import torch
 from torch.nn.functional import pad
 
-from ..rg_lru_scan_torch import gates_and_multiplier
+from ..rg_lru_scan_torch import _gates
 
 
 BLOCK = 128
 LEVELS = 3  # blocks of blocks: up to BLOCK**LEVELS = 2,097,152 steps
 
 
-def rg_lru_scan_any_length(x, recurrence_gate, input_gate, log_decay, initial_state, reset):
+def rg_lru_scan_any_length(
+    x: torch.Tensor,
+    recurrence_gate: torch.Tensor,
+    input_gate: torch.Tensor,
+    log_decay: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    reset: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as in `rg_lru_scan`, for T from 1 to BLOCK**LEVELS; nothing depends on the value of T.
 
     The torch backend halves the length until one step is left: each halving would be a guard on the length. Here the
@@ -21,7 +28,7 @@ def rg_lru_scan_any_length(x, recurrence_gate, input_gate, log_decay, initial_st
     operators, NaN at padding: exported graphs are for inference.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    _, i, a, multiplier = gates_and_multiplier(recurrence_gate, input_gate, log_decay, reset, dtype)
+    _, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype)
     b = multiplier * i * x.to(dtype)
     if initial_state is not None:  # a step before the first that leaves this state
         a, b = pad(a, (0, 0, 1, 0)), torch.cat([initial_state.to(dtype)[:, None], b], dim=1)

@@ -6,6 +6,8 @@ nothing is written in place: any runtime can keep it.
 Legend: B rows, T tokens, C RG-LRU channels, W attention window, K head dimension, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -107,22 +109,26 @@ class StatefulGriffin(nn.Module):
 class StateCache(Cache):
     """A state as the cache of one forward pass: what is written takes the place of what was read."""
 
-    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         layer, length = self.layers[layer_idx], key_states.shape[2]
         keys = torch.cat([layer.keys, key_states], dim=2)
         values = torch.cat([layer.values, value_states], dim=2)
         layer.keys, layer.values = keys[:, :, length:], values[:, :, length:]
         return keys, values
 
-    def update_conv_state(self, conv_states, layer_idx: int, *args, **kwargs):
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.layers[layer_idx].conv_states[0] = conv_states
         return conv_states
 
-    def update_recurrent_state(self, recurrent_states, layer_idx: int, *args, **kwargs):
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         self.layers[layer_idx].recurrent_states[0] = recurrent_states
         return recurrent_states
 
-    def has_previous_state(self, *args, **kwargs) -> bool:
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
