@@ -46,7 +46,7 @@ from modeling_griffin.saving.saved_files import (
 COPIED = ("generation_config.json", *TOKENIZER_FILES, *LICENCE_FILES)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Who reads a Griffin that is turned back, and how its configuration and tensors are written for it.
-READERS = {
+READERS: dict[str, tuple[Callable, Callable]] = {
     "transformers": (recurrent_gemma_config_from_griffin, recurrent_gemma_tensors_from_griffin),
     "mlx": (mlx_config_from_griffin, mlx_tensors_from_griffin),
 }
@@ -110,11 +110,13 @@ def read_checkpoint(
     reader: who reads a Griffin that is turned back, a key of `READERS`; None for the way here.
     """
     count = sum(len(tensor_names(file)) for file in weight_files(folder))
-    convert_config, convert_tensors = READERS[reader] if reader else (None, griffin_tensors_from_recurrent_gemma)
-    config, target = read_configs(folder, convert_config)
-    if reader:
-        convert_tensors = partial(convert_tensors, dtype=dtype_of(folder))
-    return config, target, safetensors_entries(folder), count, convert_tensors
+    convert_back: Callable | None = None
+    change: Change = griffin_tensors_from_recurrent_gemma
+    if reader is not None:
+        convert_back, tensors_back = READERS[reader]
+        change = partial(tensors_back, dtype=dtype_of(folder))
+    config, target = read_configs(folder, convert_back)
+    return config, target, safetensors_entries(folder), count, change
 
 
 def dtype_of(folder: Path) -> torch.dtype:
