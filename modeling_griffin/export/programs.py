@@ -25,22 +25,24 @@ def export_program(
     Its arguments and results are those of `StatefulGriffin.forward`; with `padded` it takes `attention_mask` too.
 
     Args:
-        model: a `GriffinForCausalLM` in eval mode, with attention "sdpa" or "eager".
+        model: a `GriffinForCausalLM` in eval mode on the CPU, with attention "sdpa" or "eager".
         rows, tokens: B and T, fixed; None: any, from 1 on. A program of one token, `tokens=1`, is the one to generate
             with: for any T the recurrence is made of many small operators.
         padded: whether rows may begin with padding.
         logits_to_keep: logits of the last so many tokens only; 0: of all.
 
     Raises:
-        ValueError: for a model that `StatefulGriffin` refuses, and for rows or tokens below 1.
+        ValueError: for a model that `StatefulGriffin` refuses or on a GPU, where it runs by kernels of its own that no
+            other runtime has, and for rows or tokens below 1.
     """
     for name, value in (("rows", rows), ("tokens", tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: allowed are whole numbers from 1, or None")
     stateful = StatefulGriffin(model, logits_to_keep)
+    if model.device.type != "cpu":
+        raise ValueError(f'model is on {model.device}: allowed is the CPU, model.to("cpu")')
     # A size of 1 would be taken for a fixed one.
     example, state = torch.zeros(rows or 2, tokens or 2, dtype=torch.long), stateful.empty_state(rows or 2)
-    example = example.to(model.device)
     along_rows = {} if rows else {0: ANY_ROWS}
     along_tokens = along_rows | ({} if tokens else {1: ANY_TOKENS})
     arguments = {"input_ids": example, "state": state}

@@ -87,6 +87,8 @@ def test_what_is_refused(small_model):
     for field in ("rows", "tokens"):
         with pytest.raises(ValueError, match=f"{field} = 0: allowed are whole numbers from 1"):
             export_program(model, **{field: 0})
+    with pytest.raises(ValueError, match="model is on meta: allowed is the CPU"):
+        export_program(small_model("griffin", "sdpa").to("meta"))
     with pytest.raises(ValueError, match="training mode: allowed is model.eval"):
         export_program(model.train())
     with pytest.raises(ValueError, match="allowed are .*eager.*sdpa"):
