@@ -1,7 +1,6 @@
 """lm_eval on local tasks, offline: choices, generation and rolling likelihood, against the model on each row alone."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 from _script_helpers import make_text, save_model
 from evaluate_text import row_losses
 from training.report import bits_per_byte
+from transformers import AutoTokenizer
 
 
 pytestmark = pytest.mark.tools
@@ -62,12 +62,18 @@ def place(tmp_path_factory):
     return save_model(place / "model"), place / "model", place / "tasks"
 
 
-def evaluate(place, tmp_path, batch_size: int, *package: str) -> dict:
+@pytest.fixture(scope="module")
+def runs(place) -> list[dict]:
+    """What lm_eval found: padded rows by the package's classes, rows alone by the code beside the weights."""
+    return [evaluate(place, 3, "package"), evaluate(place, 1)]
+
+
+def evaluate(place, batch_size: int, *package: str) -> dict:
     _, folder, tasks = place
-    output = tmp_path / f"{batch_size}{''.join(package)}.json"
+    output = folder.parent / f"{batch_size}.json"
     command = [sys.executable, str(PROGRAM), str(folder), str(tasks), str(batch_size), str(output), *package]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **environment})
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder.parent / "home")}
+    subprocess.run(command, check=True, cwd=folder.parent, env={**os.environ, **environment})
     return json.loads(output.read_text())
 
 
@@ -79,35 +85,41 @@ def loglikelihood(model, context: list[int], continuation: list[int]) -> float:
     return log_probs.gather(1, tokens[0, 1:, None])[-len(continuation) :].sum().item()
 
 
-def test_three_kinds_of_tasks(place, tmp_path):
-    """The package's classes and the code beside the weights, rows alone and padded rows of a batch: the same numbers.
-
-    lm_eval pads likelihoods on the right and generation on the left.
-    """
-    model = place[0]
-    runs = [evaluate(place, tmp_path, 3, "package"), evaluate(place, tmp_path, 1)]
+def test_which_code_ran(runs):
     assert runs[0]["code"].startswith("modeling_griffin.") and runs[1]["code"].startswith("transformers_modules.")
+
+
+def test_choices(place, runs):
+    """lm_eval pads likelihoods on the right."""
+    tokenizer = AutoTokenizer.from_pretrained(place[1])
     for run in runs:
         for question, found in zip(QUESTIONS, run["samples"]["own_choice"]):
+            context = tokenizer(question["question"]).input_ids
             for choice, (value, _) in zip(question["choices"], found):
-                expected = loglikelihood(model, list(question["question"].encode()), list(f" {choice}".encode()))
-                assert float(value) == pytest.approx(expected, abs=2e-3)
-        rolling = zip(TEXTS, run["samples"]["own_rolling"])
-        for record, found in rolling:
-            value = found[0] if isinstance(found, list) else found
-            expected = loglikelihood(model, [BOS], list(record["text"].encode()))
-            assert float(value) == pytest.approx(expected, rel=1e-5)
-    assert runs[0]["samples"]["own_generation"] == runs[1]["samples"]["own_generation"]
-    assert any(text for found in runs[0]["samples"]["own_generation"] for text in found)
+                whole = tokenizer(f"{question['question']} {choice}").input_ids
+                expected = loglikelihood(place[0], context, whole[len(context) :])
+                assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_bits_per_byte_are_those_of_evaluate_text(place, tmp_path):
+def test_generation(place, runs):
+    """lm_eval pads generation on the left, and decodes the new tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(place[1])
+    for run in runs:
+        for question, (found,) in zip(QUESTIONS, run["samples"]["own_generation"]):
+            prompt = tokenizer(question["question"], return_tensors="pt").input_ids
+            tokens = place[0].generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+            assert found == tokenizer.decode(tokens, skip_special_tokens=True) != ""
+
+
+def test_rolling_likelihood_and_bits_per_byte(place, runs):
     """The same text by scripts/evaluate_text.py, which also counts the token that ends a document: left out here."""
-    model, nats, size = place[0], 0.0, 0
-    for record in TEXTS:
+    nats, size = 0.0, 0
+    for number, record in enumerate(TEXTS):
         tokens = torch.tensor([BOS, *record["text"].encode()])
         row = {"input_ids": tokens, "position_ids": torch.arange(len(tokens)), "labels": tokens}
-        nats, size = nats + row_losses(model, row, chunk=50).double().sum().item(), size + len(tokens) - 1
-    found = evaluate(place, tmp_path, 2, "package")["metrics"]["own_rolling"]["bits_per_byte,none"]
-    assert found == pytest.approx(bits_per_byte(nats, size), abs=1e-4)
-    assert math.isfinite(found)
+        losses = row_losses(place[0], row, chunk=50).double()
+        for run in runs:
+            assert run["samples"]["own_rolling"][number][0] == pytest.approx(-losses.sum().item(), rel=1e-5)
+        nats, size = nats + losses.sum().item(), size + len(losses)
+    for run in runs:
+        assert run["metrics"]["own_rolling"]["bits_per_byte,none"] == pytest.approx(bits_per_byte(nats, size), abs=1e-4)
