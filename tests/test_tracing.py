@@ -70,7 +70,8 @@ def test_export_for_any_rows_and_length(padded, small_model):
     dims = {0: torch.export.Dim("rows", min=1), 1: torch.export.Dim("time", min=1)}
     arguments = (ids, mask) if padded else (ids,)
     program = torch.export.export(model, arguments, dynamic_shapes=tuple(dims for _ in arguments))
-    assert {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")} == {"aten"}
+    names = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
+    assert names <= {"aten", "higher_order"}  # both PyTorch's
     longer = tuple(torch.cat([each, each], dim=1) for each in arguments)
     for some in (longer, tuple(each[1:] for each in longer), tuple(each[:, -1:] for each in longer)):
         real = some[1].bool() if padded else torch.ones_like(some[0], dtype=torch.bool)

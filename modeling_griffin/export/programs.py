@@ -52,27 +52,23 @@ def export_program(
     return torch.export.export(stateful, (), arguments, dynamic_shapes=shapes, strict=False)
 
 
-def export_onnx(
-    model: nn.Module,
-    path: str | os.PathLike,
-    rows: int | None = None,
-    tokens: int | None = None,
-    padded: bool = False,
-    logits_to_keep: int = 0,
-) -> None:
-    """Writes an ONNX file, and its weights beside it where they are large. Arguments as of `export_program`.
+def export_onnx(model: nn.Module, path: str | os.PathLike, rows: int | None = None) -> None:
+    """Writes a step of one token as an ONNX file, and its weights beside it where they are large.
 
-    Its inputs are `input_ids`, the names of the state, and `attention_mask` with `padded`; its outputs `logits` and,
-    for each name of the state, `new_` and that name.
+    Its inputs are `input_ids` (rows, 1) and the names of the state; its outputs `logits` and, for each name of the
+    state, `new_` and that name.
+
+    Args:
+        model, rows: as of `export_program`.
 
     Raises:
         ImportError: without the packages onnx and onnxscript.
     """
-    program = export_program(model, rows, tokens, padded, logits_to_keep)
+    program = export_program(model, rows, tokens=1)
     names = list(StatefulGriffin(model).empty_state())
     torch.onnx.export(
         program,
-        input_names=["input_ids", *names, *(["attention_mask"] if padded else [])],
+        input_names=["input_ids", *names],
         output_names=["logits", *(f"new_{name}" for name in names)],
         optimize=True,
         verbose=False,
