@@ -16,7 +16,7 @@ def main(folder: str, tasks: str, batch_size: str, output: str, package: str = "
         import modeling_griffin  # noqa: F401 - registers Griffin
     model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", batch_size=int(batch_size), max_length=256)
     manager = TaskManager(include_path=tasks, include_defaults=False)
-    names = ["own_choice", "own_generation", "own_rolling"]
+    names = ["own_choice", "own_generation"]
     found = simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0)
     samples = {name: [sample["filtered_resps"] for sample in found["samples"][name]] for name in names}
     metrics = {name: found["results"][name] for name in names}
