@@ -14,9 +14,11 @@ from lm_eval.tasks import TaskManager
 def main(folder: str, tasks: str, batch_size: str, output: str, package: str = "") -> None:
     if package:
         import modeling_griffin  # noqa: F401 - registers Griffin
-    model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", batch_size=int(batch_size), max_length=256)
+    # Else the tokenizer's start of document is scored as well, behind the one that lm_eval puts in front of a text.
+    options = {"add_bos_token": False, "max_length": 256, "batch_size": int(batch_size)}
+    model = HFLM(pretrained=folder, trust_remote_code=True, device="cpu", **options)
     manager = TaskManager(include_path=tasks, include_defaults=False)
-    names = ["own_choice", "own_generation"]
+    names = ["own_choice", "own_generation", "own_rolling"]
     found = simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0)
     samples = {name: [sample["filtered_resps"] for sample in found["samples"][name]] for name in names}
     metrics = {name: found["results"][name] for name in names}

@@ -1,4 +1,4 @@
-"""lm_eval on local tasks, offline: choices and generation, against the model on each row alone."""
+"""lm_eval on local tasks, offline: choices, generation and rolling likelihood, against the model on each row alone."""
 
 import json
 import os
@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from _script_helpers import make_text, save_model
+from evaluate_text import row_losses
+from training.report import bits_per_byte
 from transformers import AutoTokenizer
 
 
 pytestmark = pytest.mark.tools
 PROGRAM = Path(__file__).with_name("lm_eval_program.py")
+BOS = 256  # of the byte tokenizer, which starts and ends documents with it
 QUESTIONS = [
     {"question": make_text(6 + 9 * n, seed=n), "choices": ["yes", "no and no"], "answer": n % 2} for n in range(3)
 ]
+TEXTS = [{"text": make_text(number, seed=number)} for number in (20, 5, 31)]
 TASKS = {
     "own_choice": """
 task: own_choice
@@ -34,6 +38,13 @@ doc_to_target: "{{answer}}"
 generation_kwargs: {max_gen_toks: 12, do_sample: false, until: ["\\u0000"]}
 metric_list: [{metric: exact_match}]
 """,
+    "own_rolling": """
+task: own_rolling
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+""",
 }
 
 
@@ -43,8 +54,9 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("lm_eval")
     (place / "tasks").mkdir()
     for name, task in TASKS.items():
+        records = TEXTS if name == "own_rolling" else QUESTIONS
         data = place / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
         source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
         (place / "tasks" / f"{name}.yaml").write_text(task.lstrip() + source)
     return save_model(place / "model"), place / "model", place / "tasks"
@@ -82,9 +94,9 @@ def test_choices(place, runs):
     tokenizer = AutoTokenizer.from_pretrained(place[1])
     for run in runs:
         for question, found in zip(QUESTIONS, run["samples"]["own_choice"]):
-            context = tokenizer(question["question"]).input_ids
+            context = tokenizer(question["question"], add_special_tokens=False).input_ids
             for choice, (value, _) in zip(question["choices"], found):
-                whole = tokenizer(f"{question['question']} {choice}").input_ids
+                whole = tokenizer(f"{question['question']} {choice}", add_special_tokens=False).input_ids
                 expected = loglikelihood(place[0], context, whole[len(context) :])
                 assert value == pytest.approx(expected, rel=1e-5)
 
@@ -94,6 +106,20 @@ def test_generation(place, runs):
     tokenizer = AutoTokenizer.from_pretrained(place[1])
     for run in runs:
         for question, (found,) in zip(QUESTIONS, run["samples"]["own_generation"]):
-            prompt = tokenizer(question["question"], return_tensors="pt").input_ids
+            prompt = tokenizer(question["question"], add_special_tokens=False, return_tensors="pt").input_ids
             tokens = place[0].generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
             assert found == tokenizer.decode(tokens, skip_special_tokens=True) != ""
+
+
+def test_rolling_likelihood_and_bits_per_byte(place, runs):
+    """The same text by scripts/evaluate_text.py, which also counts the token that ends a document: left out here."""
+    nats, size = 0.0, 0
+    for number, record in enumerate(TEXTS):
+        tokens = torch.tensor([BOS, *record["text"].encode()])
+        row = {"input_ids": tokens, "position_ids": torch.arange(len(tokens)), "labels": tokens}
+        losses = row_losses(place[0], row, chunk=50).double()
+        for run in runs:
+            assert run["samples"]["own_rolling"][number][0] == pytest.approx(-losses.sum().item(), rel=1e-5)
+        nats, size = nats + losses.sum().item(), size + len(losses)
+    for run in runs:
+        assert run["metrics"]["own_rolling"]["bits_per_byte,none"] == pytest.approx(bits_per_byte(nats, size), abs=1e-4)
