@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSION))
 
-.PHONY: demo test test-floor test-common test-gpu test-vllm portability lint format clean
+.PHONY: demo test test-floor test-common test-gpu test-tools test-vllm portability lint format clean
 
 demo: $(VENV)/train.done
 	$(BIN)/python scripts/demo.py
@@ -37,6 +37,10 @@ test-common: $(VENV)/test.done
 
 test-gpu: $(VENV)/test.done
 	$(BIN)/python -m pytest -m gpu tests
+
+# With lm_eval, ONNX Runtime and MLX's build for a CPU, which the other tests do without.
+test-tools: $(VENV)/tools.done
+	$(BIN)/python -m pytest -m tools tests/tools
 
 # Compiles the kernels for GPUs that need not be there. PORTABILITY=--quick: the tightest of each, in a few minutes.
 portability: $(VENV)/portability.done
@@ -74,6 +78,10 @@ $(VENV)/train.done: $(VENV)/torch.done pyproject.toml
 # A PyTorch for CPUs brings no Triton: its compiler is put beside the environment, where the tests do not see it.
 $(VENV)/portability.done: $(VENV)/test.done
 	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) --no-deps --target $(VENV)/triton triton==$(TRITON_VERSION)
+	touch $@
+
+$(VENV)/tools.done: $(VENV)/test.done
+	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train,test,tools]'
 	touch $@
 
 # recurrentgemma is DeepMind's code, which the tests compare with; its own dependencies are JAX, which they do not need.

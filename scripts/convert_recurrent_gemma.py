@@ -10,6 +10,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig, RecurrentGemmaForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin.conversion.mlx import mlx_config_from_griffin, mlx_differences, mlx_tensors_from_griffin
 from modeling_griffin.conversion.recurrent_gemma import (
     check_weight,
     griffin_config_from_deepmind,
@@ -43,6 +45,11 @@ from modeling_griffin.saving.saved_files import (
 
 COPIED = ("generation_config.json", *TOKENIZER_FILES, *LICENCE_FILES)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+# Who reads a Griffin that is turned back, and how its configuration and tensors are written for it.
+READERS: dict[str, tuple[Callable, Callable]] = {
+    "transformers": (recurrent_gemma_config_from_griffin, recurrent_gemma_tensors_from_griffin),
+    "mlx": (mlx_config_from_griffin, mlx_tensors_from_griffin),
+}
 Entries = Iterator[tuple[str, torch.Tensor]]
 Change = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -95,22 +102,30 @@ def safetensors_entries(folder: Path) -> Entries:
                 yield name, shard.get_tensor(name)
 
 
-def read_checkpoint(folder: Path, reverse: bool) -> tuple[PreTrainedConfig, PreTrainedConfig, Entries, int, Change]:
-    """(source config, target config, entries, how many, what becomes of each) of a Transformers checkpoint."""
+def read_checkpoint(
+    folder: Path, reader: str | None
+) -> tuple[PreTrainedConfig, PreTrainedConfig, Entries, int, Change]:
+    """(source config, target config, entries, how many, what becomes of each) of a Transformers checkpoint.
+
+    reader: who reads a Griffin that is turned back, a key of `READERS`; None for the way here.
+    """
     count = sum(len(tensor_names(file)) for file in weight_files(folder))
-    config, target = read_configs(folder, reverse)
-    change = griffin_tensors_from_recurrent_gemma
-    if reverse:
-        dtypes = (tensor.dtype for name, tensor in safetensors_entries(folder) if "lambda_bias" not in name)
-        dtype = next(dtypes, torch.float32)
-
-        def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-            return recurrent_gemma_tensors_from_griffin(name, tensor, dtype)
-
+    convert_back: Callable | None = None
+    change: Change = griffin_tensors_from_recurrent_gemma
+    if reader is not None:
+        convert_back, tensors_back = READERS[reader]
+        change = partial(tensors_back, dtype=dtype_of(folder))
+    config, target = read_configs(folder, convert_back)
     return config, target, safetensors_entries(folder), count, change
 
 
-def read_configs(folder: Path, reverse: bool) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+def dtype_of(folder: Path) -> torch.dtype:
+    """The dtype of a Griffin's weights; Λ has one of its own."""
+    dtypes = (tensor.dtype for name, tensor in safetensors_entries(folder) if "lambda_bias" not in name)
+    return next(dtypes, torch.float32)
+
+
+def read_configs(folder: Path, convert_back: Callable | None) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """(source config, target config). Raises ValueError for a config.json that is not the source's."""
     path = folder / "config.json"
     if not path.is_file():
@@ -120,8 +135,8 @@ def read_configs(folder: Path, reverse: bool) -> tuple[PreTrainedConfig, PreTrai
         raise ValueError(f"auto_map = {fields['auto_map']!r} in {path}: allowed is an object")
     try:
         config = AutoConfig.from_pretrained(folder)
-        if reverse:
-            return config, recurrent_gemma_config_from_griffin(config)
+        if convert_back is not None:
+            return config, convert_back(config)
         return config, griffin_config_from_recurrent_gemma(config, GriffinConfig)
     except Exception as error:  # what it raises depends on the field that it meets first
         raise ValueError(f"{path} cannot be converted ({error})") from error
@@ -214,7 +229,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 raise FileNotFoundError(f"{arguments.source}: no such folder or file; a Hub id is OWNER/NAME")
             patterns = ["*.safetensors", "*.json", *COPIED]
             source = Path(snapshot_download(arguments.source, allow_patterns=patterns, revision=arguments.revision))
-        read = read_checkpoint(source, arguments.reverse)
+        read = read_checkpoint(source, arguments.reader if arguments.reverse else None)
     copied = companions(source if source.is_dir() else source.parent)
     max_shard_bytes = parse_size(arguments.max_shard_size)
     source_config, target_config, entries, count, change = read
@@ -245,6 +260,22 @@ def convert(arguments: argparse.Namespace) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     report(arguments.source, target, source_config, target_config, writer, dtypes, [file.name for file in copied])
+    if arguments.reverse:
+        for line in differences(arguments.reader, source_config, target_config, dtypes):
+            print(line)
+
+
+def differences(
+    reader: str, source_config: PreTrainedConfig, target_config: PreTrainedConfig, dtypes: dict[str, list[str]]
+) -> list[str]:
+    """Where the reader's numbers are not this Griffin's."""
+    if reader == "mlx":
+        dtype = getattr(torch, max(dtypes, key=lambda name: len(dtypes[name])))
+        return [f"mlx-lm differs: {line}" for line in mlx_differences(source_config, dtype)]
+    return [
+        f"Transformers' class attends {target_config.attention_window_size} tokens, this Griffin one more; "
+        "on longer inputs their logits differ."
+    ]
 
 
 def report(
@@ -262,11 +293,6 @@ def report(
     print(f"{tensors} tensors ({kinds}), {writer.total_bytes / 1e6:.1f} MB in {len(writer.shards)} file(s)")
     print("Configuration:", *describe_change(source_config, target_config), sep="\n")
     print("Copied:", ", ".join(copied) or "nothing, the source has neither tokenizer nor generation config")
-    if target_config.model_type == "recurrent_gemma":
-        print(
-            f"Transformers' class attends {target_config.attention_window_size} tokens, this Griffin one more; "
-            "on longer inputs their logits differ."
-        )
 
 
 def parse_size(text: str) -> int:
@@ -285,7 +311,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, Hub id, or DeepMind's .pt file")
     parser.add_argument("target", help="folder to create")
-    parser.add_argument("--reverse", action="store_true", help="from Griffin to RecurrentGemma in Transformers")
+    parser.add_argument("--reverse", action="store_true", help="from Griffin to RecurrentGemma")
+    parser.add_argument(
+        "--for", dest="reader", choices=list(READERS), help="who reads it, with --reverse (default: transformers)"
+    )
     parser.add_argument("--revision", help="of a Hub id")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: %(default)s)")
     deepmind = parser.add_argument_group("what a .pt file does not tell (defaults: RecurrentGemma 2B and 9B)")
@@ -293,7 +322,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     deepmind.add_argument("--logits-soft-cap", type=float, default=30.0, help="0 for none")
     scaled = "embeddings are not multiplied by the square root of the width"
     deepmind.add_argument("--no-scale-embeddings", action="store_true", help=scaled)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.reader and not arguments.reverse:
+        parser.error(f"--for {arguments.reader}: allowed is with --reverse only")
+    arguments.reader = arguments.reader or "transformers"
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,6 +28,9 @@ TOLERANCES = {
     "golden training": 2e-4,  # twenty steps of AdamW, on another processor than the one that recorded them
     "bfloat16 logits": 2e-2,
     "float16 logits": 3e-3,
+    "mlx logits": 6e-6,
+    "mlx epsilon": 1e-4,
+    "mlx bfloat16": 5e-2,
     "decay": 3e-7,
     "rotation": 2e-4,  # angles go up to 100,000, and float32 keeps 7 digits of them
 }

@@ -110,34 +110,37 @@ def recurrent_gemma_config_from_griffin(config: GriffinConfig) -> RecurrentGemma
 
     Transformers' class then attends one key fewer than this model. Raises ValueError for what it cannot express.
     """
-    _check_expressible(config)
+    check_expressible(config, "RecurrentGemma in Transformers", scale_embeddings=True)
+    if config.final_logit_softcapping is None:
+        raise ValueError("final_logit_softcapping = None: RecurrentGemma in Transformers always caps its logits")
+    return recurrent_gemma_config(config, attention_window_size=config.attention_window_size - 1)
+
+
+def recurrent_gemma_config(config: GriffinConfig, **fields: Any) -> RecurrentGemmaConfig:
+    """A RecurrentGemmaConfig with the shapes of a GriffinConfig that passed `check_expressible`, and these fields."""
     theirs = {ours: block for block, ours in LAYER_TYPES.items()}
     return RecurrentGemmaConfig(
         **{field: copy.deepcopy(getattr(config, field)) for field in SAME_FIELDS},
         intermediate_size=config.intermediate_size * 2,
         block_types=_shortest_pattern([theirs[layer_type] for layer_type in config.layer_types]),
-        attention_window_size=config.attention_window_size - 1,
-        logits_soft_cap=config.final_logit_softcapping,
         architectures=["RecurrentGemmaForCausalLM"],
+        **{"logits_soft_cap": config.final_logit_softcapping, **fields},
     )
 
 
-def _check_expressible(config) -> None:
+def check_expressible(config: GriffinConfig, reader: str, **fields: Any) -> None:
+    """Raises ValueError for a field that `reader` has no setting for: with the value that it has, and in `fields`."""
     heads = config.num_attention_heads
     allowed = {
         "model_type": "griffin",
         "num_gate_blocks": heads,
         "head_dim": config.hidden_size // heads,
         "rg_lru_c": 8,
-        "scale_embeddings": True,
+        **fields,
     }
     for field, value in allowed.items():
         if getattr(config, field) != value:
-            raise ValueError(
-                f"{field} = {getattr(config, field)!r}: RecurrentGemma in Transformers allows {value!r} only"
-            )
-    if config.final_logit_softcapping is None:
-        raise ValueError("final_logit_softcapping = None: RecurrentGemma in Transformers always caps its logits")
+            raise ValueError(f"{field} = {getattr(config, field)!r}: {reader} allows {value!r} only")
 
 
 def _shortest_pattern(blocks: list[str]) -> list[str]:
@@ -306,6 +309,7 @@ def load_recurrent_gemma(
 
 
 __all__ = [
+    "check_expressible",
     "check_weight",
     "griffin_config_from_deepmind",
     "griffin_config_from_recurrent_gemma",
@@ -313,6 +317,7 @@ __all__ = [
     "griffin_tensors_from_deepmind",
     "griffin_tensors_from_recurrent_gemma",
     "load_recurrent_gemma",
+    "recurrent_gemma_config",
     "recurrent_gemma_config_from_griffin",
     "recurrent_gemma_name",
     "recurrent_gemma_tensors_from_griffin",

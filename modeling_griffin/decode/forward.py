@@ -202,12 +202,17 @@ class ForwardStep(Recording, Lease):
         time = self.clock.time
         times = time - (time - self.number) % self.slots
         seen = (times >= self.clock.padding[:, None])[:, None, None]
-        if self.config._attn_implementation == "eager":  # which adds it to the scores
-            dtype = self.logits.dtype
-            zero, hidden = (torch.full((), x, dtype=dtype, device=self.device) for x in (0.0, torch.finfo(dtype).min))
-            seen = torch.where(seen, zero, hidden)
+        seen = mask_of_slots(seen, self.config._attn_implementation, self.logits.dtype)
         starts = {"document_start": self.new_document, "packed": False}
         return {"sliding_attention": seen, "linear_attention": None, **starts}
+
+
+def mask_of_slots(seen: torch.Tensor, attention: str, dtype: torch.dtype) -> torch.Tensor:
+    """seen (B, 1, T, S) bool, as the "sdpa" or "eager" attention wants it."""
+    if attention != "eager":
+        return seen
+    zero, hidden = (torch.full((), x, dtype=dtype, device=seen.device) for x in (0.0, torch.finfo(dtype).min))
+    return torch.where(seen, zero, hidden)  # which is added to the scores
 
 
 def _attends(layer) -> bool:

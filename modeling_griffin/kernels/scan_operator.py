@@ -1,7 +1,8 @@
 """The torch backend as a PyTorch operator where a compiler traces: one node each way, whatever the length.
 
 Traced itself, the scan is halved once a level, and every level is a guard on the length: another length compiles again,
-and a length that is marked as dynamic cannot be compiled or exported at all.
+and a length that is marked as dynamic cannot be compiled at all. An exported graph has no operators of ours: it is
+loaded where this package is not, and turned into other formats. There a dynamic length takes `export/scan.py`.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ..export.scan import rg_lru_scan_any_length
 from ..rg_lru_scan_torch import RGLRUScan, rg_lru_scan_torch
 
 
@@ -20,9 +22,11 @@ def rg_lru_scan_torch_or_operator(
     initial_state: torch.Tensor | None,
     reset: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and results as in `rg_lru_scan`. Exported for one length, it is PyTorch's own operators."""
+    """Arguments and results as in `rg_lru_scan`. Exported, it is PyTorch's own operators."""
     arguments = (x, recurrence_gate, input_gate, log_decay, initial_state, reset)
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() and isinstance(x.shape[1], int):
+    if torch.compiler.is_exporting() and not isinstance(x.shape[1], int):
+        return rg_lru_scan_any_length(*arguments)
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return rg_lru_scan_torch(*arguments)
     return _OPERATORS.scan(*arguments)
 
