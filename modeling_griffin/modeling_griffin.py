@@ -597,15 +597,9 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
 
         The last real token is read from attention_mask; without one, it is the last that is not `pad_token_id`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
+        outputs = self.model(past_key_values=past_key_values, **inputs)
         logits = self.score(outputs.last_hidden_state)
         last = self._last_real_token(input_ids, attention_mask, logits.shape[:2], logits.device)
         pooled_logits = logits[torch.arange(logits.shape[0], device=logits.device), last]
@@ -660,15 +654,9 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """labels: (B, T) class indices, -100 is ignored."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
+        outputs = self.model(past_key_values=past_key_values, **inputs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = self.loss_function(logits, labels, self.config, **kwargs) if labels is not None else None
         return TokenClassifierOutput(
