@@ -100,7 +100,7 @@ class CausalLMName(str):
         return not self == other
 
 
-def _name_compiled(wrapper: torch.nn.Module, name: str, model: torch.nn.Module | None) -> None:
+def _name_compiled(wrapper: Any, name: str, model: Any) -> None:
     """A hook of PyTorch's: `torch.compile(model)` is a module of another class, and answers to that name as well."""
     if name == "_orig_mod":
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's

@@ -83,7 +83,7 @@ def as_request(entry: Any) -> GenerationRequest:
     return GenerationRequest(**entry)
 
 
-def end_tokens(value) -> tuple[int, ...]:
+def end_tokens(value: Any) -> tuple[int, ...]:
     """Of an `eos_token_id`: one id or several, in any form of numbers; none for None."""
     if value is None:
         return ()
