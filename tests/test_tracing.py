@@ -63,9 +63,11 @@ def test_dimensions_marked_as_dynamic(kind, small_model):
             assert_close("gradient", found, expected)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_compiled_trainer_with_changing_lengths(smoothing, small_model, tmp_path):
-    """The weights that stock `Trainer` leaves with `torch_compile` are those that it leaves without."""
+def test_a_compiled_trainer_with_changing_lengths(small_model, tmp_path):
+    """The weights that stock `Trainer` leaves with `torch_compile` are those that it leaves without.
+
+    With smoothed labels, whose loss is computed outside of the model.
+    """
     rows = [{"input_ids": row, "labels": row.clone()} for length in (12, 7, 20) for row in random_ids(1, length)]
     trained = []
     for compiler in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
@@ -76,7 +78,7 @@ def test_a_compiled_trainer_with_changing_lengths(smoothing, small_model, tmp_pa
             max_steps=3,
             per_device_train_batch_size=1,
             learning_rate=0.01,
-            label_smoothing_factor=smoothing,
+            label_smoothing_factor=0.1,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
