@@ -476,8 +476,9 @@ def test_fields_that_were_set_afterwards_are_checked_too(way, small_model):
 
 def test_ends_of_the_generation_configuration_in_any_form(way, small_model):
     model = small_model()
-    end = model.generate_batch([[5, 6]])[0].tokens[0]
+    request = GenerationRequest([5, 6], max_new_tokens=4)
+    end = model.generate_batch([request])[0].tokens[0]
     for form in (end, [end], np.int64(end), torch.tensor(end), torch.tensor([end]), [torch.tensor(end)]):
         model.generation_config.eos_token_id = form
-        (result,) = model.generate_batch([[5, 6]])
+        (result,) = model.generate_batch([request])
         assert (result.tokens, result.finish_reason) == ([end], "eos")
