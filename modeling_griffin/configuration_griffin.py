@@ -211,7 +211,8 @@ class GriffinConfig(PreTrainedConfig):
 
 def _rotary(given: dict) -> dict:
     """Rotary parameters by their names of today, from fields of older configurations; what is None is left out."""
-    scaling = given.get("rope_scaling") or {}
+    if not isinstance(scaling := given.get("rope_scaling") or {}, dict):
+        raise ValueError(f"rope_scaling = {scaling!r}: allowed are a dictionary and None")
     given = {**scaling, **{name: value for name, value in given.items() if name != "rope_scaling"}}
     if "type" in given:
         given.setdefault("rope_type", given["type"])
@@ -226,7 +227,7 @@ def _check_range(name: str, value, field: str) -> None:
 
 def _check_tokens(config: GriffinConfig, field: str) -> None:
     tokens, largest = getattr(config, field), config.vocab_size - 1
-    for token in tokens if isinstance(tokens, list | tuple) else [tokens]:
+    for token in (tokens or [-1]) if isinstance(tokens, list | tuple) else [tokens]:
         if token is not None and not 0 <= token <= largest:
             raise ValueError(f"{field} = {tokens}: allowed are None and 0 to vocab_size - 1 = {largest}")
 

@@ -23,7 +23,7 @@ from .cache_layers import (
 )
 from .cache_name import takes_cache_by_either_name
 from .configuration_griffin import GriffinConfig
-from .local_attention import LocalMask, attention_runs
+from .local_attention import LocalMask, attention_runs, is_stock_sdpa
 from .padding import Order, find_order, has_gap, in_order, read_mask
 
 
@@ -303,10 +303,10 @@ def _reaches_beyond_two_windows(config, length: int, past_key_values, position_i
     CUDA graph records is fixed anyway.
     """
     if torch.jit.is_tracing():
-        return config._attn_implementation == "sdpa" and not is_static(past_key_values)
+        return is_stock_sdpa(config) and not is_static(past_key_values)
     return (
-        config._attn_implementation == "sdpa"
-        and not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
+        not torch.compiler.is_compiling()  # it cannot trace the question whether a stream records, either
+        and is_stock_sdpa(config)
         and length > 2 * config.attention_window_size  # a guard on the length where a compiler traces
         and not is_static(past_key_values)
         and not (is_tracing(position_ids) and not is_cuda_stream_capturing())

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .slots import slot
 
@@ -54,7 +56,7 @@ def local_attention(
         end = start + sizes[i]
         seen = slice(past + start - keys[i].shape[2], past + end)
         outputs.append(
-            scaled_dot_product_attention(
+            torch.nn.functional.scaled_dot_product_attention(
                 queries,
                 *(_to_heads(torch.cat(pair[i : i + 2], dim=2), query.shape[1]) for pair in (keys, values)),
                 attn_mask=attention_mask.block(slice(start, end), seen, query.device),
@@ -71,6 +73,11 @@ def _to_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     if x.shape[1] == 1:
         return x.expand(-1, num_heads, -1, -1)
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def is_stock_sdpa(config: PreTrainedConfig) -> bool:
+    """Whether attention is Transformers' SDPA, and not a function that somebody has registered under its name."""
+    return config._attn_implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 
 @slot

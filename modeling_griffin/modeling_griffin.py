@@ -464,28 +464,13 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         logits_to_keep: logits of the last so many tokens only (0: of all), or of the tokens with these indices.
         kwargs: `num_items_in_batch` and `shift_labels` go to the loss.
         """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
         if self.training_recorder is not None and not logits_to_keep and past_key_values is None:
-            recorded = self.training_recorder.run(
-                self,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            recorded = self.training_recorder.run(self, labels=labels, **inputs)
             if recorded is not None:
                 return recorded
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs = self.model(past_key_values=past_key_values, **inputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if (cap := self.config.final_logit_softcapping) is not None:
@@ -506,11 +491,9 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
     def _sample(self, input_ids: torch.LongTensor, **kwargs):
         """Greedy decoding and sampling: `decode/generate.py`, or Transformers' loop."""
         decode = find_slot("sample")
-        return (
-            super()._sample(input_ids, **kwargs)
-            if decode is None
-            else decode(self, super()._sample, input_ids, **kwargs)
-        )
+        if decode is None:
+            return super()._sample(input_ids, **kwargs)
+        return decode(self, super()._sample, input_ids, **kwargs)
 
     def _beam_search(self, input_ids: torch.LongTensor, **kwargs):
         """Beams, greedy or sampled: `decode/generate.py`, or Transformers' loop."""
@@ -614,15 +597,9 @@ class GriffinForSequenceClassification(GriffinPreTrainedModel):
 
         The last real token is read from attention_mask; without one, it is the last that is not `pad_token_id`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
+        outputs = self.model(past_key_values=past_key_values, **inputs)
         logits = self.score(outputs.last_hidden_state)
         last = self._last_real_token(input_ids, attention_mask, logits.shape[:2], logits.device)
         pooled_logits = logits[torch.arange(logits.shape[0], device=logits.device), last]
@@ -677,15 +654,9 @@ class GriffinForTokenClassification(GriffinPreTrainedModel):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """labels: (B, T) class indices, -100 is ignored."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
+        outputs = self.model(past_key_values=past_key_values, **inputs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = self.loss_function(logits, labels, self.config, **kwargs) if labels is not None else None
         return TokenClassifierOutput(

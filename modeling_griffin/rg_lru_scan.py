@@ -77,7 +77,7 @@ def rg_lru_scan(
         backend = "triton" if reason is None else "torch"
         if reason is not None and x.is_cuda and not torch.compiler.is_compiling():
             logger.warning_once(f"RG-LRU scan: the torch backend runs on {x.device}, not the Triton kernels: {reason}")
-    elif backend not in BACKENDS:
+    elif backend not in list(BACKENDS):
         raise ValueError(f"backend = {backend!r}: allowed are {sorted(BACKENDS)} and None")
     elif backend == "triton" and (reason := triton_unavailable_reason(x)) is not None:
         raise ValueError(f"backend = 'triton' cannot run: {reason}; allowed here are 'reference', 'torch' and None")

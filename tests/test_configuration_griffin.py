@@ -80,6 +80,8 @@ BAD_VALUES = {
     "tiny rms_norm_eps": ({"rms_norm_eps": 1e-300}, "rms_norm_eps = 1e-300: allowed"),
     "bound that rounds to 1": ({"lambda_init_bounds": (0.9, 1 - 1e-9)}, "lambda_init_bounds"),
     "negative eos_token_id": ({"eos_token_id": -1}, "eos_token_id = -1: allowed"),
+    "no eos_token_id in a list": ({"eos_token_id": []}, r"eos_token_id = \[\]: allowed"),
+    "rope_scaling of another kind": ({"rope_scaling": [1]}, r"rope_scaling = \[1\]: allowed"),
     "one of several eos_token_id": ({"eos_token_id": [2, 32000]}, r"eos_token_id = \[2, 32000\]: allowed"),
     "bos_token_id": ({"bos_token_id": 32000}, "bos_token_id = 32000: allowed"),
     "odd rotary width": ({"head_dim": 6}, "partial_rotary_factor.*head_dim = 6"),

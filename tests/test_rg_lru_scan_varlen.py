@@ -154,6 +154,7 @@ def test_one_token_each_is_a_batch():
         ({"cu_seqlens": torch.tensor([1, 3, 4, 7])}, "allowed is 0 first"),
         ({"cu_seqlens": torch.tensor([0.0, 3, 4, 7])}, "cu_seqlens has dtype torch.float32"),
         ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens has shape"),
+        ({"cu_seqlens": [0, 3, 4, 7]}, "cu_seqlens is a list: allowed is a tensor"),
         ({"starts": torch.ones(3)}, "starts is torch.float32"),
         ({"starts": torch.ones(2, dtype=torch.bool)}, r"starts is torch.bool \(2,\): allowed is torch.bool \(3,\)"),
         ({"cu_seqlens": None}, "starts without cu_seqlens"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from modeling_griffin import rg_lru_scan
 from tests.tolerances import assert_close
@@ -49,8 +50,9 @@ def test_training_compiled_for_changing_lengths(kind, lengths, dynamic, small_mo
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if dynamic else 2)
 
 
-def test_dimensions_marked_as_dynamic(small_model):
-    model = small_model("hawk").train()
+@pytest.mark.parametrize("kind", ["hawk", "attention_first"])
+def test_dimensions_marked_as_dynamic(kind, small_model):
+    model = small_model(kind, "sdpa").train()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for rows, length in ((2, 12), (3, 33)):
@@ -59,6 +61,34 @@ def test_dimensions_marked_as_dynamic(small_model):
             torch._dynamo.mark_dynamic(ids, dim)
         for found, expected in zip(gradients(compiled, model, ids), gradients(model, model, ids)):
             assert_close("gradient", found, expected)
+
+
+def test_a_compiled_trainer_with_changing_lengths(small_model, tmp_path):
+    """The weights that stock `Trainer` leaves with `torch_compile` are those that it leaves without.
+
+    With smoothed labels, whose loss is computed outside of the model.
+    """
+    rows = [{"input_ids": row, "labels": row.clone()} for length in (12, 7, 20) for row in random_ids(1, length)]
+    trained = []
+    for compiler in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch._dynamo.reset()
+        model = small_model("attention_first", "sdpa")
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=1,
+            learning_rate=0.01,
+            label_smoothing_factor=0.1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            **compiler,
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        trained.append(list(model.parameters()))
+    for found, expected in zip(*trained):
+        assert_close("gradient", found, expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])

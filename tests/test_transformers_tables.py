@@ -1,5 +1,6 @@
 """Where Transformers decides by a class's name or a table: Griffin gets what a Llama gets, under any name."""
 
+import pickle
 import subprocess
 import sys
 
@@ -64,15 +65,51 @@ def test_smoothed_labels_are_shifted(kind, small_model, tmp_path):
         "griffin": small_model,
         "hawk": lambda: small_model("hawk"),
         "subclass": lambda: small_model(cls=RenamedGriffin),
-        "adapter": lambda: get_peft_model(
-            small_model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-        ),
+        "adapter": lambda: adapted(small_model()),
     }
     model, rows = models[kind]().eval(), torch.randint(0, 29, (3, 12))
     trainer = trainer_of(model, tmp_path, label_smoothing_factor=SMOOTHING)
     with torch.no_grad():
         loss = trainer.compute_loss(model, {"input_ids": rows, "labels": rows.clone()})
         torch.testing.assert_close(loss, shifted_loss(model, rows))
+
+
+def adapted(model):
+    return get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("kind", ["llama in place", "griffin in place", "griffin", "subclass", "adapter"])
+def test_smoothed_labels_are_shifted_behind_a_compiler(kind, small_model, tmp_path):
+    """`torch_compile` wraps the model in another class, under which stock Trainer does not shift even Llama's labels.
+
+    In place, by `model.compile()`, the class stays.
+    """
+    models = {
+        "llama in place": small_llama,
+        "griffin in place": small_model,
+        "griffin": small_model,
+        "subclass": lambda: small_model(cls=RenamedGriffin),
+        "adapter": lambda: adapted(small_model()),
+    }
+    model, rows = models[kind]().eval(), torch.randint(0, 29, (3, 12))
+    in_place = kind.endswith("in place")
+    compiler = {} if in_place else {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = trainer_of(model, tmp_path, label_smoothing_factor=SMOOTHING, **compiler)
+    if in_place:
+        model.compile(backend="eager")
+    compiled = trainer.accelerator.prepare(model)
+    assert in_place == (compiled is model)
+    with torch.no_grad():
+        loss = trainer.compute_loss(compiled, {"input_ids": rows, "labels": rows.clone()})
+        torch.testing.assert_close(loss, shifted_loss(model, rows))
+
+
+def test_a_compiled_classifier_is_not_taken_for_a_language_model(small_model):
+    compiled = torch.compile(small_model(cls=GriffinForTokenClassification), backend="eager")
+    assert compiled._get_name() not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    compiled = torch.compile(small_model(), backend="eager")
+    assert str(compiled).startswith("OptimizedModule(") and compiled._get_name() == "OptimizedModule"
+    assert pickle.loads(pickle.dumps(compiled._get_name())) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def test_remote_code_is_as_right_as_the_package(small_model, tmp_path):
@@ -88,12 +125,14 @@ arguments = TrainingArguments({str(tmp_path)!r}, label_smoothing_factor={SMOOTHI
 trainer = Trainer(model=model, args=arguments)
 assert trainer.model_accepts_loss_kwargs and trainer._loss_shifts_labels
 with torch.no_grad():
-    print(trainer.compute_loss(model, dict(input_ids=rows, labels=rows.clone())).item())
+    for each in (model, torch.compile(model, backend="eager")):
+        print(trainer.compute_loss(each, dict(input_ids=rows, labels=rows.clone())).item())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     rows = torch.arange(24).view(2, 12)
-    assert float(run.stdout.split()[-1]) == pytest.approx(shifted_loss(model, rows).item(), rel=1e-5)
+    losses = [float(word) for word in run.stdout.split()[-2:]]  # plain and compiled
+    assert losses == pytest.approx([shifted_loss(model, rows).item()] * 2, rel=1e-5)
 
 
 def test_classifiers_labels_are_not_shifted(small_model, tmp_path):

@@ -21,7 +21,7 @@ from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingC
 
 from ..modeling_griffin import GriffinAttention, GriffinRecurrentBlock
 from .fused_model import fused_obstacles
-from .host_effects import global_effect, host_effect
+from .host_effects import global_effect, host_effect, watching_mode
 
 
 # Without a state and without reading values on the host, so that they can be called for a step that is then dropped.
@@ -166,8 +166,8 @@ def _used_places(model) -> list[tuple[int, str]]:
         GriffinAttention: "sliding_attention",
         GriffinRecurrentBlock: "linear_attention",
     }
-    blocks = [getattr(layer, "temporal_block", None) for layer in model.model.layers]
-    return [(block.layer_idx, kinds[cls]) for block in blocks for cls in kinds if isinstance(block, cls)]
+    modules = [module for _, module in model.model.named_modules(remove_duplicate=False)]  # in wrappers too, and twice
+    return [(block.layer_idx, kinds[cls]) for block in modules for cls in kinds if isinstance(block, cls)]
 
 
 def check_places(model: nn.Module) -> None:
@@ -237,8 +237,8 @@ def forward_obstacles(model: nn.Module) -> Iterator[Obstacle]:
         return  # where nothing is recorded, and everything runs at each token
     if torch.version.hip is not None:
         yield Obstacle("a GPU whose recordings were never tried", "none")
-    if torch._C._len_torch_dispatch_stack():
-        yield Obstacle("a TorchDispatchMode", "call generate outside of it")
+    if (mode := watching_mode()) is not None:
+        yield Obstacle(f"a {mode}", "call generate outside of it")
     if (effect := global_effect()) is not None:
         yield Obstacle(f"a hook of every module {effect}", "remove it, or let it touch nothing but its tensors")
     if (name := waits_for_outliers(model)) is not None:

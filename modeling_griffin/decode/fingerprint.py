@@ -12,6 +12,7 @@ from torch import nn
 
 from ..modeling_griffin import GriffinAttention
 from .host_effects import global_hooks
+from .original import functions_now
 from .packed import tensors_of
 
 
@@ -47,8 +48,8 @@ def forward_fingerprint(model: nn.Module) -> tuple:
     kind = model.device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
-    hooks = _value(global_hooks())
-    return config, autocast, hooks, torch.get_default_dtype(), tuple(_module(module) for module in model.modules())
+    around = _value(global_hooks()), functions_now(), torch.get_default_dtype()
+    return config, autocast, around, tuple(_module(module) for module in model.modules())
 
 
 def _module(module: nn.Module) -> tuple:

@@ -26,10 +26,10 @@ from ..modeling_griffin import (
 )
 from ..rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from . import packed
-from .original import CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_class, patched_function
+from .host_effects import watching_mode
+from .original import ATTENTIONS, CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_class, patched_function
 
 
-ATTENTIONS = ("eager", "sdpa", "flex_attention")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")  # for gradient checkpointing
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # hooks that record outputs when a call asks for them
@@ -39,6 +39,9 @@ def fused_obstacles(model: nn.Module) -> Iterator[str]:
     """Why the fused step would not compute what `model(...)` does."""
     if not isinstance(model, GriffinForCausalLM):
         yield f"the model is a {type(model).__name__}"
+        return
+    if type(model.model) is not GriffinModel:
+        yield f"model.model is a {type(model.model).__name__}, not a GriffinModel"
         return
     yield from _around_the_model(model)
     if (name := patched_function()) is not None:
@@ -64,7 +67,7 @@ def _around_the_model(model) -> Iterator[str]:
     if device.type == "cuda" and (reason := no_kernels_reason(device)) is not None:
         yield reason
     attention = config._attn_implementation
-    if attention not in ATTENTIONS and not attention.startswith("flash_attention"):
+    if attention not in ("eager", *ATTENTIONS):
         yield f"attn_implementation = {attention!r}"
     if model.training and config.attention_dropout:
         yield "attention_dropout in training mode"
@@ -72,13 +75,14 @@ def _around_the_model(model) -> Iterator[str]:
         yield "autocast"
     if nn.modules.module._has_any_global_hook():
         yield "hooks of every module"
-    if torch._C._len_torch_dispatch_stack():
-        yield "a TorchDispatchMode"
-    if model.model.config is not config:
-        yield "model.model has a configuration of its own"
+    if (mode := watching_mode()) is not None:
+        yield f"a {mode}"
+    blocks = [getattr(layer, "temporal_block", layer) for layer in model.model.layers]
+    if any(vars(part).get("config", config) is not config for part in (model.model, *blocks)):
+        yield "a part of the model has a configuration of its own"
     if len(model.model.layers) != len(config.layer_types):
         yield f"model.layers has {len(model.model.layers)} layers and config.layer_types {len(config.layer_types)}"
-    indices = [getattr(layer, "temporal_block", layer).__dict__.get("layer_idx") for layer in model.model.layers]
+    indices = [vars(block).get("layer_idx") for block in blocks]
     if indices != list(range(len(indices))):
         yield f"model.layers are in another order than made: {indices}"
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .original import OF_CLASSES, own_function
 
@@ -44,6 +46,17 @@ def host_effect(module: nn.Module) -> str | None:
 def global_effect() -> str | None:
     """The same of hooks that every module has."""
     return _first(effect_of(hook) for hook in global_hooks())
+
+
+def watching_mode() -> str | None:
+    """The class of a mode that sees every operation of PyTorch; kernels and recordings are none to it.
+
+    `torch.device` as a context, and `torch.set_default_device`, change no operation on tensors that are there.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return "TorchDispatchMode"
+    modes = _get_current_function_mode_stack()
+    return next((type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)), None)
 
 
 def global_hooks() -> list:

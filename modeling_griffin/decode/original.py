@@ -12,12 +12,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import causal_conv1d, elementwise, modeling_griffin, rg_lru, rg_lru_scan, slots
+from .. import causal_conv1d, documents, elementwise, local_attention, modeling_griffin, rg_lru, rg_lru_scan, slots
 from ..kernels.dispatch import SLOTS
 
 
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
-SOURCES = (causal_conv1d, elementwise, modeling_griffin, rg_lru, rg_lru_scan)
+SOURCES = (causal_conv1d, documents, elementwise, local_attention, modeling_griffin, rg_lru, rg_lru_scan)
+# Of PyTorch, what modules call for a token: libraries put attention or products of their own there.
+FUNCTIONALS = ("linear", "embedding", "gelu", "scaled_dot_product_attention", "softmax", "softplus")
 NOT_COMPUTED = ("__init__", "extra_repr")  # torchao gives a layer a description of its own
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of every module
 CLASSES = (
@@ -53,7 +55,8 @@ def _functions_in(module) -> dict[str, object]:
 
 OF_CLASSES = {cls: _functions_of(cls) for cls in CLASSES}
 IN_SOURCES = {module: _functions_in(module) for module in SOURCES}
-ATTENTIONS = {name: ALL_ATTENTION_FUNCTIONS.get_interface(name, None) for name in ("sdpa", "flex_attention")}
+IN_SOURCES[nn.functional] = {name: getattr(nn.functional, name) for name in FUNCTIONALS}
+ATTENTIONS = {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS if "|" not in name}
 
 
 def patched_class(cls: type, expected: type) -> str | None:
@@ -74,9 +77,19 @@ def patched_function() -> str | None:
         if slots.find_slot(name) not in (None, function):
             return f"the slot {name}"
     for name, function in ATTENTIONS.items():
-        if ALL_ATTENTION_FUNCTIONS.get_interface(name, None) is not function:
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not function:
             return f"the attention {name}"
     return None
+
+
+def functions_now() -> tuple:
+    """What stands now where `patched_function` and `patched_class` look: a recording holds what stood there then."""
+    return (
+        *(vars(module).get(name) for module, functions in IN_SOURCES.items() for name in functions),
+        *(slots.find_slot(name) for name in SLOTS),
+        *(ALL_ATTENTION_FUNCTIONS.get(name) for name in ATTENTIONS),
+        *(inspect.getattr_static(cls, name, None) for cls, functions in OF_CLASSES.items() for name in functions),
+    )
 
 
 def own_function(module: nn.Module) -> str | None:

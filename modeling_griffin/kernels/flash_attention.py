@@ -22,6 +22,7 @@ from ..cache_layers import attention_layer, is_static, tokens_in_cache
 from ..configuration_griffin import GriffinConfig
 from ..documents import Documents
 from ..gpu import flash_refusal, properties
+from ..local_attention import is_stock_sdpa
 from .attention import Visible, local_attention_triton, triton_attention_unavailable_reason, visible_tokens
 from .fallback import FAILED, give_up
 
@@ -59,8 +60,8 @@ def flash_unavailable_reason(config: GriffinConfig, inputs_embeds: torch.Tensor,
 
     more_keys: there are keys without a query, in front.
     """
-    if config._attn_implementation != "sdpa":
-        return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
+    if not is_stock_sdpa(config):
+        return f"attn_implementation is {config._attn_implementation!r}, not Transformers' own 'sdpa'"
     if torch.compiler.is_compiling():
         return "torch.compile traces the model, which cannot read the GPU's abilities"
     if not inputs_embeds.is_cuda or torch.version.hip is not None:
@@ -163,7 +164,7 @@ def attention_runs(
         return None
     past = tokens_in_cache(config, past_key_values)
     if (reason := flash_unavailable_reason(config, inputs_embeds, past > 0)) is not None:
-        if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and not is_tracing(documents.start):
+        if inputs_embeds.is_cuda and is_stock_sdpa(config) and not is_tracing(documents.start):
             logger.warning_once(f"Local attention: a mask of all pairs in SDPA, not flash attention: {reason}")
         return None
     if is_static(past_key_values):

@@ -48,6 +48,9 @@ def check_sequences(cu_seqlens: torch.Tensor, starts: torch.Tensor | None, x: to
     """Raises ValueError, naming the argument. Values are read on a CPU only: on a GPU that would stall the stream."""
     if x.shape[0] != 1:
         raise ValueError(f"x has shape {tuple(x.shape)}: allowed with cu_seqlens is one row, (1, time, channels)")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("starts", starts)):
+        if not isinstance(tensor, torch.Tensor | None):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: allowed is a tensor")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: allowed is (sequences + 1,), 2 or more")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 
 MASK = "HIDDEN"  # needs no quotes in a shell and no escapes in a card
 SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
-SECRET_WORDS |= {"authorization", "signature", "sig"}
-SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd"}
+SECRET_WORDS |= {"authorization", "signature", "sig", "passwords", "cred", "creds"}
+SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd", "pw", "tok"}
 SECRET_ENDINGS = ("token", "apikey", "accesskey", "secretkey", "password", "secret")  # words written as one
 # `eos_token` and `text_key` are settings.
 SETTINGS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "special", "stop", "per"}
@@ -33,16 +33,17 @@ SETTINGS |= {"text", "label", "column", "sort", "metric"}
 VALUE = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\,])+"""
 HIDDEN = rf"""["']?{MASK}(?:[\s"'&;,}}\])]|$)"""  # masked already
 NAMED = re.compile(
-    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:token|key|pass|pwd|secret|credential|auth|bearer|cookie|pat|sig))[a-z_][\w.-]*)"
+    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|pwd?|secret|cred|auth|bearer|cookie|pat|sig))[a-z_][\w.-]*)"
     rf"""(?P<between>["'\]]*\s*[=:]\s*|(?<=\w)\s+)(?!--|{HIDDEN})(?P<value>{VALUE})""",
     re.IGNORECASE,
 )
 IN_QUERY = re.compile(r"(?P<between>[?&;](?P<name>[\w.-]+)=)[^\s&;#'\"]+")
 IN_HEADER = re.compile(r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+)[^\s\"']{4,}")
 IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?!HIDDEN@)[^\s/?#'\"<>]+@")
+WITHOUT_SCHEME = re.compile(r"(?<![\w.+/:-])([\w.+-]+:)(?!HIDDEN@)[^\s/?#'\"<>:@]+(?=@[\w.-])")  # of a proxy
 # As the Hub, OpenAI, GitHub, GitLab, Slack, AWS and Google shape theirs; JSON web tokens; PEM.
 SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}"
+    r"hf_[A-Za-z0-9]{30,}|\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}"
     r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     re.DOTALL,
@@ -58,6 +59,8 @@ def mask_secrets(value: Any) -> Any:
             a secret's.
     """
     if isinstance(value, dict):
+        if is_secret_name(str(value.get("name"))) and "value" in value:  # a variable, as lists of them are written
+            value = {**value, "value": MASK}
         return {mask_text(key): _mask_entry(key, entry) for key, entry in value.items()}
     if isinstance(value, list):
         return mask_words(value) if all(isinstance(entry, str) for entry in value) else [*map(mask_secrets, value)]
@@ -84,13 +87,13 @@ def mask_words(words: list[str]) -> list[str]:
     """The words of a command without their secrets: `--hub_token X`, `--hub_token=X`, `HF_TOKEN=X`."""
     masked, hidden = [], False
     for word in words:
-        name, equals, _ = word.partition("=")
+        name, equals, given = word.partition("=")
         if hidden and not word.startswith("--"):  # an option may have several values
             masked.append(MASK)
             continue
         secret = re.fullmatch(r"[\w.-]+", name) is not None and is_secret_name(name)
-        hidden = secret and not equals and word.startswith("-")
-        masked.append(f"{name}={MASK}" if secret and equals else word if hidden else mask_text(word))
+        hidden = secret and not given and word.startswith("-")
+        masked.append(f"{name}={MASK}" if secret and given else word if hidden else mask_text(word))
     return masked
 
 
@@ -98,7 +101,7 @@ def mask_words(words: list[str]) -> list[str]:
 def mask_text(text: str) -> str:
     """Any text without the secrets in it."""
     text = SHAPES.sub(MASK, text)
-    text = IN_URL.sub(rf"\1{MASK}@", text)
+    text = WITHOUT_SCHEME.sub(rf"\1{MASK}", IN_URL.sub(rf"\1{MASK}@", text))
     text = IN_HEADER.sub(rf"\1{MASK}", text)
     text = IN_QUERY.sub(lambda found: found["between"] + MASK if is_secret_name(found["name"]) else found[0], text)
     return NAMED.sub(_mask_named, text)
@@ -123,6 +126,8 @@ def is_secret_name(name: str) -> bool:
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
     if not words or words[-1] in ("file", "path"):
         return False
+    if words[-1] in ("header", "value", "string") and words[-2:-1] not in ([], ["key"]):  # auth_header
+        words.pop()
     if SECRET_WORDS & set(words) or ({"key", "keys"} & set(words) and {"api", "access"} & set(words)):
         return True
     if len(words) > 1 and words[-2] in SETTINGS:

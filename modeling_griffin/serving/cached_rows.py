@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..decode.eligibility import check_places
 from .request import GenerationRequest
-from .state import GenerationState
+from .state import GenerationState, check_is_state
 
 
 class RunningBatch:
@@ -126,13 +126,12 @@ def _prefill_passes(model, input_ids, state, chunk_size: int) -> Iterator[Genera
     check_places(model)
     batch = RunningBatch(model)
     if state is not None:
-        if type(state).__name__ != GenerationState.__name__:
-            raise ValueError(f"state is a {type(state).__name__}: allowed are a GenerationState and None")
+        check_is_state("state", state)
         state.check(model)
         if len(state) != input_ids.shape[0]:
             raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
         batch.start(state)
-    *chunks, last = input_ids.to(model.device).split(chunk_size, dim=1)
+    *chunks, last = input_ids.to(model.device, torch.long).split(chunk_size, dim=1)
     for chunk in chunks:
         batch.read_tokens(chunk)
         yield None

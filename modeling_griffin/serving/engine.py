@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import StopStringCriteria
 
 from ..gpu import on_its_device
-from .request import GenerationRequest, as_request
+from .request import GenerationRequest, as_request, end_tokens
 from .sampling import Sampler
 
 
@@ -67,7 +67,7 @@ class Row:
         self.tokens: list[int] = []
         self.seat, self.asked, self.ended = -1, 0, False
         eos = model.generation_config.eos_token_id if request.eos_token_id is None else request.eos_token_id
-        self.eos = {eos} if isinstance(eos, int) else set(() if eos is None else eos)
+        self.eos = set(end_tokens(eos))
         largest = model.config.vocab_size - 1
         outside = [token for token in request.prompt if not 0 <= token <= largest]
         if outside:

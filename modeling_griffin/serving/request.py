@@ -1,13 +1,13 @@
 """What `generate_batch` is asked for, checked once: each value is taken, or refused by the name of its field."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from .state import GenerationState
+from .state import GenerationState, check_is_state
 
 
 @dataclass
@@ -45,14 +45,11 @@ class GenerationRequest:
         if not self.prompt and self.state is None:
             raise ValueError("prompt is empty: allowed is at least one token, or a state")
         if self.state is not None:
-            # By name: a model from the Hub has a class of its own of that name.
-            if type(self.state).__name__ != GenerationState.__name__:
-                raise ValueError(f"state is a {type(self.state).__name__}: allowed are a GenerationState and None")
+            check_is_state("state", self.state)
             if len(self.state) != 1:
                 raise ValueError(f"state has {len(self.state)} rows: allowed is one, for example state[0]")
         if self.eos_token_id is not None:
-            one = isinstance(_plain(self.eos_token_id), Integral)
-            self.eos_token_id = tuple(_whole_numbers("eos_token_id", [self.eos_token_id] if one else self.eos_token_id))
+            self.eos_token_id = end_tokens(self.eos_token_id)
         self.stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         for name in ("max_new_tokens", "top_k", "temperature", "top_p", "min_p", "repetition_penalty", "seed"):
             setattr(self, name, _plain(getattr(self, name)))
@@ -67,7 +64,7 @@ class GenerationRequest:
             ("stop", "strings that are not empty", _are_strings(self.stop)),
         ):
             if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+                raise ValueError(f"{name} = {_shown(getattr(self, name))}: allowed are {allowed}")
         if self.state is not None and self.repetition_penalty != 1:
             raise ValueError(
                 f"repetition_penalty = {self.repetition_penalty} with a state: allowed is 1, its text is not known"
@@ -75,9 +72,9 @@ class GenerationRequest:
 
 
 def as_request(entry: Any) -> GenerationRequest:
-    """A request as it is, a dict of its fields, or a prompt alone."""
-    if type(entry).__name__ == GenerationRequest.__name__:  # by name: see `GenerationRequest.state`
-        return entry
+    """A request, a dict of its fields or a prompt alone, checked anew: fields may have been set since it was made."""
+    if any(cls.__name__ == GenerationRequest.__name__ for cls in type(entry).__mro__):  # by name, as states
+        return replace(entry)
     if not isinstance(entry, Mapping):
         return GenerationRequest(entry)
     names = [field.name for field in fields(GenerationRequest)]
@@ -86,11 +83,19 @@ def as_request(entry: Any) -> GenerationRequest:
     return GenerationRequest(**entry)
 
 
+def end_tokens(value: Any) -> tuple[int, ...]:
+    """Of an `eos_token_id`: one id or several, in any form of numbers; none for None."""
+    if value is None:
+        return ()
+    return tuple(_whole_numbers("eos_token_id", [value] if isinstance(_plain(value), Integral) else value))
+
+
 def _plain(value):
     """Python's number for a tensor, an array or a scalar of one number; anything else as it is."""
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
-    return value
+    try:
+        return value.item() if getattr(value, "shape", None) == () else value
+    except Exception:  # of a tensor without values, or of somebody's own class
+        return value
 
 
 def _is_whole(value) -> bool:
@@ -111,14 +116,22 @@ def _are_strings(value) -> bool:
 
 def _whole_numbers(name: str, values) -> list[int]:
     """A list of whole numbers; of one dimension where the values have a shape."""
-    shape = getattr(values, "shape", None)
-    if shape is not None and len(shape) != 1:
-        raise ValueError(f"{name} has shape {tuple(shape)}: allowed is (tokens,)")
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
-        raise ValueError(f"{name} = {values!r}: allowed are lists of token ids")
+        raise ValueError(f"{name} = {_shown(values)}: allowed are lists of token ids")
     if type(values) is list and all(type(value) is int for value in values):
         return list(values)
-    values = [_plain(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    try:
+        shape = tuple(getattr(values, "shape", (None,)))
+        values = [_plain(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    except Exception as error:  # of a tensor without values, or of somebody's own class
+        raise ValueError(f"{name} = {_shown(values)}: allowed are lists of token ids ({_shown(error)})") from error
+    if len(shape) != 1:
+        raise ValueError(f"{name} has shape {shape}: allowed is (tokens,)")
     if wrong := [value for value in values if not _is_whole(value)]:
-        raise ValueError(f"{name} has {wrong[0]!r}: allowed are whole numbers")
+        raise ValueError(f"{name} has {_shown(wrong[0])}: allowed are whole numbers")
     return [int(value) for value in values]
+
+
+def _shown(value) -> str:
+    """Its beginning, in one line."""
+    return " ".join(repr(value).split())[:80]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -74,15 +74,18 @@ class GenerationState:
 
     def fork(self, copies: int) -> "GenerationState":
         """Each row `copies` times, side by side: N continuations of one prompt without reading it N times."""
-        if copies < 1:
-            raise ValueError(f"copies = {copies}: allowed are whole numbers from 1")
+        if not isinstance(copies, Integral) or isinstance(copies, bool) or copies < 1:
+            raise ValueError(f"copies = {copies!r}: allowed are whole numbers from 1")
         return self[[row for row in range(len(self)) for _ in range(copies)]]
 
     @staticmethod
     def concatenate(states: Sequence["GenerationState"]) -> "GenerationState":
         """All rows of several states of one model, whatever their lengths."""
+        states = list(states)
         if not states:
             raise ValueError("states is empty: allowed is at least one")
+        for index, state in enumerate(states):
+            check_is_state(f"states[{index}]", state)
         for state in states[1:]:
             check_same_model(states[0].config, state.config, "states")
             _check_same_tensors(states[0], state)
@@ -132,6 +135,12 @@ class GenerationState:
     def check(self, model: torch.nn.Module) -> None:
         """Raises ValueError where the state cannot be one of `model`: another shape, dtype or device."""
         check_same_model(model.config, self.config, "state")
+        rows = {len(tensor) for pair in self.layers for tensor in pair}
+        if len(self.layers) != len(self.config.layer_types) or rows != {len(self)} or len(self.logits) != len(self):
+            raise ValueError(
+                f"state has {len(self.layers)} layers with rows {sorted(rows)}, and {len(self.logits)} rows of logits: "
+                f"allowed are {len(self.config.layer_types)} layers, with {len(self)} rows in each"
+            )
         device = model.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
@@ -203,6 +212,9 @@ def _checked_lengths(path, config, tensors: dict[str, torch.Tensor]) -> tuple[in
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
             raise ValueError(f"{path}: {name} has shape {found}: allowed is {shape} for lengths {lengths}")
+    for name, dtype in _dtypes(config, tensors["logits"].dtype).items():
+        if tensors[name].dtype != dtype or not dtype.is_floating_point:
+            raise ValueError(f"{path}: {name} is {tensors[name].dtype}: allowed is {dtype}, a floating dtype")
     if unknown := tensors.keys() - _shapes(config, lengths).keys():
         raise ValueError(f"{path}: {min(unknown)}: allowed are logits, lengths and those of the model's layers")
     return lengths
@@ -220,13 +232,22 @@ def _shapes(config, lengths: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _dtypes(config, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The same of a state with logits in `dtype`: only what recurs is always float32."""
+    dtypes = {"logits": dtype}
+    for index, kind in enumerate(config.layer_types):
+        second = dtype if kind == "sliding_attention" else torch.float32
+        dtypes |= {f"layers.{index}.0": dtype, f"layers.{index}.1": second}
+    return dtypes
+
+
 def _row_numbers(rows, count: int) -> Sequence[int]:
     """Of an index into `count` rows. Raises IndexError for a row that is not there, TypeError for what names none."""
     if isinstance(rows, slice):
         return range(count)[rows]
-    if isinstance(rows, torch.Tensor):
+    if hasattr(rows, "tolist"):
         rows = rows.tolist()
-    rows = [rows] if isinstance(rows, Integral) else list(rows)
+    rows = list(rows) if isinstance(rows, Iterable) else [rows]
     for row in rows:
         if isinstance(row, bool) or not isinstance(row, Integral):
             raise TypeError(f"rows has {row!r}: allowed are numbers of rows, from 0 to {count - 1}, and slices")
@@ -243,6 +264,12 @@ def _check_same_tensors(one: "GenerationState", other: "GenerationState") -> Non
                 f"states has {second.dtype} on {second.device}: allowed is that of the first, {first.dtype} on "
                 f"{first.device}"
             )
+
+
+def check_is_state(name: str, value: object) -> None:
+    """By the class's name: a model from the Hub has a class of its own of that name."""
+    if type(value).__name__ != GenerationState.__name__:
+        raise ValueError(f"{name} is a {type(value).__name__}: allowed is a GenerationState")
 
 
 def check_same_model(expected: GriffinConfig, found: GriffinConfig, name: str) -> None:

@@ -97,13 +97,13 @@ def code_that_differs(folder: Path, names: list[str]) -> list[str]:
 
 
 def check_own_files(folder: Path, names: list[str]) -> None:
-    """Raises ValueError for a link, whose target may be anything of this machine, and for a token in the settings."""
+    """Raises ValueError for a link, whose target may be anything here, and for a token in settings or code."""
     for name in names:
         path = folder / name
         if path.is_symlink() or not path.is_file():
             what = "a link" if path.is_symlink() else "not a file"
             raise ValueError(f"{path} is {what}: allowed are files of the folder itself; `cp -rL` makes such a folder")
-        if name in SETTINGS:
+        if name in SETTINGS or name.endswith(".py"):
             check_no_token(path)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # which imports this module
 FREE = {
     *("output_dir", "disable_tqdm", "run_name", "project", "prediction_loss_only", "per_device_eval_batch_size"),
     *("include_num_input_tokens_seen", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
-    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ignore_data_skip", "do_train"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "do_train"),
     *("do_eval", "do_predict", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "use_cpu"),
     *("local_rank", "enable_jit_checkpoint", "skip_memory_metrics", "debug", "use_cache", "label_names"),
     *("length_column_name", "remove_unused_columns", "dataloader_num_workers", "dataloader_pin_memory"),

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_griffin import GenerationRequest, GriffinForCausalLM, modeling_griffin, rg_lru
 from modeling_griffin.decode import eligibility
 from modeling_griffin.decode.eligibility import shared_places, unused_places
+from modeling_griffin.decode.fingerprint import forward_fingerprint
 
 
 NEW = 10  # beyond the window of 8
@@ -30,6 +33,23 @@ class Shifted(nn.Module):
 
     def forward(self, hidden_states, **kwargs):
         return hidden_states.roll(1, -1), None
+
+
+class Wrapper(nn.Module):
+    """As tools for steering and tracing put around a model's parts."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return output + 0.3
+        if isinstance(output, tuple):
+            return output[0] * 1.5, *output[1:]
+        output.last_hidden_state = output.last_hidden_state.flip(-1)
+        return output
 
 
 class Own(GriffinForCausalLM):
@@ -76,6 +96,47 @@ def function_of_a_module(model, patch):
 def scan_of_a_module(model, patch):
     scan = rg_lru.rg_lru_scan
     patch.setattr(rg_lru, "rg_lru_scan", lambda x, r, i, d, **k: scan(x, r, i, 2 * d, **k))
+
+
+@change
+def product_of_pytorch(model, patch):
+    linear = nn.functional.linear
+    patch.setattr(nn.functional, "linear", lambda x, weight, bias=None: linear(x, weight, bias) * 1.3)
+
+
+@change
+def attention_of_pytorch(model, patch):
+    attention = nn.functional.scaled_dot_product_attention
+    patch.setattr(nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: -attention(*args, **kwargs))
+
+
+@change
+def embedding_of_pytorch(model, patch):
+    embedding = nn.functional.embedding
+    patch.setattr(nn.functional, "embedding", lambda *args: embedding(*args).flip(-1))
+
+
+@change
+def attention_under_the_same_name(model, patch):
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    registered = lambda *args, **kwargs: (-attention(*args, **kwargs)[0], None)  # noqa: E731
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", registered)
+
+
+@change
+def wrapper_of_the_base(model, patch):
+    model.model = Wrapper(model.model)
+
+
+@change
+def wrapper_of_each_layer(model, patch):
+    model.model.layers = nn.ModuleList(Wrapper(layer) for layer in model.model.layers)
+
+
+@change
+def wrapper_of_each_block(model, patch):
+    for layer in model.model.layers:
+        layer.temporal_block = Wrapper(layer.temporal_block)
 
 
 @change
@@ -319,7 +380,7 @@ def answer_behind_a_state(model, ids):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_generated_is_what_the_model_now_is(name, small_model, monkeypatch):
-    model = small_model(layer_types=SIX)
+    model = small_model(layer_types=SIX, attention="sdpa" if name in OF_SDPA else "eager")
     ids = torch.randint(5, 29, (2, 11), generator=torch.Generator().manual_seed(2))
     before = run(model, ids)
     run(model, ids[:1], prompt_lookup_num_tokens=3)
@@ -342,7 +403,39 @@ def test_what_is_generated_is_what_the_model_now_is(name, small_model, monkeypat
             getattr(model, "remove_hook", lambda: None)()
 
 
+OF_SDPA = ("attention_of_pytorch", "attention_under_the_same_name")
 SILENT = ("norm_in_double", "default_dtype", "softcapping")  # greedy tokens stay the same
+
+
+def test_a_recording_holds_what_stood_there(small_model, monkeypatch):
+    """Functions that a forward calls by name: replaced once more, a recording is of the one before."""
+    model, before = small_model(), []
+    for place, name in (
+        (modeling_griffin, "rotate"),
+        (nn.functional, "linear"),
+        (modeling_griffin.GriffinMLP, "forward"),
+    ):
+        for _ in range(2):
+            before.append(forward_fingerprint(model))
+            monkeypatch.setattr(place, name, lambda *args: None)
+            assert forward_fingerprint(model) not in before
+
+
+def test_a_mode_of_the_users_is_no_part_of_a_step(small_model):
+    class Louder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            return output * 1.4 if function is nn.functional.linear else output
+
+    model, ids = small_model(), torch.tensor([[5, 6, 7]])
+    before = run(model, ids)
+    with torch.device("cpu"):  # a mode of PyTorch's own
+        assert next(eligibility.ineligible_model_reasons(model), None) is None
+    with Louder():
+        assert next(eligibility.ineligible_model_reasons(model)) == "a Louder"
+        expected = run(model, ids, use_cache=False)
+        assert torch.equal(run(model, ids), expected)
+    assert not torch.equal(expected, before) and torch.equal(run(model, ids), before)
 
 
 def test_one_step_serves_a_model_that_stays_as_it_is(small_model):

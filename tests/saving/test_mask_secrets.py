@@ -15,7 +15,8 @@ TOKEN = "hf_" + "a1B2" * 8
 @pytest.mark.parametrize(
     "name",
     ["hub_token", "push-to-hub-token", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "password"]
-    + ["db.password", "hftoken", "wandb_apikey", "client_secret", "encryption_key", "credentials", "basic_auth"],
+    + ["db.password", "hftoken", "wandb_apikey", "client_secret", "encryption_key", "credentials", "basic_auth"]
+    + ["creds", "auth_header", "token_string", "passwords", "smtp_pw"],
 )
 def test_the_name_tells(name):
     """As an option with and without a sign, as a variable before the command, as a field, in code and in a query."""
@@ -46,6 +47,9 @@ def test_the_name_tells(name):
         ("https://me:p@w@host/data.jsonl", "p@w"),
         ("curl -H 'Authorization: Bearer abcdefgh'", "abcdefgh"),
         ("curl -H 'Authorization: Basic YWJj'", "YWJj"),
+        ("curl -u me:hunter2@proxy.example:3128", "hunter2"),
+        (f"build/run_{TOKEN}/x", TOKEN),
+        ("train.py --hub_token= hunter2", "hunter2"),
         ("key sk-proj-abcdefghijklmnop12345", "sk-proj"),
         ("ghp_abcdefghijklmnopqrst", "ghp_"),
         ("eyJhbGciOiJIUzI1.eyJzdWIiOiIx.c2ln", "eyJ"),
@@ -66,6 +70,7 @@ def test_the_shape_tells(text, secret):
         """train.py c.yaml --config_overrides '{"num_key_value_heads": 2, "pad_token_id": 0}' --use_cpu""",
         "train.py --eos_token '</s>' --text_key body --metric_key loss --key_file /home/me/key --hub_token",
         "train.py --train_data 'https://host:8080/x.jsonl?page=2' 'a  b/*.jsonl' --output_dir build/passing-signal",
+        "train.py --ratio 3:4 --at 12:30 --image name:tag --remote git@host:me/repo --note a:b@ --mask_value 1",
         "the token is right: gated, monkey, task-conditional, hf_transfer, risk-of-something-quite-long",
     ],
 )
@@ -84,6 +89,7 @@ def test_numbers_and_what_is_not_given_stay():
     value = {"tokens": 5, "nats_per_token": 0.5, "hub_token": None, "push_to_hub_token": "", "use_auth": False}
     assert mask_secrets(value) == value
     assert mask_secrets({"password": 1234}) == {"password": MASK}
+    assert mask_secrets([{"name": "HF_TOKEN", "value": "x"}]) == [{"name": "HF_TOKEN", "value": MASK}]
 
 
 def test_a_file_is_masked_in_one_step(tmp_path, caplog):

@@ -374,11 +374,14 @@ def test_secrets_of_an_old_run_are_not_sent(hub, client, folder, tmp_path):
     assert "sent with its secrets masked" in client.printed(LISTING, folder=mine)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "README.md", "LICENSE"])
-def test_a_token_in_the_settings_is_refused(client, folder, tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "README.md", "LICENSE", "modeling_griffin.py"]
+)
+def test_a_token_in_settings_or_code_is_refused(client, folder, tmp_path, name):
     mine = copy_of(folder, tmp_path)
     (mine / name).write_text(json.dumps({"token": TOKEN}))
-    assert refusal(client, mine, "me/x", "--dry-run").startswith(f"{mine / name} holds a token")
+    said = refusal(client, mine, "me/x", "--dry-run", "--trust-remote-code")
+    assert said.startswith(f"{mine / name} holds a token")
 
 
 @pytest.mark.parametrize("change, message", [("more", "hold what is not the model's: spy"), ("less", "lack model.")])

@@ -179,6 +179,7 @@ def test_the_end_is_evaluated_where_it_was_not(tmp_path):
         ),
         (["--sequence_length", "32"], "sequence_length = 64 there, 32 now"),
         (["--lr_scheduler_type", "cosine"], "lr_scheduler_type = 'linear' there, 'cosine' now"),
+        (["--ignore_data_skip", "true"], "ignore_data_skip = False there, True now"),  # rows would be read twice
         (["--learning_rate", "0.1"], "learning_rate = 0.01 there, 0.1 now"),
         (["--tokenizer", "bytes"], "tokenizer = None there, 'bytes' now"),
         (["--max_steps", "8"], "add --allow_changed max_steps"),

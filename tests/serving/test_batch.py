@@ -411,6 +411,17 @@ def test_requests_in_any_form(way, small_model):
     assert result.tokens == expected.tokens[:6]
 
 
+class Raising:
+    """Somebody's own sequence and number, neither of which can be read."""
+
+    shape = ()
+
+    def __iter__(self):
+        raise RuntimeError("not today")
+
+    item = __iter__
+
+
 NONSENSE = (
     None,
     "x",
@@ -426,6 +437,9 @@ NONSENSE = (
     object(),
     2**70,
     torch.ones(2, 2),
+    torch.ones(1, dtype=torch.long, device="meta"),
+    torch.ones(2).to_sparse(),
+    Raising(),
     int,
 )
 
@@ -437,6 +451,34 @@ def test_nonsense_is_refused_by_the_name_of_its_field(field):
         try:
             GenerationRequest(**{"prompt": [5], field: value})
         except ValueError as error:
-            assert str(error).startswith(field), error
+            assert str(error).startswith(field) and "\n" not in str(error), error
             refused += 1
     assert refused >= 20
+
+
+def test_fields_that_were_set_afterwards_are_checked_too(way, small_model):
+    model, good = small_model(), GenerationRequest([5, 6], max_new_tokens=4)
+    (alone,) = model.generate_batch([good])
+
+    class Subclass(GenerationRequest):
+        pass
+
+    assert model.generate_batch([Subclass([5, 6], max_new_tokens=4)]) == [alone]
+    for field, value in (("max_new_tokens", -3), ("prompt", [[1]]), ("temperature", "x"), ("top_p", 5.0)):
+        changed = dataclasses.replace(good)
+        setattr(changed, field, value)
+        result, other = model.generate_batch([changed, good])
+        assert result.finish_reason.startswith(f"error: ValueError: {field}") and other == alone
+    changed = dataclasses.replace(good)
+    changed.eos_token_id = torch.tensor([alone.tokens[0]])
+    assert model.generate_batch([changed])[0].finish_reason == "eos"
+
+
+def test_ends_of_the_generation_configuration_in_any_form(way, small_model):
+    model = small_model()
+    request = GenerationRequest([5, 6], max_new_tokens=4)
+    end = model.generate_batch([request])[0].tokens[0]
+    for form in (end, [end], np.int64(end), torch.tensor(end), torch.tensor([end]), [torch.tensor(end)]):
+        model.generation_config.eos_token_id = form
+        (result,) = model.generate_batch([request])
+        assert (result.tokens, result.finish_reason) == ([end], "eos")

@@ -1,5 +1,6 @@
 """A state is what the model knows: picked, joined, forked, saved and resumed it gives the numbers of the whole text."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -277,6 +278,10 @@ def test_forged_files_are_refused(small_model, tmp_path):
         r"layers.2.0 has shape \(2, 1, 5, 8\): allowed is \(2, 1, 7, 8\)": {"lengths": torch.tensor([9, 5])},
         "layers.0.1 has shape": {"layers.0.1": torch.zeros(2, 3)},
         "extra: allowed are logits": {"extra": torch.zeros(1)},
+        "layers.0.0 is torch.float64: allowed is torch.float32": {"layers.0.0": state["layers.0.0"].double()},
+        "layers.0.1 is torch.int8: allowed is torch.float32": {"layers.0.1": state["layers.0.1"].to(torch.int8)},
+        "layers.2.0 is torch.bfloat16: allowed is torch.float32": {"layers.2.0": state["layers.2.0"].bfloat16()},
+        "logits is torch.bool: allowed is": {"logits": state["logits"].bool()},
     }
     for message, changes in forgeries.items():
         tensors = {**state, **changes}
@@ -288,12 +293,30 @@ def test_forged_files_are_refused(small_model, tmp_path):
 def test_rows_are_named_by_numbers(small_model):
     state = small_model().prefill(random_ids(3, 5))
     assert state[torch.tensor([2, 0])].lengths == (5, 5) and torch.equal(state[-1].logits, state[2].logits)
-    for rows in ([True, False], torch.tensor([True, False, True]), True, [0.5], "0", None):
-        with pytest.raises(TypeError):
+    for rows in ([True, False], torch.tensor([True, False, True]), True, [0.5], "0", None, 1.5, ...):
+        with pytest.raises(TypeError, match="rows has"):
             state[rows]
     for rows in (3, [0, -4]):
         with pytest.raises(IndexError, match="rows has"):
             state[rows]
+
+
+def test_states_that_are_none_are_refused(small_model):
+    model = small_model()
+    state = model.prefill(random_ids(1, 5))
+    assert len(GenerationState.concatenate(each for each in (state, state))) == 2
+    for states in ([state, 1], [None], [[state]]):
+        with pytest.raises(ValueError, match=r"states\[\d\] is a .*: allowed is a GenerationState"):
+            GenerationState.concatenate(states)
+    for copies in (True, 1.5, "a", None, 0):
+        with pytest.raises(ValueError, match="copies = .*: allowed are whole numbers from 1"):
+            state.fork(copies)
+    for broken in ({"layers": state.layers[:1]}, {"lengths": (5, 5)}, {"logits": state.logits[:0]}):
+        broken = dataclasses.replace(state, **broken)
+        with pytest.raises(ValueError, match="state has .* layers with rows .*: allowed are 3 layers"):
+            broken.check(model)
+    ids = random_ids(1, 5)
+    assert torch.equal(model.prefill(ids.to(torch.uint8)).logits, model.prefill(ids).logits)
 
 
 def test_states_of_two_dtypes_are_not_joined(small_model):
