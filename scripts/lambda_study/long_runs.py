@@ -39,7 +39,8 @@ def plan(study: dict, records: dict[str, dict]) -> list[dict]:
                 rates = phase.get("learning_rates") or [_chosen_rate(study, phase, arm, records)]
                 for rate in rates:
                     run = {"phase": name, "size": phase["size"], "arm": arm, "seed": seed}
-                    run |= {"learning_rate": None if rate is None else float(rate), "tokens": round(float(phase["tokens"]))}
+                    run |= {"learning_rate": None if rate is None else float(rate)}
+                    run |= {"tokens": round(float(phase["tokens"]))}  # YAML reads 7.0e8 as a text
                     runs.append(run)
     return [{"key": None if run["learning_rate"] is None else run_key(run), **run} for run in runs]
 
