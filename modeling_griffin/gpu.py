@@ -6,7 +6,7 @@ It ships, because the scan and flash attention do, which have to know whether a 
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -109,7 +109,7 @@ def power_of_2(number: int) -> int:
 
 
 @slot
-def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> bool:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> bool:
     """`kernel[grid](*arguments, **options)` on the device of the first argument, a tensor. Returns True."""
     with on_its_device(arguments[0]):
         kernel[grid](*arguments, **options)

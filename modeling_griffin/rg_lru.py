@@ -68,7 +68,7 @@ class Decay(nn.Module):
 
         return super()._apply(at_least_float32, *args, **kwargs)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> nn.Module:
         """Float32 again where something has cast the parameter itself, as TRL does with all that QLoRA trains."""
         if self.lambda_bias.dtype.itemsize < 4:
             self._apply(lambda tensor: tensor)

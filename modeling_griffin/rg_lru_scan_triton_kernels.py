@@ -315,7 +315,7 @@ def backward_kernel(
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     if VARLEN:
-        marks, any_marks = _load_marks(p_marks + i_t * SEGMENTS + (SEGMENTS - 1 - i_s))
+        marks = tl.load(p_marks + i_t * SEGMENTS + (SEGMENTS - 1 - i_s))
     elif HAS_RESET:
         resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
 
@@ -327,8 +327,7 @@ def backward_kernel(
         if VARLEN:
             a = tl.where(_has(marks, i) | _has(marks, i + 16), 0.0, a)
             if HAS_D_LAST:
-                if _has(any_marks, i + 32):
-                    d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
+                d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
         elif HAS_RESET:
             a = tl.where(_has(resets, i), 0.0, a)
         a_s, b_s = a_s * a, a * (b_s + d_hidden)
@@ -361,9 +360,8 @@ def backward_kernel(
             is_first = _has(marks, i)
             h_before = tl.where(is_first, 0.0, h_before)
             if HAS_INITIAL:
-                if _has(any_marks, i):
-                    is_entered = is_first & (_has(marks, i + 16) == 0)
-                    h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_entered)
+                is_entered = is_first & (_has(marks, i + 16) == 0)
+                h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_entered)
         elif HAS_INITIAL:
             if i == 0:
                 h_before += tl.load(p_initial_state + i_b * C + c, mask=m_c & (t == 0), other=0.0)
@@ -375,13 +373,11 @@ def backward_kernel(
             d_log_a = tl.where(reset, 0.0, d_log_a)
         dh = to_float32(ds[i]) + k
         if VARLEN and HAS_D_LAST:
-            if _has(any_marks, i + 32):
-                dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
+            dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
         k = a * dh
         if VARLEN:
             if HAS_INITIAL:
-                if _has(any_marks, i):
-                    _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
+                _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
             k = tl.where(is_first, 0.0, k)
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r

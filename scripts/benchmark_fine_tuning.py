@@ -18,13 +18,14 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark_training import OWN, SIZES, _make
 from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
 from help_formatter import ShowDefaults
 from training.text_tokenizer import byte_tokenizer
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from modeling_griffin import record_training
 
@@ -47,7 +48,7 @@ class Clock(TrainerCallback):
     def __init__(self, warmup: int, seconds: float):
         self.warmup, self.limit, self.start, self.steps, self.seconds = warmup, seconds, None, 0, 0.0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.warmup:
             return
         if torch.cuda.is_available():
@@ -83,7 +84,9 @@ def buckets(longest: int, end_to_end: bool, batch: int) -> list[int]:
     return [-(-top // 2**halvings) for halvings in reversed(range(BUCKETS))]
 
 
-def make_trainer(way: str, model, rows: list[dict], arguments, folder: str, clock: Clock) -> Trainer:
+def make_trainer(
+    way: str, model: torch.nn.Module, rows: list[dict], arguments: argparse.Namespace, folder: str, clock: Clock
+) -> Trainer:
     name, end_to_end, recorded = WAYS[way]
     if recorded:
         record_training(model, lengths=buckets(arguments.longest, end_to_end, arguments.batch), kept=BUCKETS + 1)
@@ -105,7 +108,7 @@ def make_trainer(way: str, model, rows: list[dict], arguments, folder: str, cloc
     return SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
 
 
-def measure(model_name: str, way: str, arguments) -> dict:
+def measure(model_name: str, way: str, arguments: argparse.Namespace) -> dict:
     """Tokens a second of one way of one model, over the timed steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _make(MODELS[model_name], arguments.size, device, getattr(torch, arguments.dtype))
@@ -174,7 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     output = arguments.output or Path("results") / "training" / f"fine_tuning_{short_device_name(device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
     asked = {key: value for key, value in vars(arguments).items() if key not in ("output", "commit")}
-    report = {"birth": birth_certificate(device, arguments.commit), "asked": asked, "rows": [], "left_out": []}
+    report: dict[str, Any] = {"birth": birth_certificate(device, arguments.commit), "asked": asked}
+    report |= {"rows": [], "left_out": []}
     if importlib.util.find_spec("trl") is None and any(WAYS[way][0] == "SFTTrainer" for way in arguments.ways):
         report["left_out"].append("TRL is not installed: SFTTrainer was not run.")
         arguments.ways = [way for way in arguments.ways if WAYS[way][0] != "SFTTrainer"]

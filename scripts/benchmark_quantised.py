@@ -81,7 +81,7 @@ def _try(row: dict, measure: Callable[..., dict], *given) -> dict:
 # Decoding
 
 
-def decode(arguments, output) -> Iterator[dict]:
+def decode(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     for scheme in arguments.schemes:
         _reset_peak(arguments.device)
         before = _allocated(arguments.device)
@@ -148,7 +148,7 @@ def _beside_dequantised(model, found: torch.Tensor) -> dict:
 # QLoRA
 
 
-def qlora(arguments, output) -> Iterator[dict]:
+def qlora(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     for name in ("griffin", "llama"):
         for scheme in ("nf4, constants too", "torchao int8"):
             try:
@@ -203,7 +203,7 @@ def _with_adapters(model, name: str):
 # Training
 
 
-def float8(arguments, output) -> Iterator[dict]:
+def float8(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     """bfloat16 as it is and with each block compiled, then both recipes; where the casts are eager too."""
     ways = [("bfloat16", False), ("bfloat16", True)]
     ways += [(recipe, compiled) for recipe in ("tensorwise", "rowwise") for compiled in (True, False)]
@@ -252,7 +252,7 @@ def _train_row(model, cell: tuple[int, int], arguments, optimizer=None) -> dict:
 # Text
 
 
-def text_runs(arguments, output) -> Iterator[dict]:
+def text_runs(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     """train.py on Python's documentation, as the demonstration; then the first run's model in every scheme."""
     from demo import topic_documents, write_documents
 

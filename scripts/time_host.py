@@ -72,13 +72,13 @@ def stand_in() -> list[str]:
 class Device:
     """Instead of `torch.cuda.device`."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device):
         self.device = device
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         return None
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> bool:
         return False
 
 

@@ -248,7 +248,7 @@ def forward_obstacles(model: nn.Module) -> Iterator[Obstacle]:
             yield Obstacle(f"{name or 'the model'}: {effect}", "remove it, or let it touch nothing but its tensors")
 
 
-def waits_for_outliers(model) -> str | None:
+def waits_for_outliers(model: nn.Module) -> str | None:
     """The name of a layer of LLM.int8() whose host waits to know which inputs it has to leave in 16 bits."""
     layers = ((name, vars(module).get("state")) for name, module in model.named_modules())
     return next((name for name, state in layers if (getattr(state, "threshold", None) or 0) > 0), None)

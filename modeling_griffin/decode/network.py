@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.capture import capture
 from .ops import Clock, PlainOps, Stream
 
 
@@ -51,7 +52,7 @@ class Recording:
                     self._compute()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capture(graph, capture_error_mode="thread_local"):
                 self._compute()
             self.graph = graph
 

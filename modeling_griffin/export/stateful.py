@@ -49,7 +49,7 @@ class StatefulGriffin(nn.Module):
         for index, kind in enumerate(config.layer_types):
             if kind == "sliding_attention":
                 shape = rows, config.num_key_value_heads, config.attention_window_size - 1, config.head_dim
-                shapes = {"keys": shape, "values": shape}
+                shapes: dict[str, tuple] = {"keys": shape, "values": shape}
             else:
                 shapes = {"conv_state": (rows, config.lru_width, config.conv1d_width)}
                 shapes["recurrent_state"] = rows, config.lru_width

@@ -172,7 +172,8 @@ def _launch_on_queries(kernel, tile: Tile, arguments) -> None:
     if not programs:
         return
     launch(
-        *(kernel, (programs,)),
+        kernel,
+        (programs,),
         *arguments,
         *(heads, key.shape[1], dim, _padded(query), BLOCK, tile.pack, tile.held, tile.walked),
         num_warps=tile.num_warps,
@@ -205,7 +206,8 @@ def key_gradients(
     if blocks_of_heads:
         arguments = (query, key, value, d_out, lse, delta, first, last, blocks, *gradients, tokens, at_once, parts)
         launch(
-            *(key_gradients_kernel, (blocks_of_heads * (BLOCK // tile.held) * parts,)),
+            key_gradients_kernel,
+            (blocks_of_heads * (BLOCK // tile.held) * parts,),
             *(*arguments, scaling * LOG2_E, scaling),
             *(heads, key_heads, dim, _padded(query), BLOCK, tile.held, tile.walked),
             num_warps=tile.num_warps,

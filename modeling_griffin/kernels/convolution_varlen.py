@@ -54,7 +54,7 @@ def causal_conv1d_varlen(
         raise ValueError(f"state has shape {tuple(state.shape)}: allowed is {(number, channels, taps)}")
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias))
     # Beside one kernel stand some thirty operations, not one: it pays at any size.
-    on_gpu = dispatch.pays(x, state, weight, bias, least=dispatch.LEAST_ELEMENTS if learns else 1)
+    on_gpu = dispatch.pays(x, state, weight, bias, least=None if learns else 1)
     if on_gpu and not learns:
         return causal_conv1d_varlen_triton(x, state, weight, bias, cu_seqlens, starts)
     places = Sequences(cu_seqlens, x.shape[1], slots=taps)

@@ -28,11 +28,14 @@ LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much a
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
-def pays(first: torch.Tensor, *others: object, least: int = LEAST_ELEMENTS) -> bool:
-    """Whether to leave the eager operations: large plain tensors on a GPU, outside other transformations."""
+def pays(first: torch.Tensor, *others: object, least: int | None = None) -> bool:
+    """Whether to leave the eager operations: large plain tensors on a GPU, outside other transformations.
+
+    least: elements of a large one; None: LEAST_ELEMENTS.
+    """
     return (
         first.is_cuda
-        and first.numel() >= least
+        and first.numel() >= (LEAST_ELEMENTS if least is None else least)
         and not torch.compiler.is_compiling()
         and triton_unavailable_reason(first) is None
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (first, *others) if isinstance(x, torch.Tensor))

@@ -111,7 +111,8 @@ def _launch(kernel, tile: GateTile, weight: torch.Tensor, tensors, programs_per_
     rows = x.numel() // x.shape[-1]
     first, rest, depth = _cover(width, tile.depth)
     launch(
-        *(kernel, (programs_per_tile * blocks * ceil_div(rows, tile.rows),)),
+        kernel,
+        (programs_per_tile * blocks * ceil_div(rows, tile.rows),),
         *(*tensors, rows, blocks),
         WIDTH=width,
         FIRST=first,

@@ -7,8 +7,9 @@ versions where that was read. In all other cases Triton's `run` is what happens:
 other versions, AMD, hooks of profilers, tensors that are not aligned or not all on one GPU.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,11 +36,11 @@ _READERS: dict[int, tuple] = {}  # by a kernel's id: the kernel, kept so that no
 class Prepared(NamedTuple):
     """A compiled kernel, and the constants behind the arguments that are given in order."""
 
-    compiled: object
+    compiled: Any
     constants: tuple
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> bool:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> bool:
     """`kernel[grid](*arguments, **options)` on the device of the first argument, a tensor.
 
     arguments: in the kernel's order; what it has behind them are constants, among the options by name. The kernel's
@@ -47,7 +48,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> bool:
     """
     device = arguments[0].get_device()
     if device < 0 or not IS_READ or type(kernel) is not JITFunction or _is_hooked(kernel):
-        return gpu.launch.__wrapped__(kernel, grid, *arguments, **options)
+        return inspect.unwrap(gpu.launch)(kernel, grid, *arguments, **options)
     if device == torch.cuda.current_device():
         return _launch(device, kernel, grid, arguments, options)
     with torch.cuda.device(device):
@@ -101,7 +102,7 @@ def _make_reader(kernel) -> Callable[..., tuple]:
     lines += [f"    a_{name} = 0 if {name} is None else {name}.data_ptr()" for name in pointers]
     lines += [f"    values = ({', '.join(values)}, *constants)"]
     lines += [f"    return values, {' | '.join(f'a_{name}' for name in pointers)}, ({', '.join(kinds)}, *constants)"]
-    namespace = {"kind": _kind}
+    namespace: dict[str, Any] = {"kind": _kind}
     exec("\n".join(lines), namespace)
     return namespace["read"]
 

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ..decode.host_effects import effect_of, global_effect, global_hooks, host_effect
+from ..kernels.capture import capture
 from .batch import Batch, read_batch
 
 
@@ -210,9 +211,9 @@ class RecordedTrainingStep:
         if self.recorder.pool is None:
             self.recorder.pool = torch.cuda.graph_pool_handle()
         options = {"pool": self.recorder.pool, "stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward_graph, **options):
+        with capture(self.forward_graph, **options):
             loss, logits = self._forward(model)
-        with torch.cuda.graph(self.backward_graph, **options):
+        with capture(self.backward_graph, **options):
             self.gradients = self._backward(loss)
         self.loss, self.logits = loss.detach(), logits.detach()
 

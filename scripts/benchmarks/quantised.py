@@ -5,6 +5,7 @@ Legend: N outputs of a layer, D inputs.
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ def bytes_of(model: nn.Module) -> int:
     return sum(held.values())
 
 
-def without_kernels(call: Callable):
+def without_kernels(call: Callable) -> Any:
     """The result of `call` where packed weights have no kernel: by the model's own forward pass, recorded."""
     before, packed.ON = packed.ON, ()
     try:

@@ -6,6 +6,7 @@ for the whole tensor or one for each row. The head, the RG-LRU's gates, the conv
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def is_converted(module: nn.Module, name: str) -> bool:
     return name.rpartition(".")[2] != "lm_head" and all(side % MULTIPLE == 0 for side in sides)
 
 
-def convert(model: nn.Module, recipe: str, **changes) -> int:
+def convert(model: nn.Module, recipe: str, **changes: Any) -> int:
     """Converts the linear layers of the residual blocks in place, and compiles each block; returns how many layers.
 
     Eager, a cast reads and writes its tensor several times over and costs more than the product saves. Names of

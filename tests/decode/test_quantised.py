@@ -124,4 +124,6 @@ def test_the_fused_step_on_a_gpu(base, scheme, rows, paths):
     found = run(model, ids, return_dict_in_generate=True, output_logits=True)
     assert {path.step for path in paths} == {"fused"}
     expected = dequantised(model)(found.sequences[:, :-1], use_cache=False).logits[:, 5:]
-    assert_close("bfloat16 logits", torch.stack(found.logits, 1), expected)
+    # What reads the prompt is LLM.int8()'s own forward pass, which rounds inputs to 8 bits.
+    tolerance = "LLM.int8 logits" if scheme == "int8" else "bfloat16 logits"
+    assert_close(tolerance, torch.stack(found.logits, 1), expected)
