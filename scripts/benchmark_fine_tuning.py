@@ -46,7 +46,8 @@ class Clock(TrainerCallback):
     """Time and steps after `warmup` steps; ends the run after `seconds` of them."""
 
     def __init__(self, warmup: int, seconds: float):
-        self.warmup, self.limit, self.start, self.steps, self.seconds = warmup, seconds, None, 0, 0.0
+        self.warmup, self.limit, self.steps, self.seconds = warmup, seconds, 0, 0.0
+        self.start: float | None = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step < self.warmup:

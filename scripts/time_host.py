@@ -78,8 +78,8 @@ class Device:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, *exception: object) -> bool:
-        return False
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 def main(argv: list[str] | None = None) -> None:
