@@ -304,7 +304,8 @@ def _bits(folder: Path, scheme: str, arguments) -> dict:
 
     source = folder / "bfloat16-0"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).to(arguments.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, use_safetensors=True)
+    model = model.to(arguments.device).eval()
     model = quantise(model, scheme)
     documents = load_documents(str(folder / "held_out.jsonl"), "text", "test", None)
     rows = PackedRows(tokenize(documents, tokenizer), 512, document_ends(tokenizer)[1])

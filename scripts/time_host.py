@@ -15,16 +15,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import triton
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from benchmarks.host_time import host_table, host_time
 from help_formatter import ShowDefaults
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
 from modeling_griffin.kernels import dispatch, flash_attention
+
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+except ImportError:
+    triton = None
 
 
 H200 = gpu.GPU("NVIDIA H200", "nvidia", (9, 0), 132, 232448)
@@ -90,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/training/host_time_cpu"), help="without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
+    if triton is None:
+        parser.error("Triton is not installed: pip install triton")
     torch.set_num_threads(1)
     launched = stand_in()
     config = GriffinConfig(**SIZES, num_hidden_layers=arguments.layers, num_gate_blocks=4, attention_window_size=32)

@@ -31,7 +31,7 @@ MARKED = {
     "docs/export.md": 2,
     "docs/fine_tuning.md": 1,
     "docs/hub.md": 3,
-    "docs/lambda.md": 1,
+    "docs/lambda.md": 2,
     "docs/long_context.md": 1,
     "docs/performance.md": 1,
     "docs/pretraining.md": 1,

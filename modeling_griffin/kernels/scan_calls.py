@@ -34,7 +34,7 @@ def _is_watched(*tensors: torch.Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or not all(x is None or type(x) in PLAIN for x in tensors)
+        or not all(x is None or (type(x) in PLAIN and not x.is_meta) for x in tensors)
     )
 
 
