@@ -57,7 +57,9 @@ def test_what_the_shipped_files_name():
 
 
 def test_the_scripts_write_and_read_weights_in_safetensors_only():
-    """One exception, without running what it holds: DeepMind's own checkpoints, which are pickles of tensors."""
+    """Two exceptions, without running what they hold: DeepMind's own checkpoints, which are pickles of tensors, and the
+    state in which a long run waits to go on, optimizer and all, which nobody is given."""
+    exceptions = {"convert_recurrent_gemma.py", "long_runs.py"}
     found = {"from_pretrained": 0, "torch.load": 0}
     for path in SCRIPTS:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -69,7 +71,8 @@ def test_the_scripts_write_and_read_weights_in_safetensors_only():
                 ast.unparse(node.func),
                 {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
             )
-            assert name not in ("torch.save", "numpy.save") and keywords.get("allow_pickle") != "True", path.name
+            assert name != "torch.save" or path.name == "long_runs.py"
+            assert name != "numpy.save" and keywords.get("allow_pickle") != "True", path.name
             assert keywords.get("trust_remote_code") != "True", path.name
             if name.endswith(".from_pretrained") and not name.endswith(
                 ("Config.from_pretrained", "Tokenizer.from_pretrained")
@@ -78,8 +81,8 @@ def test_the_scripts_write_and_read_weights_in_safetensors_only():
                 assert keywords.get("use_safetensors") == "True", f"{path.name}, line {node.lineno}"
             if name == "torch.load":
                 found["torch.load"] += 1
-                assert keywords["weights_only"] == "True" and path.name == "convert_recurrent_gemma.py"
-    assert found["from_pretrained"] >= 5 and found["torch.load"] == 1
+                assert keywords["weights_only"] == "True" and path.name in exceptions
+    assert found["from_pretrained"] >= 5 and found["torch.load"] == 2
 
 
 EVENTS = []
