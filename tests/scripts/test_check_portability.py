@@ -77,7 +77,7 @@ def test_words_with_two_readers(per_thread, found):
 )
 def test_words_in_a_cache(load, store, hidden):
     class Compiled:
-        constants = {"CHAINED": True}
+        name, constants = "forward_kernel", {"CHAINED": True}
         text = {
             "amdgcn": f"\tbuffer_load_dwordx2 v[4:5], v66, s[44:47], 0 offen {load}\n"
             f"\tbuffer_store_dwordx2 v[2:3], v64, s[40:43], 0 offen {store}\n"
