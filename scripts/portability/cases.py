@@ -92,7 +92,7 @@ def _scan_case(shape: Shape, dtype: torch.dtype, batch: int, length: int, whole:
 
 
 def _sequences(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Sequences end to end: long ones, and a token each as in serving; with states, and without. quick: forward only."""
+    """Sequences end to end: long ones, and a token each, as served; with states, and without. quick: forward only."""
     for length, number, whole in [(4096, 16, True), (64, 64, True), *([] if quick else [(4096, 16, False)])]:
         name = f"{number} sequences of {length} tokens{' with states' if whole else ''}"
         yield name, _sequences_case(shape, dtype, length, number, whole, both_ways=length > number and not quick)
