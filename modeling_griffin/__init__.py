@@ -6,6 +6,7 @@ their slots with what lies in the folders: kernels, decoding, serving, saving, p
 
 import importlib.metadata
 
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -48,6 +49,7 @@ from .serving.cached_rows import prefill
 from .serving.request import GenerationRequest
 from .serving.state import GenerationState, load_state, save_state
 from .slots import fill_slots
+from .training.compiled_name import name_compiled
 from .training.record import record_training, stop_recording
 
 
@@ -73,6 +75,7 @@ fill_slots(save_config=save_config, save_model=save_model, push_model=push_model
 fill_slots(distribute_model=distribute_model, plans_without_lambda=plans_without_lambda)
 fill_slots(config_from_preset=config_from_preset)
 fill_slots(config_from_recurrent_gemma=griffin_config_from_recurrent_gemma, load_recurrent_gemma=load_recurrent_gemma)
+register_module_module_registration_hook(name_compiled)
 OWN_ATTENTION.update({Runs: flash_local_attention, Visible: visible_attention})
 
 

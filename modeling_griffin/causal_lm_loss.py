@@ -8,12 +8,10 @@ fused operator, where with it there would be three passes over each chunk.
 Legend: B batch, T time, V vocabulary, N = B T rows.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from .slots import slot
 
@@ -98,17 +96,6 @@ class CausalLMName(str):
 
     def __ne__(self, other: object) -> bool:
         return not self == other
-
-
-def _name_compiled(wrapper: Any, name: str, model: Any) -> None:
-    """A hook of PyTorch's: `torch.compile(model)` is a module of another class, and answers to that name as well."""
-    if name == "_orig_mod":
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
-        if isinstance(inner._get_name(), CausalLMName):
-            wrapper._get_name = functools.partial(CausalLMName, type(wrapper).__name__)
-
-
-register_module_module_registration_hook(_name_compiled)
 
 
 class RowLosses(torch.autograd.Function):

@@ -125,14 +125,12 @@ arguments = TrainingArguments({str(tmp_path)!r}, label_smoothing_factor={SMOOTHI
 trainer = Trainer(model=model, args=arguments)
 assert trainer.model_accepts_loss_kwargs and trainer._loss_shifts_labels
 with torch.no_grad():
-    for each in (model, torch.compile(model, backend="eager")):
-        print(trainer.compute_loss(each, dict(input_ids=rows, labels=rows.clone())).item())
+    print(trainer.compute_loss(model, dict(input_ids=rows, labels=rows.clone())).item())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     rows = torch.arange(24).view(2, 12)
-    losses = [float(word) for word in run.stdout.split()[-2:]]  # plain and compiled
-    assert losses == pytest.approx([shifted_loss(model, rows).item()] * 2, rel=1e-5)
+    assert float(run.stdout.split()[-1]) == pytest.approx(shifted_loss(model, rows).item(), rel=1e-5)
 
 
 def test_classifiers_labels_are_not_shifted(small_model, tmp_path):

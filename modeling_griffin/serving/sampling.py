@@ -101,7 +101,7 @@ def _kept(scores: torch.Tensor, settings: dict[str, torch.Tensor], asked: Sequen
         scores, ordered = (x.masked_fill(x < least, nothing) for x in (scores, ordered))
         if has_top_p:
             shares = ordered.softmax(-1)
-            before = shares.cumsum(-1) - shares  # of all that are likelier: the likeliest always stays
+            before = shares.cumsum(-1) - shares  # of all larger ones, so that the argmax always stays
             number = (before < settings["top_p"]).sum(-1, keepdim=True)
             least = ordered.gather(-1, (number - 1).clamp(min=0))
             scores = scores.masked_fill((scores < least) & (settings["top_p"] < 1), nothing)

@@ -16,7 +16,7 @@ import torch
 def birth_certificate(device: str, commit: str | None, packages: Sequence[str] = ()) -> dict:
     """Facts of this run. commit: for a copy without its git history. packages: versions to add."""
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *map(_without_place, sys.argv)]),
         "commit": commit or _commit(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "python": platform.python_version(),
@@ -49,6 +49,12 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     """{"median", "10%", "90%"} of at least one value."""
     low, *_, high = statistics.quantiles([*values] * (2 if len(values) == 1 else 1), n=10, method="inclusive")
     return {"median": statistics.median(values), "10%": low, "90%": high}
+
+
+def _without_place(word: str) -> str:
+    """An absolute path, also behind `--option=`, as its last part: where things lay is the machine's own matter."""
+    option, equals, path = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    return option + equals + (Path(path).name if Path(path).is_absolute() else path)
 
 
 def _commit() -> str:

@@ -32,6 +32,13 @@ def test_the_commit_is_that_of_the_script(monkeypatch, tmp_path):
     assert birth["date"] in line and "commit abc" in line
 
 
+def test_the_command_does_not_say_where_things_lay(monkeypatch):
+    words = ["scripts/a.py", "--output", "/srv/out/run", "--text=/srv/text", "--rate", "1/2", "--name=x", "b/c"]
+    monkeypatch.setattr(sys, "argv", words)
+    command = birth_certificate("cpu", "abc")["command"]
+    assert command.endswith("scripts/a.py --output run --text=text --rate 1/2 --name=x b/c")
+
+
 def test_quantiles():
     """Within what was measured, however few."""
     assert quantiles([3.0]) == {"median": 3.0, "10%": 3.0, "90%": 3.0}
