@@ -1,6 +1,6 @@
 """Serves a model over HTTP with the interface of OpenAI's: `python scripts/serve.py build/demo/model --port 8000`.
 
-The server is Transformers' own (`pip install 'modeling-griffin[serve]'`); requests run side by side.
+The server is Transformers' own (`pip install '.[serve]'`); requests run side by side.
 """
 
 import argparse

@@ -70,7 +70,7 @@ def test_every_trained_weight_gets_a_gradient_and_learns(base, scheme, checkpoin
     trained = trained_of(model)
     kinds = {name.removeprefix("base_model.model.").split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
     assert {kind.split(".")[-1] for kind in kinds} == {*LINEAR, "recurrence_gate", "input_gate", "decay"}
-    assert {name.endswith("lambda_bias"): p.dtype for name, p in trained.items()}[True] == torch.float32
+    assert {p.dtype for name, p in trained.items() if name.endswith("lambda_bias")} == {torch.float32}
     optimizer, ids, found = torch.optim.AdamW(trained.values(), lr=1e-2), torch.randint(0, 256, (2, 24)), []
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     for _ in range(6):

@@ -1,7 +1,7 @@
 """Rows shared over ranks: the logits, the loss and every gradient of one process."""
 
 import pytest
-from accelerate.big_modeling import _attach_context_parallel_hooks, _refuse_recurrent_layers_under_sequence_parallelism
+from accelerate import big_modeling
 
 from modeling_griffin import GriffinForCausalLM
 from tests import sequence_program as program
@@ -32,14 +32,14 @@ def test_deterministic_and_removable(results, pair):
 
 
 @pytest.mark.parametrize(
-    "refuse, named",
+    "name, named",
     [
-        (_attach_context_parallel_hooks, "'linear_attention', 'sliding_attention'"),
-        (_refuse_recurrent_layers_under_sequence_parallelism, "'linear_attention'"),
+        ("_attach_context_parallel_hooks", "'linear_attention', 'sliding_attention'"),
+        ("_refuse_recurrent_layers_under_sequence_parallelism", "'linear_attention'"),
     ],
     ids=["cp_size", "sp_size"],
 )
-def test_accelerate_refuses_the_layers(refuse, named):
+def test_accelerate_refuses_the_layers(name, named):
     """Why rows are shared by functions of this package; where this fails, docs/sequence_parallel.md is out of date."""
     with pytest.raises(ValueError, match=rf"does not support attention layers of type \[{named}\]"):
-        refuse(GriffinForCausalLM(make_config("griffin")))
+        getattr(big_modeling, name)(GriffinForCausalLM(make_config("griffin")))
