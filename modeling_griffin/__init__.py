@@ -50,12 +50,13 @@ from .serving.request import GenerationRequest
 from .serving.state import GenerationState, load_state, save_state
 from .slots import fill_slots
 from .training.compiled_name import name_compiled
+from .training.pieces import run_in_pieces
 from .training.record import record_training, stop_recording
 
 
 fill_slots(**dispatch.SLOTS, wanted_on_amd=wanted_on_amd)
 fill_slots(rg_lru_scan_by_torch=rg_lru_scan_torch_or_operator)
-fill_slots(launch=launch)
+fill_slots(launch=launch, run_in_pieces=run_in_pieces)
 fill_slots(run_forward=scan_forward, run_backward=backward_or_torch)
 fill_slots(
     check_sequences=check_sequences,

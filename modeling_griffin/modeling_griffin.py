@@ -201,6 +201,8 @@ class GriffinRecurrentBlock(nn.Module):
 class GriffinMLP(nn.Module):
     """Gated MLP: GeLU(x W_gate) * (x W_up), then down (section 2.2)."""
 
+    piece: int | None = None  # tokens at a time, for long rows: training/pieces.py
+
     def __init__(self, config: GriffinConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -209,6 +211,10 @@ class GriffinMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        in_pieces = None if self.piece is None else require_slot("run_in_pieces")(self, hidden_states)
+        return self.whole(hidden_states) if in_pieces is None else in_pieces
+
+    def whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated_linears(self.act_fn, hidden_states, self.gate_proj, self.up_proj))
 
 

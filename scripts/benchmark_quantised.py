@@ -24,6 +24,7 @@ from benchmark_training import OWN, SIZES, _cell, _make
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise, without_kernels
 from help_formatter import ShowDefaults
+from training.float8 import compile_blocks, convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_griffin import LORA_TARGETS, GriffinConfig, GriffinForCausalLM
@@ -214,21 +215,11 @@ def float8(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
 
 
 def _float8_row(recipe: str, compiled: bool, arguments) -> dict:
-    from accelerate.utils.ao import convert_model_to_fp8_ao
-    from training.float8 import is_converted
-
     model = _make(OWN, arguments.size, arguments.device, torch.bfloat16)
     if recipe != "bfloat16":
-        import dataclasses
-
-        from torchao.float8 import Float8LinearConfig
-
-        config = Float8LinearConfig.from_recipe_name(recipe)
-        config = dataclasses.replace(config, emulate=arguments.device == "cpu")
-        convert_model_to_fp8_ao(model, config, is_converted)
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile()
+        convert(model, recipe, compiled, emulate=arguments.device == "cpu")
+    elif compiled:
+        compile_blocks(model)
     return _train_row(model, arguments.cell, arguments)
 
 

@@ -22,8 +22,15 @@ from pathlib import Path
 import torch
 import yaml
 from benchmarks.birth_certificate import now
-from compare_lambda_inits import InThisProcess, append_record, drop_unfinished_line, origin, read_records
-from lambda_study.long_runs import SCALE_OF, plan, run_long
+from compare_lambda_inits import (
+    InThisProcess,
+    append_record,
+    check_settings,
+    drop_unfinished_line,
+    origin,
+    read_records,
+)
+from lambda_study.long_runs import SCALE_OF, plan, recorded_settings, run_long, settings_of
 from lambda_study.long_text import prepare_shards
 
 from modeling_griffin.lambda_init import LAMBDA_INITS
@@ -63,6 +70,16 @@ def next_run(study: dict, records: dict[str, dict], in_flight: set[str], phases:
     return None
 
 
+def _with_settings(study: dict, records: dict[str, dict], facts: dict) -> list[dict]:
+    """The plan's runs with all that a record has of their settings."""
+    runs = []
+    for run in plan(study, records):
+        settings = recorded_settings(settings_of(run, study))
+        arm = {"arm_settings": study["arms"][run["arm"]], "device": facts["device"], "settings": settings}
+        runs.append({**run, **arm, "steps": settings["steps"]})
+    return runs
+
+
 def run_all(
     study: dict, path: Path, state: Path, devices: list[str], deadline: float, facts: dict, phases: list[str]
 ) -> list[str]:
@@ -89,6 +106,8 @@ def run_all(
             free.append(device)
             if error := future.exception():
                 failed[run["key"]] = repr(error)
+                if isinstance(error, concurrent.futures.BrokenExecutor):  # its process was killed: another one goes on
+                    workers[device] = concurrent.futures.ProcessPoolExecutor(1, spawn)
                 continue
             records[run["key"]] = record = {**future.result(), **facts, "finished": now()}
             append_record(path, record)
@@ -145,6 +164,10 @@ def main(argv: list[str] | None = None) -> None:
     facts = origin(arguments.devices[0].partition(":")[0], arguments.commit)
     deadline = start + arguments.time_limit
     study["text"] = text
+    try:
+        check_settings(_with_settings(study, read_records(path), facts), read_records(path), path)
+    except ValueError as error:
+        raise SystemExit(f"study_lambda_long.py: error: {error}") from error
     failed = run_all(study, path, arguments.state, arguments.devices, deadline, facts, phases)
     records = read_records(path)
     done = sum(is_done(records.get(run["key"])) for run in plan(study, records))

@@ -309,7 +309,7 @@ def _new_state(
 def varlen_kernel(
     p_x, p_weight, p_state, p_bias, p_cu_seqlens, p_starts,
     p_y, p_new_state,
-    T, N, C: tl.constexpr, n_runs, halvings,
+    T, N, n_runs, halvings, C: tl.constexpr,
     W: tl.constexpr, HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """N sequences end to end in one row. n_runs programs have ROWS steps each, and one a sequence its new state."""

@@ -88,7 +88,7 @@ def causal_conv1d_varlen_triton(
     launch(
         *(varlen_kernel, (runs + number, ceil_div(channels, tile.channels))),
         *(x, weight, state, bias, cu_seqlens, starts, y, new_state),
-        *(length, number, channels, runs, number.bit_length()),
+        *(length, number, runs, number.bit_length(), channels),
         W=weight.shape[-1],
         HAS_STATE=state is not None,
         HAS_STARTS=starts is not None,

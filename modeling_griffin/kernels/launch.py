@@ -57,6 +57,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 def _launch(device: int, kernel, grid: tuple[int, ...], arguments: tuple, options: dict) -> bool:
     reader = _READERS.get(id(kernel)) or _READERS.setdefault(id(kernel), (kernel, _make_reader(kernel)))
+    if reader[1] is None:
+        kernel[grid](*arguments, **options)
+        return True
     values, pointers, key = reader[1](*arguments)
     key = (id(kernel), device, key, *options, *options.values())
     prepared = PREPARED.get(key)
@@ -84,11 +87,15 @@ def _is_hooked(kernel) -> bool:
     return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _make_reader(kernel) -> Callable[..., tuple]:
+def _make_reader(kernel) -> Callable[..., tuple] | None:
     """Of arguments: themselves with addresses for tensors; all addresses in one number; what Triton specialises by.
 
-    Written out for the kernel, as Triton writes its binder: a loop over the arguments takes three times as long.
+    Written out for the kernel, as Triton writes its binder: a loop over the arguments takes three times as long. None
+    where a constant stands in front of an argument: by its place alone it would be taken for one.
     """
+    constant = [parameter.is_constexpr for parameter in kernel.params]
+    if constant != sorted(constant):
+        return None
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     pointers = [name for name in names if name.startswith("p_")]
     values = [f"a_{name}" if name in pointers else name for name in names]

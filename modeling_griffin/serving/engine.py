@@ -159,6 +159,9 @@ class Engine:
         taken = arrivals.take(room, idle=not self.rows and not self.reports)
         self.more, new = len(taken) == room, []
         for index, entry in taken:
+            if arrivals.cancelled(index):
+                yield GeneratedToken(index, None, "cancelled")
+                continue
             try:
                 row = Row(self.model, index, as_request(entry), self.tokenizer)
             except Exception as error:

@@ -67,7 +67,8 @@ class Sampler:
         token = scores.argmax(-1) if penalty or best is None else best
         if samples:
             sampled = settings["temperature"] > 0
-            scores = scores / torch.where(sampled, settings["temperature"], 1.0)
+            # From the largest down: at a temperature next to 0 the others go to -inf, and none to inf.
+            scores = (scores - scores.amax(-1, keepdim=True)) / torch.where(sampled, settings["temperature"], 1.0)
             drawn = draw(_kept(scores, settings, asked), uniform(self.key[index], self.drawn[index]))
             token = torch.where(sampled[:, 0], drawn, token)
             self.drawn[index] += 1

@@ -124,13 +124,16 @@ class BatchManager(serving.GenerateManager):
             try:
                 if token is not None:
                     streamer.put(torch.tensor([token]))
+                if finish_reason is not None and not finish_reason.startswith("error: "):
+                    streamer.end()
             except serving._GenerationCancelled:  # the client has gone
-                self.inbox.drop(index)
-                finish_reason = "cancelled"
+                self._drop(index)
+                streamer.end()
+            except Exception as error:  # of the tokenizer, or of what reads tool calls: this request's matter alone
+                self._drop(index)
+                finish_reason = f"error: {error!r}"
             if finish_reason is not None and finish_reason.startswith("error: "):
                 loop.call_soon_threadsafe(queue.put_nowait, serving._StreamError(finish_reason))
-            elif finish_reason is not None:
-                streamer.end()
 
         self._run(model, tokenizer, fields, listen)
         return queue, streamer
@@ -161,7 +164,7 @@ class BatchManager(serving.GenerateManager):
         try:
             await done
         except asyncio.CancelledError:
-            self.inbox.drop(index)
+            self._drop(index)
             raise
         return processor.decode(tokens, skip_special_tokens=True), inputs["input_ids"].shape[-1], tokens
 
@@ -198,10 +201,20 @@ class BatchManager(serving.GenerateManager):
                 for index in failed:
                     self._hand_over(index, None, f"error: {error!r}")
 
+    def _drop(self, index: int) -> None:
+        """Nobody wants this request any more, unless it has ended already."""
+        with self.lock:
+            if index in self.listeners:
+                self.inbox.drop(index)
+
     def _hand_over(self, index: int, token: int | None, finish_reason: str | None) -> None:
         with self.lock:  # held by `_run` until the listener is there
             listen = self.listeners[index]
             if finish_reason is not None:
                 del self.listeners[index]
                 self.inbox.dropped.discard(index)
-        listen(index, token, finish_reason)
+        try:
+            listen(index, token, finish_reason)
+        except Exception:  # it must not end the others
+            logger.exception("a request could not be answered")
+            self._drop(index)

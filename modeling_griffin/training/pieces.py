@@ -13,6 +13,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
+from ..modeling_griffin import GriffinMLP
+
 
 logger = logging.get_logger(__name__)
 
@@ -31,28 +33,19 @@ def mlp_in_pieces(model: nn.Module, piece: int = PIECE) -> None:
     """
     if piece < 1:
         raise ValueError(f"piece = {piece}: allowed are whole numbers from 1")
-    blocks = [
-        module.mlp_block for module in model.modules() if isinstance(getattr(module, "mlp_block", None), nn.Module)
-    ]
+    blocks = [module for module in model.modules() if isinstance(module, GriffinMLP)]
     if not blocks:
-        raise ValueError(f"model is a {type(model).__name__} without mlp_block: allowed are Griffin's models")
+        raise ValueError(f"model is a {type(model).__name__} without a GriffinMLP: allowed are Griffin's models")
     for block in blocks:
         block.piece = piece
-        if not isinstance(block, MLPInPieces):
-            block.__class__ = type(type(block).__name__, (MLPInPieces, type(block)), {})
 
 
-class MLPInPieces(nn.Module):
-    """Stands before the class of an MLP, whose forward pass it calls; `piece`: tokens at a time."""
-
-    piece: int
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., D)."""
-        tokens = hidden_states.shape[:-1].numel()
-        if tokens <= self.piece or _draws_numbers(self):
-            return super().forward(hidden_states)
-        return _in_pieces(super().forward, self, hidden_states)
+def run_in_pieces(block: GriffinMLP, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """(..., D) -> (..., D); None where all tokens at once are as good, or have to be."""
+    tokens = hidden_states.shape[:-1].numel()
+    if tokens <= block.piece or _draws_numbers(block):
+        return None
+    return _in_pieces(block.whole, block, hidden_states)
 
 
 def _draws_numbers(block: nn.Module) -> bool:

@@ -105,15 +105,24 @@ def change_input_scale(model: torch.nn.Module, init: str, seed: int) -> None:
     torch.set_rng_state(generator_state)
 
 
+def settings_of(run: dict, study: dict) -> dict:
+    """All that a run depends on beside its own fields and its arm; `folder`, where the tokens lie, is no matter."""
+    settings = {**study["common"], **study["text"], **study["sizes"][run["size"]]}
+    return {**settings, "steps": round(run["tokens"] / (settings["rows"] * settings["length"]))}
+
+
+def recorded_settings(settings: dict) -> dict:
+    """As a record has them."""
+    return {name: value for name, value in settings.items() if name != "folder"}
+
+
 class LongRun:
     """A run between its checkpoints: model, optimiser, place in the data, and what was recorded so far."""
 
     def __init__(self, run: dict, study: dict, device: torch.device):
-        self.run, self.device = run, device
-        settings = {**study["common"], **study["text"], **study["sizes"][run["size"]]}
+        self.run, self.device, self.settings = run, device, settings_of(run, study)
+        self.steps, settings = self.settings["steps"], self.settings
         tokens_a_step = settings["rows"] * settings["length"]
-        self.steps = round(run["tokens"] / tokens_a_step)
-        self.settings = {**settings, "steps": self.steps}
         self.task = ResidentTextTask(self.settings, run["seed"], device)
         arm = dict(study["arms"][run["arm"]])
         scale_of = arm.pop(SCALE_OF, None)
@@ -128,6 +137,7 @@ class LongRun:
 
     def save(self, path: Path) -> None:
         state = {
+            "settings": recorded_settings(self.settings),
             "model": self.model.state_dict(),
             "optimizer": [self.optimizer.state[parameter] for parameter in self.model.parameters()],
             "first": self.watch.first,
@@ -143,6 +153,8 @@ class LongRun:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["settings"] != recorded_settings(self.settings):
+            raise ValueError(f"{path} is of a run with other settings: give another --state, or restore the study's")
         self.model.load_state_dict(state["model"])
         for parameter, saved in zip(self.model.parameters(), state["optimizer"], strict=True):
             if self.optimizer.state[parameter]:  # in place: a recorded step knows the addresses
@@ -214,8 +226,10 @@ def run_long(run: dict, study: dict, state: Path, device: str, deadline: float) 
     found = {"evaluations": [], "recall": []}
     if status == "finished":
         found = long_run.evaluate()
-    elif status == "paused":
+    if status == "paused":
         long_run.save(path)
+    else:
+        path.unlink(missing_ok=True)
     return {
         **run,
         "measured": not run["phase"].startswith(RATES),
@@ -224,7 +238,7 @@ def run_long(run: dict, study: dict, state: Path, device: str, deadline: float) 
         "steps": long_run.steps,
         "seconds": round(long_run.seconds, 2),
         "tokens_a_step": long_run.settings["rows"] * long_run.settings["length"],
-        "settings": {name: value for name, value in long_run.settings.items() if name not in ("folder",)},
+        "settings": recorded_settings(long_run.settings),
         "arm_settings": study["arms"][run["arm"]],
         "curve": [_round_figures(entry) for entry in long_run.watch.curve],
         "memory": long_run.watch.memory,

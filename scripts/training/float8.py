@@ -39,7 +39,7 @@ def is_converted(module: nn.Module, name: str) -> bool:
     return name.rpartition(".")[2] != "lm_head" and all(side % MULTIPLE == 0 for side in sides)
 
 
-def convert(model: nn.Module, recipe: str, **changes: Any) -> int:
+def convert(model: nn.Module, recipe: str, compiled: bool = True, **changes: Any) -> int:
     """Converts the linear layers of the residual blocks in place, and compiles each block; returns how many layers.
 
     Eager, a cast reads and writes its tensor several times over and costs more than the product saves. Names of
@@ -49,8 +49,16 @@ def convert(model: nn.Module, recipe: str, **changes: Any) -> int:
     from torchao.float8 import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear
 
+    # Padded: the weights' gradients sum over tokens, of which a batch may have any number.
+    changes = {"pad_inner_dim": True, **changes}
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), **changes)
     convert_model_to_fp8_ao(model, config, is_converted)
+    if compiled:
+        compile_blocks(model)
+    return sum(isinstance(module, Float8Linear) for module in model.modules())
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Each residual block in place, so that blocks of a kind share what was compiled."""
     for layer in model.model.layers:
         layer.compile()
-    return sum(isinstance(module, Float8Linear) for module in model.modules())

@@ -23,6 +23,10 @@ def some_kernel(p_x, p_y, N, eps, SIZE: triton.language.constexpr, FLAG: triton.
     pass
 
 
+def kernel_with_a_constant_inside(p_x, SIZE: triton.language.constexpr, N):
+    pass
+
+
 class Compiled:
     """What Triton has compiled for one specialisation; `run` notes what it is called with."""
 
@@ -164,3 +168,26 @@ def test_on_a_gpu(monkeypatch):
     memory.mul_(3.0)
     graph.replay()
     assert torch.equal(found, triton_rms_norm(inputs[0], weight, 1e-6))
+
+
+def test_a_constant_in_front_of_an_argument_is_tritons_matter(calls, runs):
+    """Two sizes of it are two kernels, however alike they are as numbers."""
+    kernel, x = jit.JITFunction(kernel_with_a_constant_inside), torch.zeros(64)
+    for size in (2560, 4096, 2560):
+        launches.launch(kernel, (1,), x, size, 5)
+    assert len(runs) == 3 and [each is calls[0][0] for each, _ in calls] == [True, False, True]
+
+
+def test_constants_stand_behind_the_arguments():
+    """In all kernels that are launched so; one that does not would be slow to launch."""
+    from modeling_griffin import rg_lru_scan_triton_kernels as scan
+    from modeling_griffin.kernels import attention_kernels, convolution_kernels, gates_kernels, scan_sequences_kernels
+
+    modules = (scan, attention_kernels, convolution_kernels, gates_kernels, scan_sequences_kernels)
+    kernels = {name: each for module in modules for name, each in vars(module).items() if type(each) is jit.JITFunction}
+    found = {name: [p.is_constexpr for p in each.params] for name, each in kernels.items()}
+    assert (
+        len(found) > 8
+        and {name for name, constant in found.items() if name.endswith("_kernel") and constant != sorted(constant)}
+        == set()
+    )

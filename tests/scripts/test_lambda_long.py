@@ -268,6 +268,10 @@ def test_the_whole_chain_over_two_calls(text, study, tmp_path, capsys, monkeypat
     records = [json.loads(line) for line in (tmp_path / "long" / "runs.jsonl").read_bytes().splitlines()]
     assert [record["status"] for record in records] == ["finished"] * 6
     assert all(record["commit"] == "abc" and record["settings"]["data"]["train"]["tokens"] for record in records)
+    longer = {**STUDY, "common": {**STUDY["common"], "weight_decay": 0.5}}
+    path.write_text(yaml.safe_dump(longer, sort_keys=False))
+    with pytest.raises(SystemExit, match="with weight_decay = .*, the sweep wants 0.5: give another --output"):
+        study_main([*arguments, "--commit", "abc"])
     page = tmp_path / "long.md"
     page.write_text("# Old title\n\n**Correction.** Kept.\n\n`python old`; commit x\n")
     report([str(tmp_path / "long")])
@@ -296,3 +300,6 @@ def test_long_run_saves_what_it_needs(study, tmp_path):
     again.load(tmp_path / "a.pt")
     for first, second in zip(run.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(first, second)
+    other = {**study, "common": {**study["common"], "weight_decay": 0.5}}
+    with pytest.raises(ValueError, match="is of a run with other settings: give another --state"):
+        LongRun(RUN, other, CPU).load(tmp_path / "a.pt")

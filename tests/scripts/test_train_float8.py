@@ -47,6 +47,8 @@ def test_what_is_converted(recipe, small_model, uncompiled):
     assert convert(model, recipe, emulate=True) == 3 * 3 + 2 * 3 + 4
     for name, module in model.named_modules():
         assert (type(module) is Float8Linear) == (name.rpartition(".")[2] in LINEAR), name
+        # The hardware asks for tokens by 16 in the weights' gradients, which emulation on a CPU does not.
+        assert type(module) is not Float8Linear or module.config.pad_inner_dim, name
     after = dict(model.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
     found = model(ids, labels=ids)

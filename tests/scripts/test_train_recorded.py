@@ -4,6 +4,7 @@ On a CPU a "graph" is the same functions called again: tests/training/test_recor
 """
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,13 @@ def test_sharded_weights_are_refused(engine):
         ValueError, match="record_steps = true under (FSDP2|DeepSpeed), .*: allowed are one GPU and DDP"
     ):
         record_steps(trainer, 64)
+
+
+def test_a_compiled_model_is_refused():
+    alone = SimpleNamespace(distributed_type=DistributedType.NO)
+    trainer = SimpleNamespace(accelerator=alone, args=SimpleNamespace(torch_compile=True))
+    with pytest.raises(ValueError, match="record_steps = true with torch_compile = true: allowed is one of them"):
+        record_steps(trainer, 16)
 
 
 def test_rows_that_processes_share_are_refused(tmp_path):

@@ -53,7 +53,7 @@ def test_rows_that_ask_for_different_things_keep_what_transformers_keeps(with_to
     for scores, row, request in zip(seen[0], logits, requests, strict=True):
         expected = by_transformers(row, request)
         assert torch.equal(scores.isinf(), expected.isinf()), request
-        torch.testing.assert_close(scores, expected)
+        torch.testing.assert_close(scores, expected - expected.amax())  # which draws the same
 
 
 def test_the_penalty_counts_what_was_chosen():
@@ -98,3 +98,11 @@ def test_any_whole_number_is_a_seed(seed):
     sampler = Sampler(1, 3, torch.device("cpu"))
     sampler.seat([0], [GenerationRequest([1], seed=seed, temperature=1.0)])
     assert 0 <= sampler.choose(torch.zeros(1, 3)).item() < 3
+
+
+def test_a_temperature_next_to_0_is_greedy():
+    """Not the last token, as where scores over it are infinite."""
+    logits = torch.randn(3, VOCABULARY)
+    sampler = Sampler(3, VOCABULARY, logits.device)
+    sampler.seat(range(3), [GenerationRequest([1], temperature=t, top_p=0.9) for t in (1e-39, 1e-30, 1e-6)])
+    assert torch.equal(sampler.choose(logits, seats=range(3)), logits.argmax(-1))

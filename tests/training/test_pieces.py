@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_griffin import GriffinForCausalLM
+from modeling_griffin.decode.fused_model import fused_obstacles
 from modeling_griffin.training.pieces import mlp_in_pieces
 from tests.conftest import make_audible, make_config
 from tests.tolerances import assert_close
@@ -121,5 +122,17 @@ def test_dropout_runs_whole(caplog):
 def test_refused():
     with pytest.raises(ValueError, match="piece = 0: allowed are whole numbers from 1"):
         mlp_in_pieces(make_model(), 0)
-    with pytest.raises(ValueError, match="model is a Linear without mlp_block: allowed are Griffin's models"):
+    with pytest.raises(ValueError, match="model is a Linear without a GriffinMLP: allowed are Griffin's models"):
         mlp_in_pieces(torch.nn.Linear(2, 2))
+
+
+def test_the_model_is_a_griffin_as_before(tmp_path):
+    """To decoding, which takes all its tokens at once, and to pickle."""
+    model = make_model().eval()
+    mlp_in_pieces(model, 16)
+    assert list(fused_obstacles(model)) == []
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert again.model.layers[0].mlp_block.piece == 16
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
