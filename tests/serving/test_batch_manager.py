@@ -3,9 +3,6 @@
 import threading
 
 import pytest
-from conftest import make_config
-
-from modeling_griffin import GriffinForCausalLM
 
 
 serving = pytest.importorskip("modeling_griffin.serving.server", exc_type=ImportError)
@@ -34,8 +31,8 @@ def manager():
     made.stop()
 
 
-def test_a_listener_that_raises_fails_alone(manager):
-    model = GriffinForCausalLM(make_config()).eval()
+def test_a_listener_that_raises_fails_alone(manager, small_model):
+    model = small_model()
     bad, good, later = Listener(True), Listener(False), Listener(False)
     for listener in (bad, good):
         manager._run(model, None, FIELDS, listener)
@@ -47,8 +44,8 @@ def test_a_listener_that_raises_fails_alone(manager):
     assert manager.listeners == {} and manager.inbox.dropped == set()
 
 
-def test_what_is_dropped_before_its_turn_is_not_read(manager, monkeypatch):
-    model, listener = GriffinForCausalLM(make_config()).eval(), Listener(False)
+def test_what_is_dropped_before_its_turn_is_not_read(manager, monkeypatch, small_model):
+    model, listener = small_model(), Listener(False)
     wait = manager.inbox.wait
 
     def drop_first():
