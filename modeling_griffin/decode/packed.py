@@ -7,10 +7,13 @@ the inputs to 8 bits as well, but for outliers.
 Legend: D inputs of a product, N outputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 ON: tuple[str, ...] = ("cuda",)  # devices on which packed weights are read by kernels of our own
@@ -94,6 +97,22 @@ def weight_of(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """(N, D), for PyTorch's own products."""
     packed = unpack(linear)
     return linear.weight if packed is None else packed.dequantised(dtype)
+
+
+@contextmanager
+def exact_inputs(model: nn.Module) -> Iterator[None]:
+    """Inside, layers of LLM.int8() multiply their inputs as they are by the packed numbers, as the kernels here do."""
+    rounding = [each for each in model.modules() if type(each).__name__ == "Linear8bitLt" and unpack(each) is not None]
+    before = [each.__dict__.get("forward") for each in rounding]
+    for each in rounding:
+        each.forward = lambda x, each=each: F.linear(x, weight_of(each, x.dtype), bias_of(each, x.dtype))
+    try:
+        yield
+    finally:
+        for each, forward in zip(rounding, before):
+            del each.forward
+            if forward is not None:
+                each.forward = forward
 
 
 def bias_of(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:

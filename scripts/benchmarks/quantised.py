@@ -4,6 +4,7 @@ Legend: N outputs of a layer, D inputs.
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def quantise(model: nn.Module, scheme: str) -> nn.Module:
 def _by_bitsandbytes(linear: nn.Linear, scheme: str) -> nn.Module:
     import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns at each product that it casts to float16
     sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight
     if scheme.endswith("int8"):
         made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)

@@ -1,6 +1,8 @@
 """Decoding with the weights of bitsandbytes and torchao: which step runs, and that its tokens are those of the scheme's
 own numbers."""
 
+import copy
+
 import pytest
 import torch
 from quantised_models import SCHEMES, SIZES, dequantised, dequantised_weight, linears_of, load_quantised
@@ -25,7 +27,6 @@ def base(small_model, tmp_path):
 def packed_on_a_cpu(monkeypatch):
     """The fused step's own arithmetic, in the plain operations that define it, over packed weights."""
     monkeypatch.setattr(packed, "ON", ("cuda", "cpu"))
-    monkeypatch.setitem(agreement.TOLERANCE, torch.float32, 5e-2)  # LLM.int8() rounds inputs, which the step does not
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -62,6 +63,18 @@ def test_the_fused_step_decodes_with_the_schemes_own_numbers(base, scheme, packe
     assert torch.equal(found, run(dequantised(model), ids))
     step, plain = (DecodeStep(each.model, each.lm_head, 1) for each in (model, dequantised(model)))
     assert_close("logits", step.step(), plain.step())
+
+
+def test_rounded_inputs_do_not_hide_another_network(base, packed_on_a_cpu):
+    """LLM.int8() is asked without its rounding when a step is checked, so that a scale that is off stands out."""
+    model = load_quantised(base, "int8")
+    run(model, random_ids(1, 4))  # which moves what bitsandbytes holds to where it stays
+    other = copy.deepcopy(model)
+    other.model.layers[1].mlp_block.up_proj.state.SCB.mul_(1.1)
+    agreement.check_step(model, DecodeStep(model.model, model.lm_head, 1))
+    assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+    with pytest.raises(agreement.Disagreement, match="model.layers.1"):
+        agreement.check_step(model, DecodeStep(other.model, other.lm_head, 1))
 
 
 def test_what_the_fused_step_refuses(base, packed_on_a_cpu):
