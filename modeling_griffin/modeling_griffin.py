@@ -262,11 +262,9 @@ def config_of_masks(config: GriffinConfig, modules: Iterable[nn.Module]) -> Grif
         block = getattr(module, "temporal_block", None)  # the usual layer, without a walk
         known = isinstance(block, (GriffinAttention, GriffinRecurrentBlock))
         for part in (block,) if known else module.modules():
-            own = part.config if isinstance(part, GriffinAttention) else config
-            if own is not config and own._attn_implementation != config._attn_implementation:
+            if isinstance(part, GriffinAttention) and part.config._attn_implementation != config._attn_implementation:
                 config = copy.copy(config)
                 config._attn_implementation = "eager"
-                return config
     return config
 
 
