@@ -29,7 +29,7 @@ OUR_CLASSES = {reference.split(".")[1] for reference in AUTO_MAP.values()}
 
 OLDER_ROTARY_NAMES = ("rope_theta", "partial_rotary_factor", "rope_scaling")
 # Beyond these no tensor can be made, or float32 has no such number and the model would compute NaN.
-LARGEST = {"num_hidden_layers": 2**16}
+LARGEST = {"num_hidden_layers": 2**16, "num_labels": 2**20}  # Transformers names each label
 LARGEST_SIZE = 2**31 - 1
 RANGES = {
     "rg_lru_c": (1e-6, 1e6),
@@ -116,7 +116,7 @@ class GriffinConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "sliding_window" in kwargs:
             self.attention_window_size = kwargs.pop("sliding_window")
-        _check_sizes(self)
+        _check_sizes(self, kwargs.get("num_labels"))
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.hidden_size
         if self.lru_width is None:
@@ -232,15 +232,16 @@ def _check_tokens(config: GriffinConfig, field: str) -> None:
             raise ValueError(f"{field} = {tokens}: allowed are None and 0 to vocab_size - 1 = {largest}")
 
 
-def _check_sizes(config: GriffinConfig) -> None:
+def _check_sizes(config: GriffinConfig, num_labels: Any = None) -> None:
     # The stock cache keeps the last window - 1 keys, and "the last 0" means all of them.
     least = {"attention_window_size": 2}
-    for field in (
+    fields = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "attention_window_size", "lru_width", "num_gate_blocks", "conv1d_width"),
-    ):
-        value, low, high = getattr(config, field), least.get(field, 1), LARGEST.get(field, LARGEST_SIZE)
-        if value is not None and not low <= value <= high:
+    )
+    for field, value in (("num_labels", num_labels), *((field, getattr(config, field)) for field in fields)):
+        low, high = least.get(field, 1), LARGEST.get(field, LARGEST_SIZE)
+        if value is not None and not (isinstance(value, int) and low <= value <= high):
             raise ValueError(f"{field} = {value}: allowed are whole numbers from {low} to {high}")
 
 

@@ -6,6 +6,7 @@ follows DeepMind's released RecurrentGemma; each such place is marked `Differs:`
 Legend: B batch, T time, D hidden size, C RG-LRU channels, H heads, K head dimension, W attention window, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -251,6 +252,22 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp_block(normed)
 
 
+def config_of_masks(config: GriffinConfig, modules: Iterable[nn.Module]) -> GriffinConfig:
+    """A model's configuration; with eager attention, where a block in these modules has another one than the model.
+
+    A block that was copied, or is another model's, has a configuration of its own. What eager attention adds to the
+    scores says all, and SDPA takes it too; SDPA's own mask, none for a causal row, would show eager blocks the future.
+    """
+    for module in modules:
+        block = getattr(module, "temporal_block", None)  # the usual layer, without a walk
+        known = isinstance(block, (GriffinAttention, GriffinRecurrentBlock))
+        for part in (block,) if known else module.modules():
+            if isinstance(part, GriffinAttention) and part.config._attn_implementation != config._attn_implementation:
+                config = copy.copy(config)
+                config._attn_implementation = "eager"
+    return config
+
+
 class GriffinPreTrainedModel(PreTrainedModel):
     """What all Griffin classes share: loading, saving, initial weights."""
 
@@ -398,8 +415,9 @@ class GriffinModel(GriffinPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         leave_inference_mode(past_key_values)
+        config = config_of_masks(self.config, self.layers)
         attention_mask, position_ids, documents = read_layout(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
+            config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
         )
         hidden_states = inputs_embeds
         if self.config.scale_embeddings:
@@ -571,7 +589,9 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
         """
         return require_slot("load_recurrent_gemma")(source, cls, **kwargs)
 
-    create_masks_for_generate = staticmethod(masks_for_generate)
+    def create_masks_for_generate(self, config: GriffinConfig, *args: Any, **kwargs: Any) -> dict:
+        """`masks_for_generate`, as this model's blocks take them."""
+        return masks_for_generate(config_of_masks(config, [self.model]), *args, **kwargs)
 
 
 class GriffinForSequenceClassification(GriffinPreTrainedModel):

@@ -1,5 +1,7 @@
 """Traced, compiled and exported for any length, and differentiated forwards: the numbers of the plain model."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -63,16 +65,41 @@ def test_dimensions_marked_as_dynamic(kind, small_model):
             assert_close("gradient", found, expected)
 
 
-def test_a_compiled_trainer_with_changing_lengths(small_model, tmp_path):
+NEEDS_A_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@NEEDS_A_COMPILER
+def test_training_by_inductor(small_model):
+    """The default backend, whose C++ takes a minute: one graph for all rows and lengths."""
+    model = small_model("attention_first", "sdpa").train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    for rows, length in ((2, 12), (3, 33), (4, 20)):
+        ids = random_ids(rows, length)
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(ids, dim)
+        for found, expected in zip(gradients(compiled, model, ids), gradients(model, model, ids)):
+            assert_close("gradient", found, expected)
+
+
+@pytest.mark.parametrize(
+    "layers, backend",
+    [
+        (["sliding_attention", "linear_attention"], "aot_eager"),
+        pytest.param(["linear_attention"], "inductor", marks=NEEDS_A_COMPILER),
+    ],
+    ids=["griffin-aot_eager", "hawk-inductor"],
+)
+def test_a_compiled_trainer_with_changing_lengths(layers, backend, small_model, tmp_path):
     """The weights that stock `Trainer` leaves with `torch_compile` are those that it leaves without.
 
     With smoothed labels, whose loss is computed outside of the model.
     """
     rows = [{"input_ids": row, "labels": row.clone()} for length in (12, 7, 20) for row in random_ids(1, length)]
     trained = []
-    for compiler in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+    for compiler in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
         torch._dynamo.reset()
-        model = small_model("attention_first", "sdpa")
+        model = small_model(attention="sdpa", layer_types=layers)
         arguments = TrainingArguments(
             tmp_path,
             max_steps=3,

@@ -143,6 +143,10 @@ def shared_places(model: nn.Module) -> Obstacle | None:
 
     A cache has a place for each entry of config.layer_types, and a block knows its own by its number.
     """
+    for name in ("layer_types", "attention_window_size"):  # what a cache is made by
+        found, own = getattr(model.config, name), getattr(getattr(model.model, "config", model.config), name, None)
+        if own != found:
+            return Obstacle(f"model.model.config.{name} is {own}, not {found} as in model.config", "make them the same")
     kinds, used = model.config.layer_types, _used_places(model)
     places = [place for place, _ in used]
     if len(set(places)) < len(places):

@@ -9,6 +9,7 @@ from types import CellType, FunctionType, MethodType
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..modeling_griffin import GriffinAttention
 from .host_effects import global_hooks
@@ -67,6 +68,8 @@ def _value(value) -> object:
         return tuple((key if isinstance(key, SCALARS) else id(key), _value(each)) for key, each in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return tuple(_value(each) for each in value)
+    if isinstance(value, PreTrainedConfig):  # a block's own
+        return id(value), *(_value(getattr(value, name, None)) for name in FIELDS)
     if isinstance(value, MethodType):
         return id(value.__self__), _value(value.__func__)
     if isinstance(value, FunctionType):

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache_name import CACHE_NAME
+from ..modeling_griffin import config_of_masks
 from .lease import Lease
 from .network import Recording
 from .ops import Clock
@@ -182,9 +183,10 @@ class ForwardStep(Recording, Lease):
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=not self.on_gpu
         ):
-            output = self.model()(
+            model = self.model()
+            output = model(
                 self.token[:, None],
-                attention_mask=self._masks(),
+                attention_mask=self._masks(model),
                 position_ids=(time - padding)[:, None],
                 use_cache=True,
                 logits_to_keep=1,
@@ -197,12 +199,12 @@ class ForwardStep(Recording, Lease):
         self.token.copy_(self.logits.argmax(-1))
         time.add_(1)
 
-    def _masks(self) -> dict[str, torch.Tensor | None]:
+    def _masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
         """As `masks_for_generate` makes them: a slot is seen if it holds a token of its row, and no document starts."""
         time = self.clock.time
         times = time - (time - self.number) % self.slots
         seen = (times >= self.clock.padding[:, None])[:, None, None]
-        seen = mask_of_slots(seen, self.config._attn_implementation, self.logits.dtype)
+        seen = mask_of_slots(seen, config_of_masks(self.config, [model])._attn_implementation, self.logits.dtype)
         starts = {"document_start": self.new_document, "packed": False}
         return {"sliding_attention": seen, "linear_attention": None, **starts}
 

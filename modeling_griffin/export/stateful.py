@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..cache_name import CACHE_NAME
 from ..decode.forward import Memory, Ring, mask_of_slots
+from ..modeling_griffin import config_of_masks
 
 
 ATTENTIONS = ("eager", "sdpa")
@@ -78,10 +79,11 @@ class StatefulGriffin(nn.Module):
         start = position_ids == 0 if real is None else real & (position_ids == 0)
         cache = StateCache([_layer(state, index, kind) for index, kind in enumerate(self.config.layer_types)])
         seen = self._seen(input_ids.shape[1], count, real)
+        masks = config_of_masks(self.config, [self.model])._attn_implementation
         output = self.model(
             input_ids,
             attention_mask={
-                "sliding_attention": mask_of_slots(seen, self.config._attn_implementation, self.model.dtype),
+                "sliding_attention": mask_of_slots(seen, masks, self.model.dtype),
                 "linear_attention": real,
                 "document_start": start,
                 "packed": False,

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from ..causal_lm_loss import causal_lm_loss
+from ..modeling_griffin import config_of_masks
 from ..serving.state import GenerationState
 from .chunk_layout import read_chunk, take_chunk
 from .neighbours import Ranks, gather
@@ -169,7 +170,8 @@ class SequenceParallel:
         chunk = self.chunk(rows)
         chunk = base.embed_tokens(chunk) if embeds is None else chunk
         described = {n: given[n] for n in ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx")}
-        layout, positions, start, real = read_chunk(base.config, rows, chunk, self.ranks, self.before, **described)
+        config = config_of_masks(base.config, base.layers)
+        layout, positions, start, real = read_chunk(config, rows, chunk, self.ranks, self.before, **described)
         mask = {"sliding_attention": layout, "linear_attention": real, "document_start": start}
         return (), {
             **whole,

@@ -24,8 +24,16 @@ logger = logging.get_logger(__name__)
 MASK = "HIDDEN"  # needs no quotes in a shell and no escapes in a card
 SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
 SECRET_WORDS |= {"authorization", "signature", "sig", "passwords", "cred", "creds"}
-SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd", "pw", "tok"}
+SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd", "pw", "psw", "pswd", "tok", "jwt", "otp"}
 SECRET_ENDINGS = ("token", "apikey", "accesskey", "secretkey", "password", "secret")  # words written as one
+SECRET_ENDINGS += ("passkey", "passcode", "privatekey", "sshkey", "authkey")
+# As argparse takes them, cut off anywhere: --hub_toke. Of train.py's options, --hub_t is one already.
+ABBREVIATED = ("token", "password", "passphrase", "secret", "credential")
+SHORTEST_ABBREVIATION = 4
+OF_HUB_TOKEN = re.compile(r"-*hub[_-]to?", re.IGNORECASE)
+# A short option says nothing by its name. `-p` is a path or a port more often; to these it is a password.
+TAKE_PASSWORD = {"sshpass", "mysql", "mysqldump", "mysqladmin", "mariadb", "mongo", "mongosh", "login"}
+TAKE_USER = ("-u", "-U", "--user", "--proxy-user")  # curl's, as name:password
 # `eos_token` and `text_key` are settings.
 SETTINGS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "special", "stop", "per"}
 SETTINGS |= {"text", "label", "column", "sort", "metric"}
@@ -33,7 +41,7 @@ SETTINGS |= {"text", "label", "column", "sort", "metric"}
 VALUE = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\,])+"""
 HIDDEN = rf"""["']?{MASK}(?:[\s"'&;,}}\])]|$)"""  # masked already
 NAMED = re.compile(
-    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|pwd?|secret|cred|auth|bearer|cookie|pat|sig))[a-z_][\w.-]*)"
+    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|ps?wd?|secr|cred|auth|bearer|cookie|pat|sig|jwt|otp|hub[_-]t))[a-z_][\w.-]*)"
     rf"""(?P<between>["'\]]*\s*[=:]\s*|(?<=\w)\s+)(?!--|{HIDDEN})(?P<value>{VALUE})""",
     re.IGNORECASE,
 )
@@ -41,9 +49,11 @@ IN_QUERY = re.compile(r"(?P<between>[?&;](?P<name>[\w.-]+)=)[^\s&;#'\"]+")
 IN_HEADER = re.compile(r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+)[^\s\"']{4,}")
 IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?!HIDDEN@)[^\s/?#'\"<>]+@")
 WITHOUT_SCHEME = re.compile(r"(?<![\w.+/:-])([\w.+-]+:)(?!HIDDEN@)[^\s/?#'\"<>:@]+(?=@[\w.-])")  # of a proxy
-# As the Hub, OpenAI, GitHub, GitLab, Slack, AWS and Google shape theirs; JSON web tokens; PEM.
+# As the Hub, OpenAI, GitHub, GitLab, Slack, AWS, Google and others shape theirs; JSON web tokens; PEM.
 SHAPES = re.compile(
     r"hf_[A-Za-z0-9]{30,}|\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}"
+    r"|nvapi-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,}|gsk_\w{20,}|wandb_v\d_\w{20,}|sk_(?:live|test)_\w{16,}|hvs\.[\w-]{20,}"
+    r"|hooks\.slack\.com/services/[\w/-]+|discord(?:app)?\.com/api/webhooks/[\w/-]+"
     r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     re.DOTALL,
@@ -86,7 +96,10 @@ def mask_command(text: str) -> str:
 def mask_words(words: list[str]) -> list[str]:
     """The words of a command without their secrets: `--hub_token X`, `--hub_token=X`, `HF_TOKEN=X`."""
     masked, hidden = [], False
-    for word in words:
+    for index, word in enumerate(words):
+        if (without := _mask_short(words, index)) is not None:
+            masked.append(without)
+            continue
         name, equals, given = word.partition("=")
         if hidden and not word.startswith("--"):  # an option may have several values
             masked.append(MASK)
@@ -95,6 +108,23 @@ def mask_words(words: list[str]) -> list[str]:
         hidden = secret and not given and word.startswith("-")
         masked.append(f"{name}={MASK}" if secret and given else word if hidden else mask_text(word))
     return masked
+
+
+def _mask_short(words: list[str], index: int) -> str | None:
+    """The word without the secret that it is by what stands before it: `curl -u me:X`, `sshpass -p X`, `mysql -pX`."""
+    word, before = words[index], words[index - 1] if index else ""
+    user, colon, password = word.partition(":")
+    if before in TAKE_USER and colon and re.search(r"\D", password):  # not 1000:1000
+        return word if password.startswith(MASK) else f"{user}:{MASK}"
+    if words[max(0, index - 2) : index] == ["wandb", "login"] and not word.startswith("-"):
+        return MASK
+    attached = re.match(r"-p[^=]", word)
+    if not attached and (before != "-p" or word.startswith("-")):
+        return None
+    programs = {Path(each).name for each in words[:index]}
+    if not programs & TAKE_PASSWORD or programs & {"python", "python3"}:  # whose own options come then
+        return None
+    return f"-p{MASK}" if attached else MASK
 
 
 @functools.lru_cache(maxsize=10000)
@@ -132,6 +162,10 @@ def is_secret_name(name: str) -> bool:
         return True
     if len(words) > 1 and words[-2] in SETTINGS:
         return False
+    if OF_HUB_TOKEN.fullmatch(name):
+        return True
+    if len(words[-1]) >= SHORTEST_ABBREVIATION and any(each.startswith(words[-1]) for each in ABBREVIATED):
+        return True
     return words[-1] in SECRET_LAST_WORDS or words[-1].endswith(SECRET_ENDINGS)
 
 

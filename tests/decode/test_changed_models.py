@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_griffin import GenerationRequest, GriffinForCausalLM, modeling_griffin, rg_lru
 from modeling_griffin.decode import eligibility
 from modeling_griffin.decode.eligibility import shared_places, unused_places
 from modeling_griffin.decode.fingerprint import forward_fingerprint
+from tests.tolerances import assert_close
 
 
 NEW = 10  # beyond the window of 8
@@ -291,6 +293,45 @@ def theta(model, patch):
     model.model.rotary_emb.theta = 0.01
 
 
+def give_a_configuration(part, **fields):
+    """To a part of the model, as copying it does, or taking it from another model."""
+    part.config = copy.deepcopy(part.config)
+    for name, value in fields.items():
+        setattr(part.config, name, value)
+
+
+def turned(*args, **kwargs):
+    return -sdpa_attention_forward(*args, **kwargs)[0], None
+
+
+@change
+def attention_of_one_block(model, patch):
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "turned", turned)
+    give_a_configuration(model.model.layers[5].temporal_block, _attn_implementation="turned")
+
+
+@change
+def attention_of_one_block_twice(model, patch):
+    attention_of_one_block(model, patch)
+    run(model, torch.tensor([[5, 6, 7]]))
+    model.model.layers[5].temporal_block.config._attn_implementation = "sdpa"
+
+
+@change
+def block_of_an_eager_model(model, patch):
+    give_a_configuration(model.model.layers[5].temporal_block, _attn_implementation="eager")
+
+
+@change
+def base_of_an_eager_model(model, patch):
+    give_a_configuration(model.model, _attn_implementation="eager")
+
+
+@change
+def window_of_the_base(model, patch):
+    give_a_configuration(model.model, attention_window_size=4)
+
+
 @change
 def scale_of_attention(model, patch):
     model.model.layers[2].temporal_block.scaling *= 3
@@ -403,8 +444,30 @@ def test_what_is_generated_is_what_the_model_now_is(name, small_model, monkeypat
             getattr(model, "remove_hook", lambda: None)()
 
 
-OF_SDPA = ("attention_of_pytorch", "attention_under_the_same_name")
+OF_SDPA = ("attention_of_pytorch", "attention_under_the_same_name", "attention_of_one_block")
+OF_SDPA += ("attention_of_one_block_twice", "block_of_an_eager_model", "base_of_an_eager_model")
 SILENT = ("norm_in_double", "default_dtype", "softcapping")  # greedy tokens stay the same
+SILENT += ("attention_of_one_block_twice", "block_of_an_eager_model", "base_of_an_eager_model")  # so do the logits
+
+
+@pytest.mark.parametrize("kinds", [("sdpa", "eager"), ("eager", "sdpa"), ("sdpa", "sdpa", "eager")])
+@pytest.mark.parametrize("length", [6, 11, 30], ids=["in the window", "beyond it", "beyond two"])
+@torch.no_grad()
+def test_blocks_of_several_attentions(kinds, length, small_model):
+    """Made for another attention than the model's, they see what they saw: no future, no padding, no more than W."""
+    model, plain = small_model(layer_types=SIX, attention=kinds[0]), small_model(layer_types=SIX, attention="eager")
+    for part, kind in zip((model.model.layers[2].temporal_block, model.model.layers[5].temporal_block), kinds[1:]):
+        give_a_configuration(part, _attn_implementation=kind)
+    ids, mask = torch.randint(5, 29, (2, length)), torch.ones(2, length, dtype=torch.long)
+    mask[0, :3] = 0
+    for arguments in ({}, {"attention_mask": mask}, {"position_ids": torch.arange(length) % 4}):
+        found, expected = (some(ids, use_cache=False, **arguments).logits for some in (model, plain))
+        real = mask.bool() if "attention_mask" in arguments else torch.ones_like(mask).bool()
+        assert_close("logits", found[real], expected[real])
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for options in ({}, static, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
+        rows = ids[:1] if "prompt_lookup_num_tokens" in options else ids
+        assert torch.equal(run(model, rows, **options), run(plain, rows, **options))
 
 
 def test_a_recording_holds_what_stood_there(small_model, monkeypatch):

@@ -16,7 +16,8 @@ TOKEN = "hf_" + "a1B2" * 8
     "name",
     ["hub_token", "push-to-hub-token", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "password"]
     + ["db.password", "hftoken", "wandb_apikey", "client_secret", "encryption_key", "credentials", "basic_auth"]
-    + ["creds", "auth_header", "token_string", "passwords", "smtp_pw"],
+    + ["creds", "auth_header", "token_string", "passwords", "smtp_pw", "passkey", "pswd", "id_jwt"]
+    + ["hub_toke", "hub-tok", "passw", "client_secr"],  # cut off, as argparse takes them
 )
 def test_the_name_tells(name):
     """As an option with and without a sign, as a variable before the command, as a field, in code and in a query."""
@@ -64,8 +65,29 @@ def test_the_shape_tells(text, secret):
 
 
 @pytest.mark.parametrize(
+    "command, masked",
+    [
+        ("train.py --hub_t hunter2 --seed 1", f"train.py --hub_t {MASK} --seed 1"),
+        ("train.py --hub-to=hunter2", f"train.py --hub-to={MASK}"),
+        ("curl -u me:hunter2 https://host/x", f"curl -u me:{MASK} https://host/x"),
+        ("curl --proxy-user me:hunter2 x", f"curl --proxy-user me:{MASK} x"),
+        ("sshpass -p hunter2 ssh -p 22 host train", f"sshpass -p {MASK} ssh -p {MASK} host train"),
+        ("/usr/bin/mysqldump -phunter2 -u me db", f"/usr/bin/mysqldump -p{MASK} -u me db"),
+        ("docker login -u me -p hunter2 host", f"docker login -u me -p {MASK} host"),
+        ("wandb login 0123456789abcdef", f"wandb login {MASK}"),
+        ("curl https://hooks.slack.com/services/T0/B0/hunter2", f"curl https://{MASK}"),
+    ],
+)
+def test_short_options_and_abbreviations(command, masked):
+    assert mask_command(command) == masked and mask_secrets(shlex.split(command)) == shlex.split(masked)
+    assert mask_command(masked) == masked
+
+
+@pytest.mark.parametrize(
     "command",
     [
+        "mkdir -p out/a && python -u -m torch.distributed.run -p 3 train.py -p path/to -u 5",
+        "docker run -u 1000:1000 -p 8080:80 image python train.py",
         "python scripts/train.py run.yaml --tokenizer bpe --tokenizer_vocab_size 300 --max_new_tokens 5",
         """train.py c.yaml --config_overrides '{"num_key_value_heads": 2, "pad_token_id": 0}' --use_cpu""",
         "train.py --eos_token '</s>' --text_key body --metric_key loss --key_file /home/me/key --hub_token",
