@@ -5,7 +5,7 @@ import pytest
 import torch
 from _export_helpers import generate_greedily, random_rows, read_in_pieces
 
-from modeling_griffin.export import StatefulGriffin, export_onnx
+from modeling_griffin.export import StatefulGriffin, export_onnx, programs
 from tests.tolerances import assert_close
 
 
@@ -52,9 +52,12 @@ def test_any_rows_and_any_tokens(kind, padded, small_model, tmp_path):
 
 
 @torch.no_grad()
-def test_last_logits_of_a_prompt_alone(small_model, tmp_path):
+def test_last_logits_of_a_prompt_alone(small_model, tmp_path, monkeypatch):
+    """With the weights in a file of their own, as a large model has them."""
+    monkeypatch.setattr(programs, "_is_large", lambda model: True)
     model, ids = small_model("griffin", "sdpa"), random_rows(1, 20)[0]
     export_onnx(model, tmp_path / "prompt.onnx", rows=1, tokens=20, logits_to_keep=1)
+    assert (tmp_path / "prompt.onnx.data").exists()
     logits, _ = open_onnx(tmp_path / "prompt.onnx")(ids, StatefulGriffin(model).empty_state(1))
     assert_close("logits", logits, model(ids).logits[:, -1:])
 
