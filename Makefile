@@ -38,7 +38,7 @@ test-common: $(VENV)/test.done
 test-gpu: $(VENV)/test.done
 	$(BIN)/python -m pytest -m gpu tests
 
-# With lm_eval, ONNX Runtime and MLX's build for a CPU, which the other tests do without.
+# With lm_eval, ONNX Runtime, ExecuTorch and MLX's build for a CPU, which the other tests do without.
 test-tools: $(VENV)/tools.done
 	$(BIN)/python -m pytest -m tools tests/tools
 

@@ -6,6 +6,7 @@ Legend: B batch, T time, C channels, W taps.
 import torch
 from torch import nn
 
+from .padding import inverse_of, zeros_first
 from .slots import slot
 
 
@@ -38,14 +39,14 @@ class CausalConv1d(nn.Conv1d):
         order = None
         if real is not None:
             # Real tokens move to the front of the row, so that they stand right behind the state.
-            order = torch.argsort(real.logical_not().long(), dim=1, stable=True)
+            order = zeros_first(real.logical_not().long())
             x = _take(x, order)
             document_start = document_start.gather(1, order) if document_start is not None else None
 
         number = 1 if states_to_keep is None else states_to_keep
         y, new_states = convolve_with_states(x, state, self.weight, self.bias, document_start, real, number)
         if order is not None:
-            y = _take(y, torch.argsort(order, dim=1))
+            y = _take(y, inverse_of(order))
         return y, new_states[:, -1] if states_to_keep is None else new_states
 
 

@@ -144,17 +144,9 @@ class GriffinAttention(nn.Module):
         attention = OWN_ATTENTION.get(type(attention_mask)) or ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        fixed = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        output, weights = attention(self, query, key, value, attention_mask, **fixed, **kwargs)
         output = output if order is None else order.back(output)
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
@@ -424,15 +416,9 @@ class GriffinModel(GriffinPreTrainedModel):
             # Differs: the paper does not scale; RecurrentGemma does, by a number rounded to bfloat16.
             hidden_states = hidden_states * self.embedding_scale
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        shared = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, "documents": documents}
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                documents=documents,
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, **shared, **kwargs)
         hidden_states = self.final_norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 

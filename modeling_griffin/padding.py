@@ -38,7 +38,7 @@ class Order(NamedTuple):
         """(B, T, H, K) of ordered queries -> of the tokens as they were."""
         if self.queries is None:
             return output
-        return _take(output.transpose(1, 2), self.queries.argsort(dim=1)).transpose(1, 2)
+        return _take(output.transpose(1, 2), inverse_of(self.queries)).transpose(1, 2)
 
 
 def read_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,7 @@ def find_order(attention_mask: torch.Tensor, length: int, num_keys: int) -> Orde
     length: T. While PyTorch traces, values cannot be read and there is always an order.
     """
     real = attention_mask[:, attention_mask.shape[1] - num_keys :]
-    queries = torch.argsort(real[:, num_keys - length :], dim=1, stable=True)
-    keys = torch.argsort(real, dim=1, stable=True)
+    queries, keys = zeros_first(real[:, num_keys - length :]), zeros_first(real)
     if not is_tracing(attention_mask):
         begins = (real[:, 1:] > real[:, :-1]).sum(1) + real[:, 0]
         ends = (real[:, 1:] < real[:, :-1]).any()
@@ -83,6 +82,22 @@ def find_order(attention_mask: torch.Tensor, length: int, num_keys: int) -> Orde
             return None
         queries = queries if has_gap else None
     return Order(keys, queries)
+
+
+def zeros_first(number: torch.Tensor) -> torch.Tensor:
+    """(B, T) of zeros and ones -> the order that puts zeros first, each kind as it was: (B, T), where each comes from.
+
+    By counting: a stable sort does the same, but not every runtime of exported models has one.
+    """
+    zero = 1 - number
+    place = torch.where(number == 0, zero.cumsum(1), zero.sum(1, keepdim=True) + number.cumsum(1)) - 1
+    return inverse_of(place)
+
+
+def inverse_of(order: torch.Tensor) -> torch.Tensor:
+    """(B, T): where each place of an order has gone to."""
+    place = torch.arange(order.shape[1], device=order.device)
+    return torch.zeros_like(order).scatter(1, order, place.expand_as(order))
 
 
 def has_gap(attention_mask: torch.Tensor) -> bool:

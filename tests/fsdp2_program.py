@@ -91,7 +91,7 @@ def run_case(folder: Path, fields: dict, sharding: dict, loading: dict) -> dict:
     return compare(alone, model, new_optimizer(model), dist.get_rank() // config.tp_size % 2, folder)
 
 
-def run_accelerate_case(folder: Path, precision: str, keep: bool, checkpointing: bool) -> dict:
+def accelerator_of_cpus(precision: str) -> Accelerator:
     """accelerate's own FSDP2, of which only the refusal of CPUs is taken away.
 
     Its state says so by `distributed_type`, which it sets from the launcher's environment.
@@ -105,7 +105,11 @@ def run_accelerate_case(folder: Path, precision: str, keep: bool, checkpointing:
         plugin.set_mixed_precision(precision)
     accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, DistributedType.FSDP
     assert accelerator.is_fsdp2
+    return accelerator
 
+
+def run_accelerate_case(folder: Path, precision: str, keep: bool, checkpointing: bool) -> dict:
+    accelerator = accelerator_of_cpus(precision)
     alone = make_audible(GriffinForCausalLM(make_config("griffin", **SHAPES, **TIED)))
     model = GriffinForCausalLM.from_pretrained(save_for_all(alone, folder))
     if checkpointing:

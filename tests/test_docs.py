@@ -28,7 +28,7 @@ MARKED = {
     "README.md": 1,
     "docs/distributed.md": 1,
     "docs/evaluation.md": 2,
-    "docs/export.md": 2,
+    "docs/export.md": 3,
     "docs/fine_tuning.md": 1,
     "docs/hub.md": 3,
     "docs/lambda.md": 2,

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_griffin.documents import masks_for_generate
+from modeling_griffin.padding import inverse_of, zeros_first
 from tests.tolerances import assert_close
 
 
@@ -178,3 +179,11 @@ def test_other_numbers_raise(values, small_model):
     for call in (model, lambda ids, **arguments: model.generate(ids, max_new_tokens=1, **arguments)):
         with pytest.raises(ValueError, match="attention_mask has the values .* pass position_ids or seq_idx"):
             call(random_ids(1, 6), attention_mask=mask)
+
+
+@pytest.mark.parametrize("length", [0, 1, 13])
+def test_the_order_is_that_of_a_stable_sort(length):
+    number = torch.randint(0, 2, (5, length))
+    number[:2] = torch.tensor([[0], [1]])
+    order = zeros_first(number)
+    assert torch.equal(order, number.argsort(dim=1, stable=True)) and torch.equal(inverse_of(order), order.argsort(1))

@@ -126,7 +126,7 @@ def assert_lambda_learns_in_float32(model, base) -> None:
         assert 0 < (found - before).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("scheme", [TRAINED[0], TRAINED[2]])
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_stock_trainer(base, tmp_path, scheme):
     model = get_peft_model(load_quantised(base, scheme, torch.bfloat16), lora_everywhere())
     trainer = Trainer(
@@ -142,7 +142,7 @@ def test_stock_trainer(base, tmp_path, scheme):
     assert_lambda_learns_in_float32(model, base)
 
 
-@pytest.mark.parametrize("scheme", TRAINED[:2])
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_sft_trainer(base, tmp_path, scheme):
     """TRL casts all that is trained over bitsandbytes' weights to bfloat16: Λ is float32 again when training begins."""
     trainer = SFTTrainer(

@@ -71,7 +71,11 @@ def unpack(linear: nn.Module) -> Rows | NF4 | None:
 
 
 def _of_torchao(weight) -> Rows | None:
-    """Weights alone are quantised, a scale a row."""
+    """Weights alone are quantised, a scale a row.
+
+    Their zero points are 0 in all that torchao's configurations make. They are not looked at, which would wait for the
+    GPU: of weights with others the comparison of a new step with the model would say that it differs.
+    """
     alone = all(getattr(weight, name, None) is None for name in ("act_quant_kwargs", "act_pre_scale"))
     known = type(weight).__name__ in ("Int8Tensor", "Float8Tensor") and weight.qdata.is_contiguous()
     if alone and known and tuple(weight.block_size) == (1, weight.shape[1]):

@@ -52,23 +52,32 @@ def export_program(
     return torch.export.export(stateful, (), arguments, dynamic_shapes=shapes, strict=False)
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike, rows: int | None = None) -> None:
-    """Writes a step of one token as an ONNX file, and its weights beside it where they are large.
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike,
+    rows: int | None = None,
+    tokens: int | None = 1,
+    padded: bool = False,
+    logits_to_keep: int = 0,
+) -> None:
+    """Writes an ONNX file, and its weights beside it where they are large: a step of one token, or for any number.
 
-    Its inputs are `input_ids` (rows, 1) and the names of the state; its outputs `logits` and, for each name of the
-    state, `new_` and that name.
+    Its inputs are `input_ids` (rows, tokens), the names of the state, and with `padded` `attention_mask`; its outputs
+    `logits` and, for each name of the state, `new_` and that name.
 
     Args:
-        model, rows: as of `export_program`.
+        model, rows, padded, logits_to_keep: as of `export_program`.
+        tokens: T, fixed; None: any, from 1 on, which takes a graph of several times the size.
 
     Raises:
+        ValueError: as `export_program`.
         ImportError: without the packages onnx and onnxscript.
     """
-    program = export_program(model, rows, tokens=1)
+    program = export_program(model, rows, tokens, padded, logits_to_keep)
     names = list(StatefulGriffin(model).empty_state())
     torch.onnx.export(
         program,
-        input_names=["input_ids", *names],
+        input_names=["input_ids", *names, *(["attention_mask"] if padded else [])],
         output_names=["logits", *(f"new_{name}" for name in names)],
         optimize=True,
         verbose=False,
