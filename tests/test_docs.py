@@ -6,7 +6,6 @@ comment above it, `<!-- gpu -->` or `<!-- not run: reason -->`, and is counted i
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import re
@@ -108,11 +107,9 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(place, monkeypatch):
+def reader(place, monkeypatch, usual_four_bits):
     """The reader's folder as the current one; the initialisations of Λ are afterwards those of before."""
     monkeypatch.chdir(place)
-    with contextlib.suppress(ImportError):  # of some processors only, and there not for blocks narrower than 64
-        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     before = dict(modeling_griffin.LAMBDA_INITS)
     yield place
     modeling_griffin.LAMBDA_INITS.clear()

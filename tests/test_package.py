@@ -111,7 +111,8 @@ def run(arguments, **kwargs):
 
 IMPORT = """
 import sys, torch
-sys.modules |= dict.fromkeys(["triton", "scipy", "matplotlib", "datasets"])  # None: as if not installed
+extras = ["triton", "scipy", "matplotlib", "datasets", "accelerate", "peft", "trl", "bitsandbytes", "torchao", "yaml"]
+sys.modules |= dict.fromkeys(extras)  # None: as if not installed
 import modeling_griffin
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("griffin", vocab_size=8, hidden_size=32, num_hidden_layers=3, num_gate_blocks=2)

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..configuration_griffin import AUTO_MAP, OUR_CLASSES, GriffinConfig
@@ -117,6 +116,8 @@ def save_model(
 
 def _complete(model, stage: Path, folder: Path) -> None:
     """Puts into `stage` what stock saving leaves out of a model's `folder`."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # here: it brings PEFT, which takes seconds to import
+
     refresh_card(stage, folder)
     if not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         copy_code(stage, _own_class(model))
