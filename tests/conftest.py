@@ -39,7 +39,7 @@ def seed():
 
 @pytest.fixture
 def usual_four_bits(monkeypatch):
-    """Without the layout of 4-bit weights that bitsandbytes has for some processors, and there not for narrow layers."""
+    """Without the layout of 4-bit weights that bitsandbytes has for some processors, not for narrow layers there."""
     with contextlib.suppress(ImportError):
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
