@@ -33,7 +33,7 @@ test-floor:
 		TESTS="$(CORE_TESTS)"
 
 test-common: $(VENV)/test.done
-	$(BIN)/python -m pytest -n 2 -m common tests
+	$(BIN)/python -m pytest -n 2 -m common tests/common
 
 test-gpu: $(VENV)/test.done
 	$(BIN)/python -m pytest -m gpu tests

@@ -236,7 +236,7 @@ def decode(models: dict[str, torch.nn.Module], settings: dict, report: dict) -> 
             try:
                 begin = time.perf_counter()
                 if name == OURS and not compiled:  # what is asked for logits takes Transformers' loop
-                    report["checks"][f"{OURS}, tokens below the likeliest"] = check_plain(model)
+                    report["checks"][f"{OURS}, tokens below the argmax"] = check_plain(model)
                     report["first_call_seconds"][label] = time.perf_counter() - begin
                 error = check(name, model, compiled, rows)
                 report["first_call_seconds"].setdefault(label, time.perf_counter() - begin)

@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--qlora_cells", type=_cell, nargs="+", default=[(1, 2048), (4, 2048)], metavar="BxT", help="of qlora"
     )
-    parser.add_argument("--models", nargs="+", choices=("griffin", "llama"), default=["griffin", "llama"], help="of qlora")
+    models = ["griffin", "llama"]
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="of qlora")
     parser.add_argument("--cell", type=_cell, default=(8, 2048), metavar="BxT", help="of float8")
     parser.add_argument("--steps", type=int, default=500, help="training steps of text")
     parser.add_argument("--config", default="configuration/model/griffin-100m.json", help="the model of text")

@@ -55,9 +55,9 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", default="", help="how the document begins (default: nothing)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampling; 0 is greedy")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token; no sampling")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the most probable tokens up to this probability")
+    parser.add_argument("--greedy", action="store_true", help="always the most probable token (argmax); no sampling")
     parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """What all tests share: seeds, threads, small models whose every path is audible, and the skipping of GPU tests."""
 
+import contextlib
 import random
 
 import pytest
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(items):
 def seed():
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def usual_four_bits(monkeypatch):
+    """Without the layout of 4-bit weights that bitsandbytes has for some processors, not for narrow layers there."""
+    with contextlib.suppress(ImportError):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.fixture

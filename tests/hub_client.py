@@ -31,6 +31,21 @@ def pulled_logits(*name, **arguments):
 """
 
 
+def environment_of(url: str, home: Path, token: str | None, package: bool) -> dict[str, str]:
+    """Variables of a process that talks to the Hub at `url`, arguments as in `HubClient`."""
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry) != ROOT]
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": os.pathsep.join([*path, *[str(ROOT), str(ROOT / "scripts")] * package]),
+        **({"HF_TOKEN": token} if token else {}),
+    }
+
+
 class HubClient:
     """`client.run(code)` runs code in the process and returns the variable `result` that it sets, as JSON has it.
 
@@ -45,21 +60,9 @@ class HubClient:
     def __init__(self, url: str, home: Path, token: str | None, package: bool, triton: bool = False):
         self.home = home
         hidden = [name for name, found in {"modeling_griffin": package, "triton": triton}.items() if not found]
-        path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry) != ROOT]
-        keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment = {
-            **keep,
-            "HF_ENDPOINT": url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": os.pathsep.join([*path, *[str(ROOT), str(ROOT / "scripts")] * package]),
-            **({"HF_TOKEN": token} if token else {}),
-        }
         self.process = subprocess.Popen(
             [sys.executable, __file__, *hidden],
-            env=environment,
+            env=environment_of(url, home, token, package),
             cwd=home,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

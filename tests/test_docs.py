@@ -107,7 +107,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(place, monkeypatch):
+def reader(place, monkeypatch, usual_four_bits):
     """The reader's folder as the current one; the initialisations of Λ are afterwards those of before."""
     monkeypatch.chdir(place)
     before = dict(modeling_griffin.LAMBDA_INITS)

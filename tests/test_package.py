@@ -110,8 +110,11 @@ def run(arguments, **kwargs):
 
 
 IMPORT = """
-import sys, torch
-sys.modules |= dict.fromkeys(["triton", "scipy", "matplotlib", "datasets"])  # None: as if not installed
+import importlib.util, sys, torch
+extras = ["triton", "scipy", "matplotlib", "datasets", "accelerate", "peft", "trl", "bitsandbytes", "torchao"]
+find_spec = importlib.util.find_spec  # as if not installed: neither found nor importable
+importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in extras else find_spec(name, *package)
+sys.modules |= dict.fromkeys(extras)
 import modeling_griffin
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("griffin", vocab_size=8, hidden_size=32, num_hidden_layers=3, num_gate_blocks=2)

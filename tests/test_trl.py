@@ -74,10 +74,10 @@ def test_metrics_are_those_of_the_models_own_logits(tmp_path, small_model, layou
     with torch.no_grad():
         model.lm_head.weight.mul_(4)  # so that the cap bites
     documents = make_documents(prompts=True)
-    for document in documents[::2]:  # half of the documents with what the model finds likeliest: accuracy above 0
+    for document in documents[::2]:  # half of the documents with argmax of the model: accuracy above 0
         ids = torch.tensor([document["input_ids"]])
-        likeliest = model(ids, use_cache=False).logits[0, :-1].argmax(-1).tolist()
-        document["labels"][1:] = [-100 if old == -100 else new for old, new in zip(document["labels"][1:], likeliest)]
+        largest = model(ids, use_cache=False).logits[0, :-1].argmax(-1).tolist()
+        document["labels"][1:] = [-100 if old == -100 else new for old, new in zip(document["labels"][1:], largest)]
     loss, _, log_probabilities, learnt = alone(model, documents)
     trainer = make_trainer(
         tmp_path, model, documents, per_device_train_batch_size=6, gradient_accumulation_steps=1, **LAYOUTS[layout]

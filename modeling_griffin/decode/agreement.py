@@ -4,6 +4,9 @@ The two are different programs for one network, and nothing else keeps them from
 not know, a GPU that the kernels have not met.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers.cache_utils import DynamicCache
 
@@ -69,28 +72,48 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def first_difference(model: torch.nn.Module, step: DecodeStep | ForwardStep, tokens: torch.Tensor) -> str:
-    """The first layer behind which the residual stream of a fused step is another than the model's."""
-    if isinstance(step, ForwardStep):
-        return "the forward pass over fixed buffers"
-    cache, expected, step.trace = _start(model, step, tokens), [], []
-    layers = model.model.layers
-    hooks = [layers[0].register_forward_pre_hook(lambda module, args: expected.append(args[0][:, -1]))]
-    hooks += [
-        layer.register_forward_hook(lambda module, args, output: expected.append(output[:, -1])) for layer in layers
-    ]
-    try:
-        for position in range(PROMPT, PROMPT + STEPS):
-            step.token.copy_(tokens[:, position])
-            step._compute()
+    """The first layer that hands on another residual stream in the step than in the model."""
+    cache, layers = _start(model, step, tokens), model.model.layers
+    pairs = []
+    for position in range(PROMPT, PROMPT + STEPS):
+        step.token.copy_(tokens[:, position])
+        with _streams(layers) as expected:
             model(tokens[:, position, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        found = step.trace
-    finally:
-        step.trace = None
-        for hook in hooks:
-            hook.remove()
+        with _streams(layers) as found:
+            found += _trace(step)
+        pairs += zip(found, expected)
     names = ["the embedding", *(f"model.layers.{i}, {kind}" for i, kind in enumerate(model.config.layer_types))]
-    tolerance = TOLERANCE.get(step.dtype, 5e-2)
-    for name, mine, theirs in zip(names * STEPS, found, expected):
-        if not relative_error(mine.float(), theirs.float()) <= tolerance:
+    for name, (mine, theirs) in zip(names * STEPS, pairs):
+        if not relative_error(mine.float(), theirs.float()) <= TOLERANCE.get(theirs.dtype, 5e-2):
             return name
     return "final_norm or lm_head"
+
+
+def _trace(step: DecodeStep | ForwardStep) -> list[torch.Tensor]:
+    """One token of the step, by its operations; what a fused one had before and behind each layer, which hooks miss."""
+    if isinstance(step, ForwardStep):
+        step._compute()
+        return []
+    step.trace = []
+    try:
+        step._compute()
+        return step.trace
+    finally:
+        step.trace = None
+
+
+@contextlib.contextmanager
+def _streams(layers: torch.nn.ModuleList) -> Iterator[list[torch.Tensor]]:
+    """(B, D) of the last token before the first layer and behind each, of what is called inside."""
+    seen: list[torch.Tensor] = []
+
+    def see(hidden: torch.Tensor | tuple) -> None:  # a tuple of layers that a user has put in
+        seen.append((hidden[0] if isinstance(hidden, tuple) else hidden)[:, -1].clone())
+
+    hooks = [layers[0].register_forward_pre_hook(lambda module, args: see(args))]
+    hooks += [layer.register_forward_hook(lambda module, args, output: see(output)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

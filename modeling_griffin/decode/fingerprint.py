@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..kernels.hooks import global_forward_hooks
 from ..modeling_griffin import GriffinAttention
-from .host_effects import global_hooks
 from .original import functions_now
 from .packed import tensors_of
 
@@ -49,7 +49,7 @@ def forward_fingerprint(model: nn.Module) -> tuple:
     kind = model.device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
-    around = _value(global_hooks()), functions_now(), torch.get_default_dtype()
+    around = _value(global_forward_hooks()), functions_now(), torch.get_default_dtype()
     return config, autocast, around, tuple(_module(module) for module in model.modules())
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..causal_conv1d import CausalConv1d
 from ..gpu import no_kernels_reason
 from ..kernels.device import float8_fits, properties
+from ..kernels.hooks import forward_hooks, has_global_hooks
 from ..modeling_griffin import (
     GriffinAttention,
     GriffinDecoderLayer,
@@ -73,7 +74,7 @@ def _around_the_model(model) -> Iterator[str]:
         yield "attention_dropout in training mode"
     if torch.is_autocast_enabled(device.type):
         yield "autocast"
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         yield "hooks of every module"
     if (mode := watching_mode()) is not None:
         yield f"a {mode}"
@@ -187,8 +188,7 @@ def _in_packed(module: nn.Module, shapes: tuple, like: torch.Tensor) -> str | No
 
 
 def _has_a_hook(module: nn.Module) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(_changes_nothing(hook) for hook in hooks)
+    return not all(_changes_nothing(hook) for hook in forward_hooks(module))
 
 
 def _changes_nothing(hook) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..kernels.hooks import forward_hooks, global_forward_hooks
 from .original import OF_CLASSES, own_function
 
 
@@ -31,7 +32,7 @@ CALLABLE = ("isinstance", "len", "min", "max", "abs", "getattr", "hasattr", "sum
 
 def host_effect(module: nn.Module) -> str | None:
     """What in the module's own calls cannot be recorded, or None."""
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+    for hook in forward_hooks(module):
         if (effect := effect_of(hook, type(module))) is not None:
             return f"a hook {effect}"
     if own_function(module) not in (None, "forward"):
@@ -45,7 +46,7 @@ def host_effect(module: nn.Module) -> str | None:
 
 def global_effect() -> str | None:
     """The same of hooks that every module has."""
-    return _first(effect_of(hook) for hook in global_hooks())
+    return _first(effect_of(hook) for hook in global_forward_hooks())
 
 
 def watching_mode() -> str | None:
@@ -57,10 +58,6 @@ def watching_mode() -> str | None:
         return "TorchDispatchMode"
     modes = _get_current_function_mode_stack()
     return next((type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)), None)
-
-
-def global_hooks() -> list:
-    return [*nn.modules.module._global_forward_hooks.values(), *nn.modules.module._global_forward_pre_hooks.values()]
 
 
 def effect_of(function: Callable, owner: type | None = None, seen: frozenset = frozenset()) -> str | None:

@@ -16,7 +16,15 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from ..causal_conv1d import convolve
 from ..elementwise import rms_norm
-from ..kernels.device import MATVEC_ROWS, attention_split, largest_logits_block, recurrent_tile
+from ..kernels.device import (
+    BEGIN_WARPS,
+    END_WARPS,
+    MATVEC_ROWS,
+    NORM_WARPS,
+    attention_split,
+    largest_logits_block,
+    recurrent_tile,
+)
 from ..rg_lru_scan import rg_lru_scan
 from .linear import Gemms
 from .packed import bias_of, weight_of
@@ -180,7 +188,7 @@ class KernelOps(PlainOps):
             PDL=self.launch["PDL"],
             BLOCK_D=triton.next_power_of_2(width),
             BLOCK_R=triton.next_power_of_2(max(1, rotary)),
-            num_warps=8,
+            num_warps=BEGIN_WARPS,
         )
         return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
@@ -193,7 +201,7 @@ class KernelOps(PlainOps):
     def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
         block = largest_logits_block(logits.shape[1])
         end_kernel[(logits.shape[0],)](
-            *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=16, **self.launch
+            *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=END_WARPS, **self.launch
         )
 
     def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
@@ -287,7 +295,7 @@ class KernelOps(PlainOps):
             *(x, x if stream.delta is None else stream.delta, norm.weight, y, norm.eps, x.shape[1]),
             ADD=stream.delta is not None,
             BLOCK_D=triton.next_power_of_2(x.shape[1]),
-            num_warps=8,
+            num_warps=NORM_WARPS,
             **self.launch,
         )
         stream.delta = None  # the kernel has added it

@@ -20,6 +20,7 @@ from .elementwise import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, tr
 from .fallback import or_definition
 from .flash_attention import attention_runs
 from .gates import gates_unavailable_reason, rg_lru_gates
+from .hooks import has_hooks
 from .linears import gelu_gated_linears, joined_linears
 from .loss import KernelRowLosses
 
@@ -49,13 +50,7 @@ def is_plain(module: nn.Module, cls: type) -> bool:
     Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
     offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
     """
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return (
-        type(module) is cls
-        and "forward" not in vars(module)
-        and not any(hooks)
-        and not nn.modules.module._has_any_global_hook()
-    )
+    return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
 
 
 def as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -9,6 +9,7 @@ import torch
 
 from ..gpu import ceil_div
 from ..rg_lru_scan_triton import Tile, overlap_options
+from .device.training import LAID_OUT, WALKED_CHANNELS
 from .launch import launch
 
 
@@ -28,8 +29,8 @@ def lay_out_sequences(
     words = x.new_empty(count, dtype=torch.int64) if count else None
     marks = x.new_empty(ceil_div(length, tile.steps) * tile.segments, dtype=torch.int64)
     sequence = x.new_empty(length, dtype=torch.int32)
-    segments = 256 // tile.rows
-    programs = max(ceil_div(count, 4096), ceil_div(length, 256), min(number, 128))
+    segments, (block, channels_each, warps) = 256 // tile.rows, LAID_OUT
+    programs = max(ceil_div(count, block), ceil_div(length, 256), min(number, 128))
     launch(
         *(lay_out_kernel, (programs,)),
         layout.cu_seqlens,
@@ -51,11 +52,11 @@ def lay_out_sequences(
         HAS_ENTERING=layout.entering is not None,
         CHAINED=count > 0,
         PDL=overlap_options(x)["PDL"],
-        BLOCK=4096,
+        BLOCK=block,
         SEGMENTS=segments,
         ROWS=tile.rows,
-        CHANNELS=512,
-        num_warps=4,
+        CHANNELS=channels_each,
+        num_warps=warps,
     )
     return words, marks, sequence
 
@@ -65,7 +66,7 @@ def launch_walk(
     inputs: tuple[torch.Tensor, ...],
     sequences: tuple[torch.Tensor, torch.Tensor | None],
     outputs: tuple[torch.Tensor, ...],
-    channels_each: int = 256,
+    channels_each: int = WALKED_CHANNELS,
 ) -> None:
     x, (cu_seqlens, starts) = inputs[0], sequences
     _, length, channels = x.shape

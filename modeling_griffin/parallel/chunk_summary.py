@@ -8,6 +8,7 @@ Legend: B batch, T time, C channels, S segments of a chunk.
 import torch
 
 from ..gpu import ceil_div
+from ..kernels.device.training import CHUNK_SUMMARY
 from ..kernels.launch import launch
 from ..rg_lru_scan_triton import triton_unavailable_reason
 
@@ -21,7 +22,7 @@ except ImportError:
 
 
 BLOCK = 1024  # steps whose decays and inputs are held in float32 at a time
-ROWS, CHANNELS = 256, 256  # of a program of the kernels
+ROWS, CHANNELS, WARPS = CHUNK_SUMMARY  # of a program of the kernels
 
 
 def fold(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +102,6 @@ def _reduce_segments(kernel, inputs, log_decay, reset) -> tuple[torch.Tensor, to
         EXACT=any(each.dtype == torch.float32 for each in inputs),
         ROWS=ROWS,
         CHANNELS=CHANNELS,
-        num_warps=4,
+        num_warps=WARPS,
     )
     return products, sums

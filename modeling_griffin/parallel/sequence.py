@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from ..causal_lm_loss import causal_lm_loss
+from ..kernels.hooks import forward_pre_hooks
 from ..modeling_griffin import config_of_masks
 from ..serving.state import GenerationState
 from .chunk_layout import read_chunk, take_chunk
@@ -88,7 +89,7 @@ class SequenceParallel:
         """Undoes `remove`. With one rank there is nothing to do."""
         if self.ranks.size == 1 or self._hook is not None:
             return
-        if any(isinstance(getattr(hook, "__self__", None), SequenceParallel) for hook in _hooks(self.base)):
+        if any(isinstance(getattr(hook, "__self__", None), SequenceParallel) for hook in forward_pre_hooks(self.base)):
             raise ValueError("the model is shared over ranks already: allowed is once, or after remove()")
         if self.head is not None:
             if hasattr(self.head, "_loss_function"):
@@ -225,10 +226,6 @@ def _find(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         found = ", ".join(sorted(others)) or type(model).__name__
         raise ValueError(f"model is a {found}: allowed are GriffinForCausalLM and GriffinModel")
     return bases[0], heads[0] if heads else None
-
-
-def _hooks(module: nn.Module) -> list:
-    return list(module._forward_pre_hooks.values())
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..configuration_griffin import AUTO_MAP, OUR_CLASSES, GriffinConfig
@@ -117,10 +116,12 @@ def save_model(
 
 def _complete(model, stage: Path, folder: Path) -> None:
     """Puts into `stage` what stock saving leaves out of a model's `folder`."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # here: it brings PEFT, which takes seconds to import
+
     refresh_card(stage, folder)
     if not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
         copy_code(stage, _own_class(model))
-        _copy_tokenizer(Path(str(model.config._name_or_path or ".")), stage, folder)
+        _copy_tokenizer(model.config, stage, folder)
         return
     for path in code_files(_own_class(model)):
         (stage / path.name).unlink(missing_ok=True)
@@ -129,13 +130,29 @@ def _complete(model, stage: Path, folder: Path) -> None:
         refresh_card(stage, folder.parent, target=folder.parent)
 
 
-def _copy_tokenizer(source: Path, stage: Path, folder: Path) -> None:
-    """From the folder that the model was loaded from, unless there is one already."""
-    if any((folder / name).exists() for name in TOKENIZER_FILES) or not (source / "config.json").exists():
+def _copy_tokenizer(config: GriffinConfig, stage: Path, folder: Path) -> None:
+    """From the folder or repository that the model was loaded from, unless there is one already."""
+    if any((folder / name).exists() for name in TOKENIZER_FILES) or not config._name_or_path:
         return
     for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (source / name).is_symlink():
-            shutil.copyfile(source / name, stage / name)
+        if (path := _beside_the_weights(config, name)) is not None:
+            shutil.copyfile(path, stage / name)
+
+
+def _beside_the_weights(config: GriffinConfig, name: str) -> Path | None:
+    """A file of the folder, or of the repository as far as it was downloaded: nothing is fetched for it.
+
+    Where the cache has models of several revisions, none is taken: this one does not say which is its own.
+    """
+    source = Path(config._name_or_path)
+    if (source / "config.json").exists():
+        return source / name if (source / name).is_file() and not (source / name).is_symlink() else None
+    if len(source.parts) != 2 or source.exists():
+        return None
+    found = try_to_load_from_cache(config._name_or_path, name)
+    if not isinstance(found, str) or len(list(Path(found).parents[1].glob("*/config.json"))) != 1:
+        return None
+    return Path(found)
 
 
 def push_model(

@@ -30,8 +30,9 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from ..decode.host_effects import effect_of, global_effect, global_hooks, host_effect
+from ..decode.host_effects import effect_of, global_effect, host_effect
 from ..kernels.capture import capture
+from ..kernels.hooks import backward_hooks, global_forward_hooks, hook_numbers
 from .batch import Batch, read_batch
 
 
@@ -291,7 +292,7 @@ class _Replay(torch.autograd.Function):
 def _key(model: nn.Module, modules: list[nn.Module]) -> tuple:
     """All that a recorded step depends on besides its inputs; modules: all of the model when it was recorded."""
     config = {name: value for name, value in vars(model.config).items() if name not in WRITTEN_BY_SAVING}
-    return [_state_of(module) for module in modules], repr(config), type(model).forward, global_hooks()
+    return [_state_of(module) for module in modules], repr(config), type(model).forward, global_forward_hooks()
 
 
 def _what_shards(modules: Iterable[nn.Module]) -> str | None:
@@ -319,7 +320,7 @@ def _host_effect(modules: Iterable[nn.Module]) -> str | None:
     for module in modules:
         if (effect := host_effect(module)) is not None:
             return effect
-        for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
+        for hook in backward_hooks(module):
             if (effect := effect_of(hook, type(module))) is not None:
                 return f"a backward hook {effect}"
     return None
@@ -333,10 +334,7 @@ def _state_of(module: nn.Module) -> tuple:
         inside.get("forward"),
         *map(id, inside["_modules"].values()),
         *(None if p is None else (p.data_ptr(), p.dtype, p.requires_grad) for p in inside["_parameters"].values()),
-        *inside["_forward_hooks"],
-        *inside["_forward_pre_hooks"],
-        *inside["_backward_hooks"],
-        *inside["_backward_pre_hooks"],
+        *hook_numbers(module),
     )
 
 

@@ -1,4 +1,4 @@
-"""What parts of benchmark_generation.py share: prompts, and whether tokens are the likeliest."""
+"""What parts of benchmark_generation.py share: prompts, and whether tokens are the argmax."""
 
 import torch
 
@@ -14,7 +14,7 @@ def random_ids(model: torch.nn.Module, rows: int, length: int, seed: int = 0) ->
 
 @torch.no_grad()
 def shortfall(what: str, model: torch.nn.Module, sequences: torch.Tensor, prompt: int) -> float:
-    """How far below the likeliest a token behind the prompt is at most, of the largest logit; SystemExit if far.
+    """How far below the argmax a token after the prompt is at most, of the largest logit; SystemExit if far.
 
     In 16 bits two tokens may be as likely as can be told: then this, and not equality, is what can be asked for.
     """
@@ -22,5 +22,5 @@ def shortfall(what: str, model: torch.nn.Module, sequences: torch.Tensor, prompt
     chosen = logits.gather(2, sequences[:, prompt:, None])[..., 0]
     error = ((logits.max(-1).values - chosen).max() / logits.abs().max()).item()
     if not error <= TOLERANCE[model.dtype]:
-        raise SystemExit(f"{what}: a token is {error:.1e} below the likeliest: nothing is timed")
+        raise SystemExit(f"{what}: a token is {error:.1e} below the argmax: nothing is timed")
     return error

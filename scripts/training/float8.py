@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from modeling_griffin.kernels.device import properties
+
 
 RECIPES = ("tensorwise", "rowwise")
 LEAST_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}  # of the GPU, as PyTorch's float8 products ask for
@@ -26,9 +28,9 @@ def check_float8(recipe: str | None, device: torch.device) -> None:
     if importlib.util.find_spec("torchao") is None:
         raise ValueError(f"float8 = {recipe!r} needs torchao, which is not installed: pip install torchao, or unset it")
     least = LEAST_CAPABILITY[recipe]
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
-    if found is None or found < least:
-        name = device.type if found is None else f"a GPU of compute capability {found[0]}.{found[1]}"
+    found = properties(device).capability  # (0, 0) of anything but an NVIDIA GPU
+    if found < least:
+        name = device.type if found == (0, 0) else f"a GPU of compute capability {found[0]}.{found[1]}"
         allowed = f"a GPU of compute capability {least[0]}.{least[1]} or newer"
         raise ValueError(f"float8 = {recipe!r} on {name}: allowed is {allowed}; unset it to train here")
 

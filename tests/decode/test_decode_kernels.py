@@ -50,7 +50,7 @@ def test_the_beginning_of_a_step(dtype, time, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_the_end_of_a_step(dtype, rows, vocabulary, monkeypatch):
-    """Blocks of 64: the likeliest of several in one block and in others; values of all kinds; time goes on by one."""
+    """Blocks of 64: the largest of several in one block and in others; values of all kinds; time goes on by one."""
     monkeypatch.setattr(tiles, "LOGITS_BLOCK", 64)
     of_many, of_few = normal(rows, vocabulary), torch.randint(-2, 2, (rows, vocabulary), device=DEVICE).float()
     zeros = torch.zeros(rows, vocabulary, device=DEVICE).copysign(of_many)
@@ -73,7 +73,7 @@ def test_the_end_of_a_step(dtype, rows, vocabulary, monkeypatch):
 @pytest.mark.parametrize("vocabulary", [32000, 32003, 256000])
 @torch.no_grad()
 def test_the_end_of_a_step_of_a_large_vocabulary(vocabulary):
-    """The likeliest in the middle of the row and again at its end."""
+    """The largest in the middle of the row and again at its end."""
     for rows in (1, 64, 65):
         logits, token = normal(rows, vocabulary, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long).cuda()
         first = torch.randint(vocabulary // 2, vocabulary, (rows, 1), device=DEVICE)

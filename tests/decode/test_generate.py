@@ -95,8 +95,8 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_likeliest_is_found_as_in_float32(dtype):
-    """Where many are likeliest, and where some are infinite or no numbers."""
+def test_argmax_is_found_as_in_float32(dtype):
+    """Where many are largest, and where some are infinite or no numbers."""
     logits = torch.randint(-3, 4, (64, 500), generator=torch.Generator().manual_seed(1)).to(dtype)
     logits[1, 7::50], logits[2, 9::60], logits[3] = float("inf"), float("nan"), float("-inf")
     logits[4] = torch.where(logits[4] == 0, -logits[4], logits[4]).clamp(max=0)  # zeros of both signs
@@ -104,24 +104,24 @@ def test_the_likeliest_is_found_as_in_float32(dtype):
     assert torch.equal(choice.next(logits), logits.float().argmax(-1))
 
 
-def test_the_step_s_own_likeliest_is_taken_where_nothing_changes_it():
+def test_the_step_s_own_argmax_is_taken_where_nothing_changes_it():
     """The host then looks at the prompt's logits alone; padding behind an end is put into the step."""
-    prompt, likeliest, logits = torch.ones(2, 2, dtype=torch.long), torch.tensor([3, 4]), torch.rand(2, 29)
+    prompt, argmax, logits = torch.ones(2, 2, dtype=torch.long), torch.tensor([3, 4]), torch.rand(2, 29)
     plain, sampling = SimpleNamespace(do_sample=False), SimpleNamespace(do_sample=True)
-    assert fast_generate._Choice(prompt, [], [], plain).next(logits, likeliest) is likeliest
+    assert fast_generate._Choice(prompt, [], [], plain).next(logits, argmax) is argmax
     choice = fast_generate._Choice(prompt, [lambda tokens, scores: -scores], [], plain)
-    assert torch.equal(choice.next(logits, likeliest), logits.argmin(-1))
+    assert torch.equal(choice.next(logits, argmax), logits.argmin(-1))
     certain = torch.full((2, 29), -100.0).scatter(1, torch.tensor([[7], [8]]), 0.0)
-    assert fast_generate._Choice(prompt, [], [], sampling).next(certain, likeliest).tolist() == [7, 8]
+    assert fast_generate._Choice(prompt, [], [], sampling).next(certain, argmax).tolist() == [7, 8]
     ends, plain._pad_token_tensor = [SimpleNamespace(eos_token_id=torch.tensor([4]))], torch.tensor(0)
     choice = fast_generate._Choice(prompt, [], ends, plain)
-    found = [choice.next(logits, likeliest).tolist() for _ in range(2)]
-    assert found == [[3, 4], [3, 0]] and choice.tokens[:, 2:4].T.tolist() == found and likeliest.tolist() == [3, 4]
+    found = [choice.next(logits, argmax).tolist() for _ in range(2)]
+    assert found == [[3, 4], [3, 0]] and choice.tokens[:, 2:4].T.tolist() == found and argmax.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"eos_token_id": [7, 8, 9], "min_new_tokens": 9}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_where_the_likeliest_is_not_what_is_chosen(kind, options, both, small_model):
+def test_greedy_where_argmax_is_not_what_is_chosen(kind, options, both, small_model):
     model, ids = small_model(kind), random_ids(3, 6)
     expected, found = both(model, ids, **options)
     assert torch.equal(found, expected) and not torch.equal(found, run(model, ids))

@@ -24,7 +24,7 @@ from modeling_griffin.kernels.device import matmul_tile, product_tile
 from modeling_griffin.kernels.device.known import KNOWN
 
 
-ROWS = [1, 2, 3, 4, 17, 65]  # one, two and four row by row, 65 by cuBLAS, the others as products of matrices
+ROWS = [1, 2, 3, 4, 17, 65]  # one, two and four row by row, 65 by cuBLAS, the others as GEMMs
 MATMUL_DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 
 pytestmark = needs_kernels

@@ -7,6 +7,8 @@ import torch
 
 from modeling_griffin import GenerationRequest
 from modeling_griffin.decode import steps as kept_steps
+from modeling_griffin.decode.agreement import Disagreement, check_step
+from modeling_griffin.decode.forward import ForwardStep
 from modeling_griffin.decode.ops import PlainOps
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.decode.steps import STEPS, ring_slots, take_step
@@ -127,6 +129,27 @@ def test_a_step_that_computes_something_else_is_not_used_and_the_layer_is_named(
     for _ in range(2):
         assert torch.equal(run(model, ids), expected)
     assert len(said) == 1 and "a fused step of 2 rows is not used" in said[0] and layer in said[0]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_of_the_forward_pass_over_fixed_buffers_the_layer_is_named_too(number, small_model):
+    model = small_model()
+    step = ForwardStep(model, 2, 8, False)
+    step.prepare(model)
+    check_step(model, step)
+    block = model.model.layers[number].mlp_block
+    right = block.forward
+    block.forward = lambda x: right(x) * (1.3 if model_of_step else 1.0)
+    model_of_step, compute = [], step._compute
+
+    def computes():
+        model_of_step.append(1)
+        compute()
+        model_of_step.clear()
+
+    step._compute = step.run = computes
+    with pytest.raises(Disagreement, match=rf"first in model.layers.{number}, "):
+        check_step(model, step)
 
 
 def test_a_step_without_memory_is_tried_again(small_model, monkeypatch):

@@ -176,20 +176,20 @@ def test_a_step_that_is_let_go_takes_its_passes_along(small_model):
 
 
 def test_a_draft_that_is_wrong_in_the_middle_hides_what_follows(small_model):
-    """Even where the later ones are again what is likeliest."""
+    """Even where the later ones are again the argmax."""
     step = filled_step(small_model("hawk").to(DEVICE), 3)
     drafts = VerifyStep(step, 4)
     drafts.read(7, [])
-    for likeliest, tokens, accepted in (
+    for largest, tokens, accepted in (
         ([3, 4, 5, 6], [7, 3, 9, 5], 2),
         ([3, 4, 5, 6], [7, 9, 4, 5], 1),
         ([3, 4, 5, 6], [7, 3, 4, 5], 4),
         ([0, 0, 0, 0], [7, 0, 7, 0], 2),
     ):
-        drafts.report[1:], time = torch.tensor(likeliest), step.clock.time.item()
+        drafts.report[1:], time = torch.tensor(largest), step.clock.time.item()
         drafts.ops.accept(torch.tensor(tokens, pin_memory=DEVICE == "cuda"), drafts.report, step.token, step.clock)
-        assert drafts.report.tolist() == [accepted, *likeliest]
-        assert step.token.tolist() == [likeliest[accepted - 1]] and step.clock.time.item() == time + accepted
+        assert drafts.report.tolist() == [accepted, *largest]
+        assert step.token.tolist() == [largest[accepted - 1]] and step.clock.time.item() == time + accepted
 
 
 @pytest.mark.parametrize("rows, tokens, message", [(2, 3, "has 2 rows"), (1, 1, "allowed is 2 to 8"), (1, 9, "2 to 8")])

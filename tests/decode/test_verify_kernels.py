@@ -87,13 +87,13 @@ def test_recurrence(lambda_bias, width, blocks, tokens, taps, small_model):
 
 
 @pytest.mark.parametrize(
-    "likeliest, drafts, accepted",
+    "largest, drafts, accepted",
     [([3, 4, 5], [3, 4], 3), ([3, 4, 5], [3, 9], 2), ([3, 4, 5], [9, 4], 1), ([3, 4, 7], [3, 4], None)],
 )
 @pytest.mark.parametrize("more", [0, 1, 20])
-def test_what_is_accepted(likeliest, drafts, accepted, more):
+def test_what_is_accepted(largest, drafts, accepted, more):
     """`more` places without a draft, where the token chosen last stands: all right (None), or behind a wrong one."""
-    expected, behind = accepted or 3 + more, [*likeliest, *[7] * more]
+    expected, behind = accepted or 3 + more, [*largest, *[7] * more]
     for make in KERNELS:
         tokens = torch.tensor([7, *drafts, *[7] * more], pin_memory=DEVICE == "cuda")
         tokens = tokens if make is KernelVerifyOps else tokens.to(DEVICE)

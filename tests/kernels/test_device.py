@@ -13,6 +13,7 @@ from modeling_griffin.kernels.device.known import KNOWN, known_gpu
 
 
 PACKAGE = Path(__file__).parents[2] / "modeling_griffin"
+SCRIPTS = PACKAGE.parent / "scripts"
 TABLES = (training.ATTENTION_FORWARD, training.ATTENTION_QUERY_GRADIENT, training.ATTENTION_KEY_GRADIENTS)
 FROM_AMPERE_ON = [name for name, known in KNOWN.items() if known.capability >= (8, 0)]
 QUESTIONS = ("get_device_capability", "get_device_properties", "capability")
@@ -36,8 +37,25 @@ def asks_a_gpu(path: Path) -> list[str]:
 
 
 def test_only_one_place_knows_gpus():
+    """Scripts ask it too; what they measure on a named GPU may have that GPU's numbers."""
     allowed = [PACKAGE / "gpu.py", *(PACKAGE / "kernels" / "device").glob("*.py")]
-    found = [line for path in PACKAGE.rglob("*.py") if path not in allowed for line in asks_a_gpu(path)]
+    paths = [path for path in PACKAGE.rglob("*.py") if path not in allowed]
+    found = [line for path in paths for line in asks_a_gpu(path)]
+    found += [line for path in SCRIPTS.rglob("*.py") for line in asks_a_gpu(path) if "get_device_cap" in line]
+    assert not found, found
+
+
+def test_launch_options_stand_there_too():
+    """`num_warps=8` anywhere else is a tile that nobody finds; the scan's, which ships, are in its own file."""
+    found = [
+        f"{path.name}:{keyword.value.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        if "scan_triton" not in path.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg in ("num_warps", "num_stages", "maxnreg") and isinstance(keyword.value, ast.Constant)
+    ]
     assert not found, found
 
 

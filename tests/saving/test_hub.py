@@ -147,6 +147,27 @@ def test_pipeline_and_tokenizer(reader, author):
     assert text.startswith("w5 w9") and text.count("w") == 6
 
 
+def test_the_tokenizer_comes_along(author):
+    """Of the repository that the model was loaded from, once it was downloaded; not where there are two revisions."""
+    code = """
+    import peft
+    from pathlib import Path
+    from transformers import AutoTokenizer
+    def merge(name):
+        base = AutoModelForCausalLM.from_pretrained("me/words")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        adapted.merge_and_unload().save_pretrained(folder + name)
+        return (Path(folder + name) / "tokenizer.json").exists()
+    model.push_to_hub("me/words"), tokenizer.push_to_hub("me/words")
+    result = [merge("/before")]
+    AutoTokenizer.from_pretrained("me/words")
+    result += [merge("/after"), AutoTokenizer.from_pretrained(folder + "/after")("w5 w9").input_ids]
+    model.push_to_hub("me/words", tags=["another"])
+    result += [merge("/later")]
+    """
+    assert author.run(code, folder=str(author.home / "merged")) == [False, True, [5, 9], False]
+
+
 def test_private_repository(author, reader, expected):
     author.run('model.push_to_hub("me/secret", private=True)')
     assert "RepositoryNotFoundError" in reader.error(

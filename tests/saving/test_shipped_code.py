@@ -6,14 +6,21 @@ import importlib
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
+from transformers.activations import ACT2FN
 from transformers.dynamic_module_utils import get_imports
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from modeling_griffin.saving.save import AUTO_MAP, code_files
 
 
 CODE = sorted(path.name for path in code_files())
+OUR_STYLES = {"griffin_first_axis", "griffin_shared_head"}
 SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").rglob("*.py"))
 
 
@@ -90,8 +97,26 @@ LISTENING = []
 sys.addaudithook(lambda event, arguments: EVENTS.append((event, arguments)) if LISTENING else None)
 
 
+def attributes_of_others() -> dict[tuple[str, str], int]:
+    """(class or module, attribute) of PyTorch and Transformers as far as they are imported -> what it is."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if module is None or name.split(".")[0] not in ("torch", "transformers"):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, types.FunctionType):
+                found[name, attribute] = id(value)
+            if isinstance(value, type) and value.__module__ == name:
+                members = vars(value).items()
+                found |= {(f"{name}.{attribute}", key): id(member) for key, member in members if callable(member)}
+    return found
+
+
 def test_importing_the_shipped_files_does_nothing_else(tmp_path, monkeypatch):
-    """No file but Python's own is opened, none written; no process, no connection, no change of the environment."""
+    """No file but Python's own is opened, none written; no process, no connection, no change of the environment.
+
+    Nothing of PyTorch and Transformers is replaced, and of their registries two parallel styles are the only news.
+    """
     package = tmp_path / "shipped_copy"
     package.mkdir()
     for path in code_files():
@@ -101,7 +126,12 @@ def test_importing_the_shipped_files_does_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401  what it does when it is imported is not ours to say
-    environment = dict(os.environ)
+    environment, before = dict(os.environ), attributes_of_others()
+    registries = (CONFIG_MAPPING, MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, ALL_ATTENTION_FUNCTIONS, ACT2FN)
+    registered = [set(registry.keys()) for registry in registries]
+    styles = dict(ALL_PARALLEL_STYLES.items())
+    for name in OUR_STYLES:
+        monkeypatch.setitem(ALL_PARALLEL_STYLES, name, "of the package")
     EVENTS.clear()
     LISTENING.append(True)
     try:
@@ -109,6 +139,11 @@ def test_importing_the_shipped_files_does_nothing_else(tmp_path, monkeypatch):
             importlib.import_module(f"shipped_copy.{module}")
     finally:
         LISTENING.clear()
+    after = attributes_of_others()
+    assert {name for name, value in before.items() if after.get(name) != value} == set() and len(before) > 10_000
+    assert [set(registry.keys()) for registry in registries] == registered
+    changed = {name for name, style in ALL_PARALLEL_STYLES.items() if styles.get(name) is not style}
+    assert changed == OUR_STYLES
     opened = [str(arguments[0]) for event, arguments in EVENTS if event == "open"]
     assert [name for name in opened if not name.endswith((".py", ".pyc", ".so"))] == []
     watched = ("socket.", "subprocess.", "os.system", "os.remove", "os.rename", "os.mkdir", "os.putenv", "os.unsetenv")

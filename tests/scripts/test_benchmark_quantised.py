@@ -11,7 +11,7 @@ from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise
 TINY = ["--device", "cpu", "--size", "tiny", "--rows", "1", "--new", "4", "--repeats", "1"]
 
 
-def test_decoding(tmp_path):
+def test_decoding(tmp_path, usual_four_bits):
     pytest.importorskip("bitsandbytes")
     schemes = ["bfloat16", "nf4, constants too"]
     benchmark_quantised.main([*TINY, "--parts", "decode", "--schemes", *schemes, "--output", str(tmp_path / "page")])

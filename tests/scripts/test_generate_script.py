@@ -21,7 +21,7 @@ def printed(capsys, *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def test_greedy_is_the_likeliest_token_each_time(folder, capsys):
+def test_greedy_is_argmax_each_time(folder, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

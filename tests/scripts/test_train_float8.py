@@ -15,6 +15,7 @@ from training.float8 import check_float8, convert
 from transformers import AutoModelForCausalLM
 
 from modeling_griffin import LORA_TARGETS
+from modeling_griffin.gpu import GPU
 
 
 pytest.importorskip("torchao")
@@ -74,7 +75,9 @@ def test_a_layer_whose_sides_the_hardware_does_not_take(small_model, uncompiled)
     ],
 )  # fmt: skip
 def test_what_is_refused(value, capability, says, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if capability is not None:
+        found = GPU("a GPU", "nvidia", capability)
+        monkeypatch.setattr(float8, "properties", lambda device: found)
     with pytest.raises(ValueError) as error:
         check_float8(value, torch.device("cpu" if capability is None else "cuda"))
     assert says in str(error.value)

@@ -294,7 +294,7 @@ def test_nothing_to_do(way, small_model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind, way, small_model):
-    """Rows of a batch round differently, so that each token has to be one of the likeliest up to bfloat16's error."""
+    """Rows of a batch round differently, so that each token has to be argmax up to bfloat16's error."""
     model = small_model(kind, "sdpa").to(torch.bfloat16)
     load = [(random_ids(1, n, seed=n)[0], 14) for n in (1, 5, 30)]
     for (prompt, _), result in zip(

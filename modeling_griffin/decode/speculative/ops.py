@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from ...causal_conv1d import convolve
-from ...kernels.device import RECURRENT, draft_attention_split
+from ...kernels.device import BOOKKEEPING_WARPS, KEPT_CHANNELS, RECURRENT, draft_attention_split
 from ...rg_lru_scan import rg_lru_scan
 from ..ops import Clock, KernelOps, PlainOps, rotated, triton
 
@@ -207,7 +207,9 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
 
     def accept(self, tokens: torch.Tensor, report: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
         block = triton.next_power_of_2(len(tokens))
-        accept_kernel[(1,)](tokens, report, token, clock.time, len(tokens), BLOCK_N=block, num_warps=1, **self.launch)
+        accept_kernel[(1,)](
+            tokens, report, token, clock.time, len(tokens), BLOCK_N=block, num_warps=BOOKKEEPING_WARPS, **self.launch
+        )
 
     def keep_recurrent(
         self,
@@ -220,10 +222,10 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
     ) -> None:
         layers, _, taps, channels = past.shape
         if layers > 0:
-            keep_recurrent_kernel[(triton.cdiv(channels, 256), layers)](
+            keep_recurrent_kernel[(triton.cdiv(channels, KEPT_CHANNELS), layers)](
                 *(past, state, new_x, new_h, accepted, clock.time, new_x.shape[1], channels),
                 TAPS=taps,
-                BLOCK_C=256,
+                BLOCK_C=KEPT_CHANNELS,
                 **self.launch,
             )
 
@@ -242,7 +244,7 @@ class KernelVerifyOps(PlainVerifyOps, KernelOps):
                 *(keys, values, new_keys, new_values, accepted, clock.time, number, keys.shape[3]),
                 K=head_dim,
                 BLOCK_K=triton.next_power_of_2(head_dim),
-                num_warps=1,
+                num_warps=BOOKKEEPING_WARPS,
                 **self.launch,
             )
 

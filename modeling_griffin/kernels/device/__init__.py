@@ -11,13 +11,18 @@ import os
 
 from ...gpu import AMD_SWITCH, GPU, can_overlap, multiprocessors, properties, register_limit
 from .decode import (
+    BEGIN_WARPS,
+    BOOKKEEPING_WARPS,
+    END_WARPS,
     GATED,
     GATED_NF4,
+    KEPT_CHANNELS,
     MATMUL,
     MATMUL_DTYPES,
     MATMUL_GATED,
     MATMUL_ROWS,
     MATVEC_ROWS,
+    NORM_WARPS,
     PROJECT,
     PROJECT_NF4,
     RECURRENT,
@@ -35,14 +40,19 @@ from .training import attention_refusal, first_that_fits, gates_refusal
 
 
 __all__ = [
+    "BEGIN_WARPS",
+    "BOOKKEEPING_WARPS",
+    "END_WARPS",
     "GATED",
     "GATED_NF4",
     "GPU",
+    "KEPT_CHANNELS",
     "MATMUL",
     "MATMUL_DTYPES",
     "MATMUL_GATED",
     "MATMUL_ROWS",
     "MATVEC_ROWS",
+    "NORM_WARPS",
     "PROJECT",
     "PROJECT_NF4",
     "RECURRENT",

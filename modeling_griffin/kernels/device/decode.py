@@ -68,6 +68,9 @@ ATTENTION = {(128, 2): (64, 3), (256, 2): (32, 3), (128, 4): (32, 2), (256, 4): 
 # lets more than 16 bytes a thread spill.
 ATTENTION_WARPS, FEW_WARPS = 8, 4
 PARTS_AHEAD, MOST_AHEAD = 3072, 8  # numbers a warp, and splits, that the last split asks for at a time: 96 registers
+# Warps of the kernels around the products: at the start of a step, of a norm, at its end, of the drafts' bookkeeping.
+BEGIN_WARPS, NORM_WARPS, END_WARPS, BOOKKEEPING_WARPS = 8, 8, 16, 1
+KEPT_CHANNELS = 256  # a program that keeps the states of accepted drafts
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
 
 

@@ -85,6 +85,9 @@ NORM_BACKWARD = (4, 64)  # programs a multiprocessor, which walk over rows; regi
 NORM_ELEMENTS = 1024  # a program of the norm takes several rows where they have fewer columns
 ROTATED_ROWS = 32  # heads of tokens a program rotates
 GATED_FORWARD, GATED_BACKWARD = (16, 128, 2), (8, 128, 8)  # rows and columns at a time, and how often
+LAID_OUT = (4096, 512, 4)  # words a program clears for the scan over sequences, channels it takes at a time, its warps
+WALKED_CHANNELS = 256  # of a program of that scan where sequences have about one token; two to a thread
+CHUNK_SUMMARY = (256, 256, 4)  # steps and channels of a program, and its warps
 LOSSES, LOSS_GRADIENTS = (2048, 8), (4096, 8)  # logits a program reads at a time, and its warps
 
 

@@ -25,8 +25,11 @@ def _set_rank_device(rank: int) -> None:
 
 
 def _start_rank_processes(function, args=(), nprocs=1) -> None:
-    """Runs function(rank, *args) in `nprocs` fresh processes; an exception in one of them is raised here."""
-    mp.spawn(function, args=args, nprocs=nprocs)
+    """Runs function(rank, *args) in `nprocs` processes; an exception in one of them is raised here.
+
+    Forked, because each fresh process would import PyTorch and Transformers anew, which takes longer than the tests.
+    """
+    mp.start_processes(function, args=args, nprocs=nprocs, start_method="fork")
 
 
 def run_distributed(world_size: int):

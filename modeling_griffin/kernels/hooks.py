@@ -1,0 +1,49 @@
+"""Which hooks a module has: the one file that reads PyTorch's private dictionaries of them."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs a hook, its own or one that every module has."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or has_global_hooks()
+    )
+
+
+def has_global_hooks() -> bool:
+    return nn.modules.module._has_any_global_hook()
+
+
+def forward_hooks(module: nn.Module) -> list[Callable]:
+    """Before and behind its forward."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable]:
+    return list(module._forward_pre_hooks.values())
+
+
+def backward_hooks(module: nn.Module) -> list[Callable]:
+    """Before and behind its backward."""
+    return [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+
+
+def global_forward_hooks() -> list[Callable]:
+    """Of every module."""
+    return [*nn.modules.module._global_forward_hooks.values(), *nn.modules.module._global_forward_pre_hooks.values()]
+
+
+def hook_numbers(module: nn.Module) -> tuple[int, ...]:
+    """One of each hook, which no other hook in this process has. Asked of every module at each recorded step."""
+    return (
+        *module._forward_hooks,
+        *module._forward_pre_hooks,
+        *module._backward_hooks,
+        *module._backward_pre_hooks,
+    )
