@@ -23,7 +23,7 @@ from modeling_griffin.kernels.device import decode
 # name: query heads, head dimension, window
 MODELS = {"RecurrentGemma 2B": (10, 256, 2049), "RecurrentGemma 9B": (16, 256, 2049), "test 2B": (20, 128, 1024)}
 ROWS = (1, 64)
-PROGRAMS = (16, 33, 66, 132)  # that the splits of all rows aim at; "now" is twice the multiprocessors
+PROGRAMS = (16, 32, 64, 128)  # that the splits of all rows aim at; "now" is twice the multiprocessors
 LAYERS, ALLOWED = 16, 2e-2  # of the largest output, in bfloat16
 
 

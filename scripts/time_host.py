@@ -21,6 +21,7 @@ from help_formatter import ShowDefaults
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
 from modeling_griffin.kernels import dispatch, flash_attention
+from modeling_griffin.kernels.device.known import known_gpu
 
 
 try:
@@ -32,7 +33,7 @@ except ImportError:
     triton = None
 
 
-H200 = gpu.GPU("NVIDIA H200", "nvidia", (9, 0), 132, 232448)
+H200 = known_gpu("sm_90")
 TOKENS = (1, 16)
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4, head_dim=8, lru_width=32)
 
