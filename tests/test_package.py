@@ -111,7 +111,8 @@ def run(arguments, **kwargs):
 
 IMPORT = """
 import sys, torch
-sys.modules |= dict.fromkeys(["triton", "scipy", "matplotlib", "datasets"])  # None: as if not installed
+absent = ["triton", "scipy", "matplotlib", "datasets", "accelerate", "peft", "trl", "psutil"]
+sys.modules |= dict.fromkeys(absent)  # None: as if not installed, which a wheel alone has to do with
 import modeling_griffin
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("griffin", vocab_size=8, hidden_size=32, num_hidden_layers=3, num_gate_blocks=2)

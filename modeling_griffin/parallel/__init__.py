@@ -1,7 +1,21 @@
 """One model over several GPUs, where Transformers and accelerate have nothing for recurrent layers."""
 
+from typing import TYPE_CHECKING, Any
+
 from .sequence import SequenceParallel, parallelize_sequence
-from .sequence_trainer import parallelize_trainer
+
+
+if TYPE_CHECKING:
+    from .sequence_trainer import parallelize_trainer
 
 
 __all__ = ["SequenceParallel", "parallelize_sequence", "parallelize_trainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """`parallelize_trainer` when it is asked for: Trainer needs accelerate, which the model alone does without."""
+    if name != "parallelize_trainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .sequence_trainer import parallelize_trainer
+
+    return parallelize_trainer
