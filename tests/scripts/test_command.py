@@ -69,6 +69,7 @@ def test_help_is_in_words_of_the_command(verb):
 
 def test_what_an_extra_brings_is_said(monkeypatch, tmp_path):
     """Where the wheel was installed alone."""
+    monkeypatch.setattr(spoken, "verb", None)  # and as it was, afterwards
     monkeypatch.setattr(command, "HERE", tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     (tmp_path / "train.py").write_text("import psutil.nothing")
