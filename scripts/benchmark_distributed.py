@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=None, help="path without suffix; default results/distributed/distributed_..."
     )
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.work is not None:

@@ -25,6 +25,7 @@ from benchmarks.checks import OURS, TOLERANCE, random_ids, shortfall
 from benchmarks.offpath import offpath, offpath_text
 from benchmarks.serving import serving, serving_text
 from help_formatter import ShowDefaults
+from presets import find_preset
 from tqdm import tqdm
 from transformers import (
     CompileConfig,
@@ -87,11 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         default=None,
-        help="a configuration of Griffin, or a size of benchmark_training.py; default: see above",
+        help="a configuration, or a size of benchmark_training.py; default: griffin-100m, on a GPU griffin-1b3",
     )
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="which models")
-    parser.add_argument("--cells", type=_cell, nargs="+", default=None, metavar="BxT", help="rows x prompt, to decode")
-    parser.add_argument("--turns", type=int, default=None, help="of each contestant at each cell")
+    cells = "; ".join(f"{name}: {' '.join(f'{b}x{t}' for b, t in own['decode'])}" for name, own in SETTINGS.items())
+    cells = f"rows x tokens of the prompt, to decode (default: {cells})"
+    parser.add_argument("--cells", type=_cell, nargs="+", default=None, metavar="BxT", help=cells)
+    turns = "; ".join(f"{name}: {own['turns']}" for name, own in SETTINGS.items())
+    parser.add_argument("--turns", type=int, help=f"of each contestant at each cell (default: {turns})")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is timed")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled contestants too"
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=None, help="path without suffix; default results/generation/generation_DEVICE"
     )
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     output = arguments.output or Path("results") / "generation" / f"generation_{short_device_name(arguments.device)}"
@@ -110,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.model in SIZES:
         config = _griffin_config(arguments.model)
     else:
-        config = GriffinConfig.from_json_file(arguments.model or settings["model"])
+        config = GriffinConfig.from_json_file(find_preset(arguments.model or settings["model"], "model"))
     report = {"birth": birth_certificate(arguments.device, arguments.commit), "dtype": str(settings["dtype"])[6:]}
     models = make_models(config, settings, report, arguments.contestants)
     for part in arguments.parts:

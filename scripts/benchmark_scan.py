@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=None, help="path without suffix; default results/scan/PART_DEVICE"
     )
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
     name = short_device_name(arguments.device)
     if arguments.part == "varlen" and arguments.device != "cuda":

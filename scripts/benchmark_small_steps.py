@@ -32,16 +32,28 @@ LORA_CELLS = [(1, 2048), (4, 512)]
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}  # of loss and gradient, plain against recorded
 
 
+def _words(cells: list[tuple[int, int]]) -> str:
+    return " ".join(f"{rows}x{length}" for rows, length in cells)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="2b", help="of the models' table in benchmark_training.py")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of weights and products")
-    parser.add_argument("--cells", type=_cell, nargs="*", default=CELLS, metavar="BxT", help="batch x tokens")
-    parser.add_argument("--lora", type=_cell, nargs="*", default=LORA_CELLS, metavar="BxT", help="the same with LoRA")
+    parser.add_argument(
+        "--cells",
+        type=_cell,
+        nargs="*",
+        default=CELLS,
+        metavar="BxT",
+        help=f"batch x tokens (default: {_words(CELLS)})",
+    )
+    lora = f"the same with LoRA (default: {_words(LORA_CELLS)})"
+    parser.add_argument("--lora", type=_cell, nargs="*", default=LORA_CELLS, metavar="BxT", help=lora)
     parser.add_argument("--models", nargs="+", choices=[OWN, LLAMA], default=[OWN, LLAMA], help="which models")
     parser.add_argument("--repeats", type=int, default=8, help="timed steps of each row")
-    parser.add_argument("--output", type=Path, default=None, help="path without suffix")
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--output", type=Path, help="path without suffix; default results/training/small_steps_DEVICE")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("benchmark_small_steps.py needs a GPU: CUDA graphs are what it times")

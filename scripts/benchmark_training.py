@@ -62,15 +62,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default=None, help="default float32 on a CPU, else bfloat16"
     )
-    parser.add_argument("--cells", type=_cell, nargs="+", default=None, metavar="BxT", help="batch x tokens: 8x2048")
+    cells = "; ".join(f"{name}: {' '.join(f'{b}x{t}' for b, t in own)}" for name, own in CELLS.items())
+    cells = f"batch x tokens (default: {cells})"
+    parser.add_argument("--cells", type=_cell, nargs="+", default=None, metavar="BxT", help=cells)
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="of the table"
     )
     parser.add_argument("--ways", type=int, nargs="*", default=None, metavar="N", help="of WAYS; default all on a GPU")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each model at each cell")
     parser.add_argument("--longest", type=float, default=60.0, help="seconds: a slower model is timed once")
-    parser.add_argument("--output", type=Path, default=None, help="path without suffix")
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--output", type=Path, help="path without suffix; default results/training/training_DEVICE")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
     arguments.models = [name for name in arguments.models if _is_installed(name)]
     device, name = arguments.device, short_device_name(arguments.device)

@@ -6,6 +6,7 @@ files anew; a test compares them.
 """
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # as for a script that Python runs: they import each other by short names
 
 import presets  # noqa: E402
+import spoken  # noqa: E402
 
 
 VERBS = {
@@ -28,6 +30,7 @@ VERBS = {
     "demo": ("demo.py", "train, generate, save and reload a tiny model"),
     "plot-lambda": ("plot_lambda_init.py", "what each initialisation of Λ means, as a figure"),
     "compare-lambda": ("compare_lambda_inits.py", "train with several initialisations of Λ and compare"),
+    "report-lambda": ("report_lambda_inits.py", "the page of what compare-lambda has trained"),
     "plan-memory": ("plan_memory.py", "memory and communication of a training step"),
     "benchmark-scan": ("benchmark_scan.py", "time the recurrence"),
     "benchmark-training": ("benchmark_training.py", "time training steps beside other models"),
@@ -36,6 +39,9 @@ VERBS = {
     "benchmark-distributed": ("benchmark_distributed.py", "time training steps on several processes"),
 }
 WIDTH = "100"  # of help, in columns
+# What only an extra brings, by the name that Python misses; README says what each of them is for.
+EXTRAS = {"peft": "peft", "trl": "trl", "fastapi": "serve", "uvicorn": "serve", "openai": "serve"}
+EXTRAS |= dict.fromkeys(("accelerate", "datasets", "matplotlib", "psutil", "scipy", "yaml"), "train")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     elif "-h" in rest or "--help" in rest:
         print(help_file(verb).read_text(encoding="utf-8"), end="")
     else:
-        run(VERBS[verb][0], rest)
+        run(verb, rest)
 
 
 def overview() -> str:
@@ -70,10 +76,20 @@ def help_file(verb: str) -> Path:
     return HERE / "help" / f"{verb}.txt"
 
 
-def run(script: str, words: list[str]) -> None:
-    """As `python script words` does, with the script as `__main__`."""
-    sys.argv = [str(HERE / script), *words]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def run(verb: str, words: list[str]) -> None:
+    """As `python SCRIPT words` does, with the script as `__main__`."""
+    if sys.stderr.isatty():  # imports take seconds, in which nothing else would be seen
+        print(f"griffin {verb}: starting ...", file=sys.stderr)
+    spoken.verb = verb
+    sys.argv = [str(HERE / VERBS[verb][0]), *words]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRAS:
+            raise
+        extra = f"pip install 'modeling-griffin[{EXTRAS[missing]}]'"
+        raise SystemExit(f"griffin {verb}: error: {missing} is not installed: {extra} brings it") from error
 
 
 def write_help() -> None:
@@ -86,11 +102,20 @@ def write_help() -> None:
 
 def own_help(verb: str) -> str:
     """A script's own help, by its short name."""
-    script = HERE / VERBS[verb][0]
-    command = [sys.executable, str(script), "--help"]
+    command = [sys.executable, str(HERE / VERBS[verb][0]), "--help"]
     environment = {**os.environ, "COLUMNS": WIDTH}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return done.stdout.replace(f"usage: {script.name}", f"usage: griffin {verb}", 1)
+    return in_verbs(done.stdout, verb)
+
+
+def in_verbs(text: str, verb: str) -> str:
+    """A script's help with the command's words for its files' names, and lines of usage below their beginning."""
+    usage, gap, rest = text.partition("\n\n")
+    old, new = f"usage: {VERBS[verb][0]}", f"usage: griffin {verb}"
+    usage = usage.replace("\n" + " " * len(old), "\n" + " " * len(new)).replace(old, new, 1)
+    for name, (script, _) in VERBS.items():
+        rest = re.sub(rf"python\s+scripts/{re.escape(script)}", f"griffin {name}", rest)
+    return usage + gap + rest
 
 
 if __name__ == "__main__":

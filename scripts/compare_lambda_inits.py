@@ -24,8 +24,10 @@ from typing import Any
 import torch
 import yaml
 from benchmarks.birth_certificate import birth_certificate, now
+from help_formatter import ShowDefaultsAndLines
 from lambda_study.run import run_one
 from lambda_study.tasks import prepare_text
+from presets import find_preset
 from tqdm import tqdm
 
 
@@ -211,17 +213,21 @@ def origin(device: str, commit: str | None) -> dict:
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="compare_lambda_inits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="compare_lambda_inits.py", description=__doc__, formatter_class=ShowDefaultsAndLines
     )
-    parser.add_argument("config", type=Path, help="a file of configuration/training/compare_lambda_inits/")
+    parser.add_argument("config", help="a YAML file, or a ready-made one: compare_lambda_inits/cpu")
     parser.add_argument("--output", type=Path, required=True, help="folder for runs.jsonl; an old one is continued")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TASK", help="only these tasks of the file")
-    parser.add_argument("--text", nargs="+", default=[], help="more text for language tasks: files, folders, globs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks of the file to run (default: all)")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="more text for language tasks: files, folders, globs (default: none)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the device (default: 1)")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no run is to end")
+    parser.add_argument(
+        "--time-limit", type=float, default=math.inf, help="seconds after which no run is to end (default: none)"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where it runs; default: a GPU where there is one")
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     parser.add_argument("--list", action="store_true", help="print all runs and which are finished; run nothing")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
@@ -233,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     start, arguments = time.time(), read_arguments(argv)
     path = arguments.output / "runs.jsonl"
     try:
-        sweep = select_tasks(read_sweep(arguments.config, arguments.text), arguments.only)
+        sweep = select_tasks(
+            read_sweep(Path(find_preset(arguments.config, "training")), arguments.text), arguments.only
+        )
         for name, task in sweep["tasks"].items():
             if task["kind"] == "language_modelling":
                 sweep["tasks"][name] = prepare_text(task, Path("build/compare_lambda_inits") / name)

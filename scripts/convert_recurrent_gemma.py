@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from help_formatter import ShowDefaultsAndLines
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+from training.hub_ids import require_on_hub
 from transformers import AutoConfig, GenerationConfig, RecurrentGemmaForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -225,8 +227,9 @@ def convert(arguments: argparse.Namespace) -> None:
         read = read_deepmind(source, arguments)
     else:
         if not source.is_dir():
-            if source.is_absolute() or len(source.parts) > 2 or arguments.source.startswith("."):
-                raise FileNotFoundError(f"{arguments.source}: no such folder or file; a Hub id is OWNER/NAME")
+            require_on_hub(
+                "SOURCE", arguments.source, "model", "a folder, a Hub id (OWNER/NAME) or DeepMind's .pt file"
+            )
             patterns = ["*.safetensors", "*.json", *COPIED]
             source = Path(snapshot_download(arguments.source, allow_patterns=patterns, revision=arguments.revision))
         read = read_checkpoint(source, arguments.reader if arguments.reverse else None)
@@ -308,17 +311,19 @@ def parse_size(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("source", help="folder, Hub id, or DeepMind's .pt file")
     parser.add_argument("target", help="folder to create")
     parser.add_argument("--reverse", action="store_true", help="from Griffin to RecurrentGemma")
     parser.add_argument(
         "--for", dest="reader", choices=list(READERS), help="who reads it, with --reverse (default: transformers)"
     )
-    parser.add_argument("--revision", help="of a Hub id")
+    parser.add_argument("--revision", help="of a Hub id (default: main)")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: %(default)s)")
     deepmind = parser.add_argument_group("what a .pt file does not tell (defaults: RecurrentGemma 2B and 9B)")
-    deepmind.add_argument("--attention-window-size", type=int, default=2048, help="in DeepMind's sense, without itself")
+    deepmind.add_argument(
+        "--attention-window-size", type=int, default=2048, help="tokens, in DeepMind's sense, without itself"
+    )
     deepmind.add_argument("--logits-soft-cap", type=float, default=30.0, help="0 for none")
     scaled = "embeddings are not multiplied by the square root of the width"
     deepmind.add_argument("--no-scale-embeddings", action="store_true", help=scaled)

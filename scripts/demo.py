@@ -26,6 +26,7 @@ import torch
 import train
 from generate import generate
 from lambda_study.trigram import trigram_bits_per_byte
+from presets import is_installed
 from training.report import next_steps
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, StoppingCriteria, set_seed
 
@@ -86,7 +87,8 @@ def reloaded_logits(folder: Path) -> np.ndarray:
 
 def demo(overrides: list[str]) -> None:
     start = time.time()
-    os.chdir(ROOT)
+    if not is_installed():  # then its files go to where it was called
+        os.chdir(ROOT)
     datasets.disable_progress_bars()
     train_texts, held_out = topic_documents()
     write_documents(FOLDER / "train.jsonl", train_texts)

@@ -165,14 +165,14 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, jsonl, parquet, or a Hub data set's id")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row (default: 2048)")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens in one forward pass; bounds the memory")
-    parser.add_argument("--max_rows", type=int, default=None, help="read only so many rows")
+    parser.add_argument("--max_rows", type=int, default=None, help="read only so many rows (default: all)")
     parser.add_argument("--text_column", default="text", help="column of a record that holds its text")
     parser.add_argument("--split", default="test", help="split of a Hub data set (default: test)")
-    parser.add_argument("--subset", default=None, help="subset of a Hub data set")
+    parser.add_argument("--subset", default=None, help="subset of a Hub data set (default: its own default)")
     parser.add_argument(
         "--output", type=Path, default=Path("build/evaluate"), help="folder for evaluation.json, .md, .png"
     )
-    parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
+    parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the model's repository")
     arguments = parser.parse_args(argv)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from help_formatter import ShowDefaults
+from training.hub_ids import ALLOWED_MODEL, require_model
 from training.text_tokenizer import document_ends
 from transformers import (
     AutoModelForCausalLM,
@@ -22,14 +23,17 @@ import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 def load(name: str, trust_remote_code: bool, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or Hub id; weights in safetensors only, never pickles."""
     try:
+        require_model("MODEL", name)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"error: MODEL = {name!r}: allowed are a folder or Hub id with a model and its tokenizer ({error})"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: MODEL = {name!r}: allowed are {ALLOWED_MODEL} ({reason})") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -58,7 +62,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the most probable tokens up to this probability")
     parser.add_argument("--greedy", action="store_true", help="always the most probable token (argmax); no sampling")
-    parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text (default: none)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument(
         "--trust_remote_code",

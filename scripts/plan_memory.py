@@ -10,7 +10,6 @@ import argparse
 import inspect
 from collections.abc import Callable
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 from help_formatter import ShowDefaults
@@ -32,12 +31,12 @@ from planning.memory_formulas import (
     parameters,
     sizes_of,
 )
+from presets import CONFIGURATION, is_installed
 
 from modeling_griffin import GriffinConfig
 from modeling_griffin.training.pieces import PIECE
 
 
-CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration"
 PAGE = CONFIGURATION / "PLANNING.md"
 GPUS = tuple(2**power for power in range(1, 11))
 ROW_GPUS = (1, 2, 4, 8)  # of one row
@@ -401,13 +400,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4, help="rows on each GPU")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
-    parser.add_argument("--print", action="store_true", help="print the page, leave configuration/PLANNING.md alone")
+    text = "print the page, leave configuration/PLANNING.md alone; default: only where it is installed, not a clone"
+    parser.add_argument("--print", action="store_true", help=text)
     arguments = parser.parse_args(argv)
     for name in ("rows", "length"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: allowed are whole numbers from 1")
     text = page(arguments.rows, arguments.length)
-    if arguments.print:
+    if arguments.print or is_installed():
         print(text, end="")
         return
     PAGE.write_text(text, encoding="utf-8")

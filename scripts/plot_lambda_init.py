@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
+from help_formatter import ShowDefaultsAndLines
+from training.hub_ids import require_model
 
 from modeling_griffin import LAMBDA_INITS
 from modeling_griffin.rg_lru import Decay
@@ -74,6 +76,7 @@ def checkpoint_rows(source: str) -> list[Row]:
     """A row for each recurrent layer of a saved model, a folder or a Hub id of this project's kind."""
     from transformers import AutoModelForCausalLM
 
+    require_model("--checkpoint", source, "a folder or Hub id with a Griffin")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     rows = []
     for name, module in model.named_modules():
@@ -225,9 +228,11 @@ def _draw_panel(axes, data: torch.Tensor | None, edges: torch.Tensor, colour: st
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="plot_lambda_init.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="plot_lambda_init.py", description=__doc__, formatter_class=ShowDefaultsAndLines
     )
-    parser.add_argument("--checkpoint", default=None, help="a trained model, folder or Hub id: a row for each layer")
+    parser.add_argument(
+        "--checkpoint", default=None, help="a trained model, folder or Hub id: a row for each layer (default: none)"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("results/lambda_init/lambda_init"), help="path without suffix"
     )

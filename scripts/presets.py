@@ -3,12 +3,20 @@
 Imports nothing heavy, so that lists and help answer at once.
 """
 
+import itertools
+import textwrap
 from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-# A clone has configuration/ beside scripts/; a wheel installs the two as griffin_configuration and griffin_scripts.
-CONFIGURATION = HERE.parent / ("griffin_configuration" if HERE.name == "griffin_scripts" else "configuration")
+
+
+def is_installed() -> bool:
+    """A clone has configuration/ beside scripts/; a wheel has them as griffin_configuration, griffin_scripts."""
+    return HERE.name == "griffin_scripts"
+
+
+CONFIGURATION = HERE.parent / ("griffin_configuration" if is_installed() else "configuration")
 SUFFIXES = {"model": ".json", "training": ".yaml", "accelerate": ".yaml"}
 
 
@@ -33,15 +41,36 @@ def preset_names(kind: str) -> list[str]:
 
 
 def describe_presets() -> str:
-    """The table of models with their sizes, and the names of the trainings."""
-    readme = (CONFIGURATION / "README.md").read_text(encoding="utf-8").splitlines()
-    table = [line for line in readme if line.startswith("| ") and ".json" in line or line.startswith("| file")]
-    trainings = ", ".join(preset_names("training"))
+    """The table of models with their sizes, and the trainings with what their files say of themselves first."""
     return "\n".join(
         [
-            "Models, for `config_name` and GriffinConfig.from_preset(NAME):",
-            *(f"  {line}" for line in table),
-            f"Trainings, for `griffin train NAME`: {trainings}",
+            "Models, for `griffin train ... --config_name NAME` and GriffinConfig.from_preset(NAME):",
+            *_table_of_models(),
+            "",
+            "Trainings, for `griffin train NAME --train_data PATH`; `--config_name MODEL` takes another size:",
+            *(line for name in preset_names("training") for line in _about(name)),
+            "",
             f"The files lie in {CONFIGURATION}",
         ]
     )
+
+
+def _table_of_models() -> list[str]:
+    """The README's table of sizes, in columns."""
+    readme = (CONFIGURATION / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in readme if line.startswith("| `") and ".json` |" in line]
+    head = next(line for line in readme if line.startswith("| file") and "parameters" in line)
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    rows = [["name", *rows[0][1:]], *([row[0].removesuffix(".json"), *row[1:]] for row in rows[1:])]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def _about(training: str) -> list[str]:
+    """Its name, and the comment that opens its file: what it is for, its size and time."""
+    lines = (CONFIGURATION / "training" / f"{training}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return textwrap.wrap(comment, 116, initial_indent=f"  {training:16}", subsequent_indent=" " * 18)

@@ -48,13 +48,14 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("repo", help="NAME or OWNER/NAME on the Hub")
     parser.add_argument("--private", action="store_true", help="of a new repository: only its owner sees it")
     parser.add_argument("--dry-run", action="store_true", help="check and show, send nothing and ask the Hub nothing")
-    parser.add_argument("--revision", help="branch to upload to; made where it does not exist")
+    parser.add_argument("--revision", help="branch to upload to; made where it does not exist (default: main)")
     parser.add_argument("--message", default="Upload model", help="commit message")
     parser.add_argument("--overwrite", action="store_true", help="also where the repository holds another model")
-    parser.add_argument("--license", help="for a generated card, for example apache-2.0")
-    parser.add_argument("--language", nargs="+", help="for a generated card, for example en")
-    parser.add_argument("--datasets", nargs="+", help="for a generated card: data sets on the Hub")
-    parser.add_argument("--base-model", help="for a generated card: what this was fine-tuned from")
+    parser.add_argument("--license", help="for a generated card, for example apache-2.0 (default: left out)")
+    parser.add_argument("--language", nargs="+", help="for a generated card, for example en (default: left out)")
+    parser.add_argument("--datasets", nargs="+", help="for a generated card: data sets on the Hub (default: left out)")
+    base = "for a generated card: what this was fine-tuned from (default: left out)"
+    parser.add_argument("--base-model", help=base)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the folder's code though it differs from the package's"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from compare_lambda_inits import read_records
+from help_formatter import ShowDefaultsAndLines
 from lambda_study.figures import draw_task
 from lambda_study.statistics import METRICS, Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
 
@@ -329,7 +330,7 @@ def _interval(c: Comparison) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="report_lambda_inits.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="report_lambda_inits.py", description=__doc__, formatter_class=ShowDefaultsAndLines
     )
     parser.add_argument("folder", type=Path, help="the --output of compare_lambda_inits.py")
     parser.add_argument("--reference", default="uniform", help="the arm that others are compared with")

@@ -6,6 +6,7 @@ The server is Transformers' own (`pip install '.[serve]'`); requests run side by
 import argparse
 
 from help_formatter import ShowDefaults
+from training.hub_ids import require_model
 
 
 def read_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -26,6 +27,10 @@ def read_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str
 
 def main(argv: list[str] | None = None) -> None:
     arguments, others = read_arguments(argv)
+    try:
+        require_model("MODEL", arguments.model)
+    except ValueError as error:
+        raise SystemExit(f"serve.py: error: {error}") from error
     from modeling_griffin.serving.server import serve
 
     serve(arguments.model, others, arguments.max_rows)

@@ -109,12 +109,16 @@ def run(arguments, **kwargs):
     return result.stdout
 
 
-IMPORT = """
-import importlib.util, sys, torch
-extras = ["triton", "scipy", "matplotlib", "datasets", "accelerate", "peft", "trl", "bitsandbytes", "torchao"]
-find_spec = importlib.util.find_spec  # as if not installed: neither found nor importable
+# As if not installed, neither found nor importable: what a wheel alone has to do with.
+WITHOUT_EXTRAS = """
+import importlib.util, sys
+extras = ["triton", "scipy", "matplotlib", "datasets", "accelerate", "peft", "trl", "psutil", "bitsandbytes", "torchao"]
+find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in extras else find_spec(name, *package)
 sys.modules |= dict.fromkeys(extras)
+"""
+IMPORT = f"""{WITHOUT_EXTRAS}
+import torch
 import modeling_griffin
 from transformers import AutoConfig, AutoModelForCausalLM
 config = AutoConfig.for_model("griffin", vocab_size=8, hidden_size=32, num_hidden_layers=3, num_gate_blocks=2)
@@ -169,6 +173,16 @@ def test_wheel(tmp_path):
     assert "griffin generate run" in run([*griffin, *train, *small], cwd=tmp_path, env=environment)
     generate = [*griffin, "generate", "run", "--prompt", "The list", "--max_new_tokens", "2"]
     assert run(generate, cwd=tmp_path, env=environment).startswith("The list")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"    griffin {' '.join(train)} {' '.join(small)}\n" in card and "\n# model\n" not in card
+
+    # Beside nothing but what the wheel itself asks for: sitecustomize runs before the command.
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
+    environment["PYTHONPATH"] = f"{tmp_path / 'bare'}{os.pathsep}{environment['PYTHONPATH']}"
+    assert run(generate, cwd=tmp_path, env=environment).startswith("The list")
+    refused = subprocess.run([*griffin, *train], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert re.search(r"^griffin train: error: .*pip install 'modeling-griffin\[train\]'", refused.stderr, flags=re.M)
 
 
 def _other_paths():

@@ -1,8 +1,12 @@
 """One model over several GPUs, where Transformers and accelerate have nothing for recurrent layers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .sequence import SequenceParallel, parallelize_sequence
+
+
+if TYPE_CHECKING:
+    from .sequence_trainer import parallelize_trainer
 
 
 __all__ = ["SequenceParallel", "parallelize_sequence", "parallelize_trainer"]

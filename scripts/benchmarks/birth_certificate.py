@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import spoken
 import torch
 
 
 def birth_certificate(device: str, commit: str | None, packages: Sequence[str] = ()) -> dict:
     """Facts of this run. commit: for a copy without its git history. packages: versions to add."""
     return {
-        "command": shlex.join([Path(sys.executable).name, *map(_without_place, sys.argv)]),
+        "command": shlex.join(map(_without_place, [*_program(), *sys.argv[1:]])),
         "commit": commit or _commit(),
         "hardware": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "python": platform.python_version(),
@@ -49,6 +50,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     """{"median", "10%", "90%"} of at least one value."""
     low, *_, high = statistics.quantiles([*values] * (2 if len(values) == 1 else 1), n=10, method="inclusive")
     return {"median": statistics.median(values), "10%": low, "90%": high}
+
+
+def _program() -> list[str]:
+    return [Path(sys.executable).name, sys.argv[0]] if spoken.verb is None else spoken.program()
 
 
 def _without_place(word: str) -> str:

@@ -5,12 +5,14 @@ import dataclasses
 import difflib
 import json
 import os
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import yaml
-from presets import find_preset
+from help_formatter import ShowDefaultsAndLines
+from presets import find_preset, preset_names
 from transformers import HfArgumentParser, TrainingArguments
 
 from training.fingerprint import ALLOWED, check_allowed
@@ -78,7 +80,9 @@ class DataArguments:
     )
     tokenizer_vocab_size: int = field(default=4096, metadata={"help": "entries of a bpe, special tokens included"})
     sequence_length: int = field(default=1024, metadata={"help": "tokens in a row; documents are packed into rows"})
-    preprocessing_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenise"})
+    preprocessing_num_proc: int | None = field(
+        default=None, metadata={"help": "processes that tokenise; unset: this one"}
+    )
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -106,9 +110,15 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
         prog="train.py",
         usage="train.py CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]",
         description="Trains a Griffin. Every key of the file can be overridden: --learning_rate 1e-3",
-        epilog="Own keys: "
-        + "; ".join(_describe(f) for c in ARGUMENT_CLASSES[:2] for f in dataclasses.fields(c))
-        + ". All others are those of transformers.TrainingArguments.",
+        epilog="\n".join(
+            [
+                "keys of the file, and options of the same names:",
+                *(line for c in ARGUMENT_CLASSES[:2] for f in dataclasses.fields(c) for line in _describe(f)),
+                "",
+                "All others, max_steps, learning_rate, logging_steps ..., are those of transformers.TrainingArguments.",
+            ]
+        ),
+        formatter_class=ShowDefaultsAndLines,
         allow_abbrev=False,
     )
     command_line.add_argument("config", help="a YAML file, or the name of a ready-made one: own_text")
@@ -117,14 +127,14 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
         nargs="?",
         const=True,
         metavar="CHECKPOINT",
-        help="continue an interrupted run: from this folder, or from the newest checkpoint in output_dir",
+        help="continue an interrupted run: from this folder, or from the newest one in output_dir (default: off)",
     )
     command_line.add_argument(
         "--allow_changed",
         nargs="+",
         default=[],
         metavar="KEY",
-        help=f"with --resume: settings that may differ from the interrupted run's, of {', '.join(ALLOWED)}",
+        help=f"with --resume: settings that may differ from that run's, of {', '.join(ALLOWED)} (default: none)",
     )
     known, rest = command_line.parse_known_args(argv)
     resume = Resume(known.resume, known.allow_changed)
@@ -153,9 +163,16 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     return model, data, training, resume
 
 
-def _describe(key: dataclasses.Field) -> str:
-    default = "" if key.default in (None, dataclasses.MISSING) else f" (default: {key.default})"
-    return f"{key.name}: {key.metadata['help']}{default}"
+def _describe(key: dataclasses.Field) -> list[str]:
+    """Lines of help, as argparse lays out an option."""
+    text, default = key.metadata["help"], key.default
+    if default is dataclasses.MISSING:
+        text += " (required)"
+    elif default is not None:
+        text += f" (default: {'off' if default is False else default})"
+    elif "unset: " not in text:
+        text += " (default: unset)"
+    return [f"  --{key.name}", *textwrap.wrap(text, 98, initial_indent=" " * 24, subsequent_indent=" " * 24)]
 
 
 def _check_resume(resume: Resume) -> None:
@@ -176,7 +193,8 @@ def _read_yaml(path: str) -> dict:
             settings = yaml.safe_load(file) or {}
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise ValueError(f"{path} {reason}: allowed are YAML files as in configuration/training/") from error
+        names = ", ".join(preset_names("training"))
+        raise ValueError(f"{path} {reason}: allowed are YAML files and ready-made ones: {names}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): allowed is YAML") from error
     except yaml.YAMLError as error:

@@ -1,9 +1,9 @@
 """Whether a name that is no file or folder here is on the Hub: known within five seconds, also without a network."""
 
+import sys
 import threading
 from pathlib import Path
 
-import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -11,7 +11,16 @@ from huggingface_hub.utils import validate_repo_id
 
 
 SECONDS = 4  # for one answer, names and connections included
+ALLOWED_MODEL = "a folder or Hub id with a model and its tokenizer"
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".md", ".py", ".yaml", ".safetensors", ".bin", ".pt")
+
+
+def require_model(field: str, name: str, allowed: str = ALLOWED_MODEL) -> None:
+    """Raises ValueError, before anything waits for the network, where `name` is neither a folder nor on the Hub."""
+    if Path(name).is_file():
+        raise ValueError(f"{field} = {name!r} is a file: allowed are {allowed}")
+    if not Path(name).is_dir():
+        require_on_hub(field, name, "model", allowed)
 
 
 def require_on_hub(field: str, name: str, kind: str, allowed: str) -> None:
@@ -59,8 +68,10 @@ def _ask(name: str, kind: str) -> str | None:
         return None
     if not _is_cached(name, kind):
         return f"the Hub ({constants.ENDPOINT}) cannot be reached: {' '.join(str(answer).split())[:120]}"
-    print(f"the Hub cannot be reached: {name} is taken from the cache")
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # or each file waits for its own time-out
+    print(f"the Hub cannot be reached: {name} is taken from the cache", file=sys.stderr)
+    constants.HF_HUB_OFFLINE = True  # or each file waits for its own time-out
+    if (loaded := sys.modules.get("datasets")) is not None:  # who only generates needs no data sets
+        loaded.config.HF_HUB_OFFLINE = True
     return None
 
 
@@ -82,5 +93,11 @@ def _answer(name: str, kind: str):
 
 def _is_cached(name: str, kind: str) -> bool:
     snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
-    prepared = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-    return any(snapshots.glob("*")) or (kind == "dataset" and prepared.is_dir())
+    return any(snapshots.glob("*")) or (kind == "dataset" and _is_prepared(name))
+
+
+def _is_prepared(name: str) -> bool:
+    """Whether `datasets` has its own copy of this data set."""
+    import datasets
+
+    return (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import spoken
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.config import load_config_from_file
@@ -45,11 +46,13 @@ def read_request() -> Request:
 
 
 def launch_command() -> list[str]:
-    """The words that start this script again in the same way: `python`, or the launcher with its options."""
+    """The words that start this script again in the same way: `python` or a launcher, and the script."""
     launcher, words = _launcher()
     names = [Path(word).name for word in words]
     script = Path(sys.argv[0]).name
-    return [*launcher, *words[: names.index(script)]] if launcher and script in names else ["python"]
+    if launcher and script in names:
+        return [*launcher, *words[: names.index(script)], spoken.program()[-1]]
+    return spoken.program()
 
 
 def _launcher() -> tuple[list[str], list[str]]:

@@ -69,7 +69,7 @@ def summarize(log_history: list[dict]) -> dict[str, list[dict]]:
 def command_again() -> str:
     """What reproduces this run from its beginning: launcher, script and arguments, without --resume and secrets."""
     words, dropped = [], False
-    for word in sys.argv:
+    for word in sys.argv[1:]:
         dropped = word.split("=")[0] in ("--resume", "--allow_changed") or (dropped and not word.startswith("-"))
         words += [] if dropped else [word]
     return shlex.join(mask_secrets([*launch_command(), *words]))

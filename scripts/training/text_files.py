@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import datasets
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from datasets.utils import logging
 
 
+LONG_READ_BYTES = 200_000_000  # from here on reading takes seconds, and shows how far it is
 SNIPPET_BYTES = 60  # of a line that cannot be read
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 
@@ -99,13 +102,32 @@ def _first_bad_file(format: str, files: list[Path]) -> Path | None:
     """The first that cannot be read alone."""
     if len(files) == 1:
         return files[0]
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
+    with _no_progress():
         return next((file for file in files if not _can_be_read(format, file)), None)
+
+
+@contextmanager
+def _no_progress(hidden: bool = True) -> Iterator[None]:
+    """Without the reader's progress bar, where `hidden`: a bar that stops half-way stands beside the error."""
+    if not (hidden and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        if shown:
-            enable_progress_bar()
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Without the reader's own lines: what it raises is said once, with the line, by who catches it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _can_be_read(format: str, file: Path) -> bool:
@@ -117,7 +139,9 @@ def _can_be_read(format: str, file: Path) -> bool:
 
 
 def _load(format: str, files: list[Path]) -> datasets.Dataset:
-    return datasets.load_dataset(format, data_files=[str(file) for file in files], split="train")
+    is_quick = sum(file.stat().st_size for file in files) < LONG_READ_BYTES
+    with _no_log(), _no_progress(is_quick):
+        return datasets.load_dataset(format, data_files=[str(file) for file in files], split="train")
 
 
 def _innermost(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import command
 import presets
 import pytest
+import spoken
 
 from modeling_griffin import GriffinConfig
 
@@ -44,17 +45,58 @@ def test_stored_help_is_the_scripts_own(verb, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         importlib.import_module(script.removesuffix(".py")).main()
     assert end.value.code == 0
-    own = capsys.readouterr().out.replace(f"usage: {script}", f"usage: griffin {verb}", 1)
+    own = command.in_verbs(capsys.readouterr().out, verb)
     assert command.help_file(verb).read_text(encoding="utf-8").split() == own.split()
 
 
 @pytest.mark.parametrize("verb", command.VERBS)
 def test_every_option_says_what_it_does(verb):
-    """On its own line, or on the next one."""
-    lines = command.help_file(verb).read_text(encoding="utf-8").splitlines()
-    for line, after in zip(lines, [*lines[1:], ""]):
-        if line.startswith("  -"):
-            assert re.search(r"\S  +\S", line) or after.startswith(" " * 24), line
+    """On its own line, or on the next ones; and its default, unless one has to give it."""
+    text = command.help_file(verb).read_text(encoding="utf-8")
+    usage, _, rest = text.partition("\n\n")
+    for option in re.findall(r"^  --.*(?:\n {8,}\S.*)*", rest, flags=re.M):
+        assert re.search(r"\S  +\S", option) or "\n" in option, option
+        name = option.split()[0]
+        is_required = "(required)" in option or re.search(rf"(?<!\[){name} ", usage)
+        assert is_required or re.search(r"default|unset: ", option), option
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_help_is_in_words_of_the_command(verb):
+    text = command.help_file(verb).read_text(encoding="utf-8")
+    assert text.startswith(f"usage: griffin {verb} ") and "python scripts/" not in text
+
+
+def test_what_an_extra_brings_is_said(monkeypatch, tmp_path):
+    """Where the wheel was installed alone."""
+    monkeypatch.setattr(spoken, "verb", None)  # and as it was, afterwards
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    (tmp_path / "train.py").write_text("import psutil.nothing")
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(SystemExit, match=r"griffin train: error: psutil .*pip install 'modeling-griffin\[train\]'"):
+        command.main(["train", "own_text"])
+    (tmp_path / "train.py").write_text("import a_fault_of_our_own")
+    with pytest.raises(ModuleNotFoundError, match="a_fault_of_our_own"):
+        command.main(["train", "own_text"])
+
+
+def test_a_program_is_named_as_it_was_called(monkeypatch):
+    monkeypatch.setattr(spoken, "verb", None)
+    for script in ("scripts/train.py", str(ROOT / "scripts/train.py")):
+        monkeypatch.setattr(sys, "argv", [script])
+        assert spoken.program() == ["python", "scripts/train.py"]
+    monkeypatch.setattr(spoken, "verb", "train")
+    assert spoken.program() == ["griffin", "train"]
+
+
+def test_presets_are_readable(capsys):
+    """Columns for people, each model with its parameters, each training with what it is for."""
+    command.main(["presets"])
+    printed = capsys.readouterr().out
+    assert "|" not in printed and re.search(r"^  tiny +1,432,128 ", printed, flags=re.M)
+    assert all(f"\n  {name} " in printed for name in presets.preset_names("training"))
+    assert re.search(r"own_text_cpu +Your own text on a CPU.*\n.*110 seconds", printed)
 
 
 def test_an_unknown_command_names_those_that_there_are():

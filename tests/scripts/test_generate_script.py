@@ -1,12 +1,14 @@
 """generate.py: what it prints is what the model gives."""
 
 import shutil
+import time
 
 import pytest
 import torch
 from _script_helpers import save_model
 from generate import main, read_arguments
 from safetensors.torch import load_file
+from training import hub_ids
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,20 @@ def test_pickles_are_not_read(folder, tmp_path):
         main([str(tmp_path / "pickled"), "--max_new_tokens", "1"])
 
 
-def test_missing_model_is_named():
-    with pytest.raises(SystemExit, match="MODEL = '/nowhere/at/all'"):
-        main(["/nowhere/at/all"])
+def test_missing_model_is_named(folder, monkeypatch):
+    for name in ("/nowhere/at/all", "no/such/folder"):
+        with pytest.raises(SystemExit, match=f"MODEL = '{name}' does not exist") as error:
+            main([name])
+        assert "\n" not in str(error.value) and "Repo id" not in str(error.value)
+    with pytest.raises(SystemExit, match="config.json' is a file: allowed are a folder or Hub id"):
+        main([f"{folder}/config.json"])
+
+
+def test_a_name_on_no_hub_is_answered_in_time(monkeypatch):
+    """As where there is no network: the loader alone would try five times, for a minute."""
+    monkeypatch.setattr(hub_ids.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_ids.HfApi, "repo_info", lambda *_, **__: time.sleep(30))
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="MODEL = 'me/typo' does not exist .*the Hub .*cannot be reached"):
+        main(["me/typo"])
+    assert time.monotonic() - begun < 5

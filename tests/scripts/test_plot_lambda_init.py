@@ -73,6 +73,6 @@ def test_bad_values(arguments, capsys):
 
 def test_bad_checkpoints(tmp_path):
     save_model(tmp_path / "attention", layer_types=["sliding_attention"] * 3)
-    for name, message in (("attention", "no recurrent layer"), ("nothing", "error:")):
+    for name, message in (("attention", "no recurrent layer"), ("nothing", "nothing' does not exist")):
         with pytest.raises(SystemExit, match=message):
             main(["--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "figure")])
