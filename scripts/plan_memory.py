@@ -226,8 +226,8 @@ def ready_made() -> dict[str, Sizes]:
     return dict(sorted(sizes.items(), key=lambda item: (item[0].split("-")[0], parameters(item[1]))))
 
 
-def fits(plan: Plan, gigabytes: int) -> bool:
-    return plan.memory <= HEADROOM * gigabytes * 1e9
+def fits(plan: Plan, gigabytes: int, headroom: float = HEADROOM) -> bool:
+    return plan.memory <= headroom * gigabytes * 1e9
 
 
 def gigabytes(number: int) -> str:
@@ -294,7 +294,7 @@ def longest_row(sizes: Sizes, gpus: int, capacity: int) -> int:
     """Tokens of the longest row over so many GPUs, in multiples of 1024 a GPU."""
 
     def holds(blocks: int) -> bool:
-        return fits(sequence_parallel(sizes, 1, 1024 * blocks * gpus, gpus), capacity)
+        return fits(sequence_parallel(sizes, 1, 1024 * blocks * gpus, gpus), capacity, HEADROOM * (1 - PIECES_BELOW))
 
     few, many = 0, 2**20
     while many - few > 1:
@@ -365,9 +365,12 @@ gradients not counted. That does not grow with the row. train.py makes the logit
 
 **Compared with real runs**: the bytes sent, with those of two processes, to the byte, and with two H200s; the peak,
 with two H200s at 393,216 tokens on each (2.1 billion parameters in bfloat16, no optimizer, MLPs not in pieces), within
-{tolerance:.1%}. **Not compared**: the peak in pieces, and in float32 under autocast as in this table."""
+{tolerance:.1%}. **Too low**: with MLPs in pieces, at 524,288 tokens on each, a row over both took 119.1 GB where the
+formulas give 113.4, and one alone 119.0 where they give 109.2; what is missing was not found. So this table leaves
+another {below:.1%} of a GPU free. **Not compared**: the peak in float32 under autocast as in this table."""
 # Which the tests take from here: of the peak on a CPU, and of those measured on GPUs.
 PEAK_TOLERANCE, MEASURED_TOLERANCE, SHARED_TOLERANCE = 0.001, 0.045, 0.005
+PIECES_BELOW = 0.085  # the plan in pieces was 8.2% (alone) and 4.7% (shared) below the peaks of two H200s, unexplained
 
 
 def page(rows: int, length: int) -> str:
@@ -389,7 +392,9 @@ def page(rows: int, length: int) -> str:
         "## One GPU\n\nIn GB; the activations without and with checkpointing.",
         one_gpu_table(rows, length),
         *(f"## {engine.title}\n\n{engine_table(engine, rows, length)}" for engine in ENGINES),
-        SHARED_ROWS.format(piece=PIECE, gpus=max(ROW_GPUS), tolerance=SHARED_TOLERANCE) + "\n\n" + longest_row_table(),
+        SHARED_ROWS.format(piece=PIECE, gpus=max(ROW_GPUS), tolerance=SHARED_TOLERANCE, below=PIECES_BELOW)
+        + "\n\n"
+        + longest_row_table(),
         f"## Formulas\n\n```\n{memory_formulas.__doc__.strip()}\n```",
         formulas(),
     ]

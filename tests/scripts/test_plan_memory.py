@@ -13,8 +13,10 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from benchmark_training import SIZES
 from memory_runs import TENSOR_PARALLEL, A, R, make_config
 from plan_memory import (
+    HEADROOM,
     MEASURED_TOLERANCE,
     PEAK_TOLERANCE,
+    PIECES_BELOW,
     SHARED_TOLERANCE,
     ddp,
     fits,
@@ -219,8 +221,11 @@ def test_shared_rows_measured_on_gpus(page):
     for name, over, state in (("alone", 1, 2), ("shared", gpus, 4)):
         if name in report:
             plan = sequence_parallel(sizes, 1, report[name]["length"], over, FUSED_BFLOAT16, state, piece or None)
-            tolerance = 0.05 if piece else SHARED_TOLERANCE
-            assert plan.memory == pytest.approx(report[name]["peak"], rel=tolerance), name
+            peak = report[name]["peak"]
+            if piece:
+                assert (1 - PIECES_BELOW) * peak <= plan.memory <= (1 + SHARED_TOLERANCE) * peak, name
+            else:
+                assert plan.memory == pytest.approx(peak, rel=SHARED_TOLERANCE), name
     assert sent_for_rows(sizes, 1, gpus, e=2) == report["sent"]["bytes"]
     assert report["sent"]["largest"] <= 2**20  # of one layer in one direction
 
@@ -229,8 +234,9 @@ def test_the_longest_row_fits_and_no_longer_one():
     sizes = sizes_of(GriffinConfig.from_json_file(ROOT / "configuration" / "model" / "griffin-1b3.json"))
     alone, four = longest_row(sizes, 1, 141), longest_row(sizes, 4, 141)
     for length, gpus in ((alone, 1), (four, 4)):
-        assert fits(sequence_parallel(sizes, 1, length, gpus), 141)
-        assert not fits(sequence_parallel(sizes, 1, length + 1024 * gpus, gpus), 141)
+        left = HEADROOM * (1 - PIECES_BELOW)
+        assert fits(sequence_parallel(sizes, 1, length, gpus), 141, left)
+        assert not fits(sequence_parallel(sizes, 1, length + 1024 * gpus, gpus), 141, left)
     assert 3.5 * alone < four < 4 * alone  # the buckets of DDP
     assert longest_row(sizes_of(GriffinConfig.from_json_file(MODELS[0])), 1, 1) == 0  # nothing fits 1 GB
 
