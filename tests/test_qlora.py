@@ -88,7 +88,7 @@ def test_every_trained_weight_gets_a_gradient_and_learns(base, scheme, checkpoin
 
 @pytest.mark.parametrize("scheme", TRAINED)
 @torch.no_grad()
-def test_an_adapter_is_saved_reloaded_and_merged(base, tmp_path, scheme):
+def test_an_adapter_is_saved_reloaded_and_merged(base, tmp_path, scheme, usual_four_bits):
     model, ids = get_peft_model(load_quantised(base, scheme), lora_everywhere()).eval(), torch.randint(0, 256, (2, 20))
     disturb(model)
     expected = model(ids).logits

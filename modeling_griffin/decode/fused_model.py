@@ -177,6 +177,8 @@ def _in_packed(module: nn.Module, shapes: tuple, like: torch.Tensor) -> str | No
         return "has a hook"
     if device.type not in packed.ON or properties(device).vendor == "amd":
         return "has packed weights, which have kernels on an NVIDIA GPU alone"
+    if isinstance(held, packed.NF4) and not packed.FUSED_NF4:
+        return "has NF4 weights, which bitsandbytes' own kernels read faster"
     if held.data.dtype.is_floating_point and device.type == "cuda" and not float8_fits(properties(device)):
         return "has float8 weights, which this GPU cannot convert"
     if (module.out_features, module.in_features) != shape:

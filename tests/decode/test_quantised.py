@@ -27,6 +27,7 @@ def base(small_model, tmp_path):
 def packed_on_a_cpu(monkeypatch):
     """The fused step's own arithmetic, in the plain operations that define it, over packed weights."""
     monkeypatch.setattr(packed, "ON", ("cuda", "cpu"))
+    monkeypatch.setattr(packed, "FUSED_NF4", True)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -95,6 +96,15 @@ def test_what_the_fused_step_refuses(base, packed_on_a_cpu):
     assert next(fused_obstacles(model)) == "layers.0.mlp_block.up_proj is a Linear4bit, not a Linear"
 
 
+def test_four_bits_are_read_by_the_library_where_that_is_faster(base, packed_on_a_cpu, monkeypatch, paths):
+    monkeypatch.setattr(packed, "FUSED_NF4", False)
+    model, ids = load_quantised(base, "nf4"), random_ids(2, 6)
+    said = "layers.0.mlp_block.gate_proj has NF4 weights, which bitsandbytes' own kernels read faster"
+    assert next(fused_obstacles(model)) == said
+    assert torch.equal(run(model, ids), run(dequantised(model), ids))
+    assert [path.step for path in paths] == ["forward", "fused"]
+
+
 def test_on_a_cpu_the_library_multiplies(base):
     reason = next(fused_obstacles(load_quantised(base, "torchao int8")))
     assert reason == "layers.0.mlp_block.gate_proj has packed weights, which have kernels on an NVIDIA GPU alone"
@@ -132,7 +142,8 @@ def test_outliers_that_the_host_waits_for(base):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_fused_step_on_a_gpu(base, scheme, rows, paths):
+def test_the_fused_step_on_a_gpu(base, scheme, rows, paths, monkeypatch):
+    monkeypatch.setattr(packed, "FUSED_NF4", True)
     model, ids = load_quantised(base, scheme, torch.bfloat16, "cuda"), random_ids(rows, 6).cuda()
     found = run(model, ids, return_dict_in_generate=True, output_logits=True)
     assert {path.step for path in paths} == {"fused"}
