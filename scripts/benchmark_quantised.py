@@ -291,7 +291,7 @@ def _train_text(folder: Path, recipe: str, seed: int, arguments) -> dict:
 
 
 def _bits(folder: Path, scheme: str, arguments) -> dict:
-    from evaluate_text import bucket_losses, count_token_bytes, summarize
+    from evaluate_text import bucket_losses, count_token_bytes, reader_of, summarize
     from training.text_data import PackedRows, load_documents, tokenize
     from training.text_tokenizer import document_ends
 
@@ -302,7 +302,7 @@ def _bits(folder: Path, scheme: str, arguments) -> dict:
     model = quantise(model, scheme)
     documents = load_documents(str(folder / "held_out.jsonl"), "text", "test", None)
     rows = PackedRows(tokenize(documents, tokenizer), 512, document_ends(tokenizer)[1])
-    found = summarize(bucket_losses(model, rows, count_token_bytes(documents, tokenizer), 512, None))
+    found = summarize(bucket_losses(reader_of(model, 512), rows, count_token_bytes(documents, tokenizer), None))
     return {"loss": found["loss"], "bits_per_byte": found["bits_per_byte"]}
 
 

@@ -2,18 +2,22 @@
 
 Rows of any length are read in chunks with the model's state in between, so memory does not grow with the length. How a
 model does beyond the length it was trained on shows in the last lines of the table. Writes evaluation.json, .md, .png.
+Started by torchrun, the processes share each row, read at once.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from generate import load
 from help_formatter import ShowDefaults
@@ -23,6 +27,11 @@ from training.text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
 
 from modeling_griffin.cache_name import CACHE_NAME
+from modeling_griffin.parallel import SequenceParallel, parallelize_sequence
+from modeling_griffin.training.pieces import mlp_in_pieces
+
+
+Row = dict[str, torch.Tensor]  # of `PackedRows`
 
 
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
@@ -46,7 +55,7 @@ def count_token_bytes(documents: Iterable[dict], tokenizer: PreTrainedTokenizerB
 
 
 @torch.no_grad()
-def row_losses(model: torch.nn.Module, row: dict[str, torch.Tensor], chunk: int) -> torch.Tensor:
+def row_losses(model: torch.nn.Module, row: Row, chunk: int) -> torch.Tensor:
     """-log p (T - 1,) in nats of one row of `PackedRows`, `chunk` tokens at a time; 0 where nothing is predicted."""
     input_ids, position_ids, labels = (
         row[name][None].to(model.device) for name in ("input_ids", "position_ids", "labels")
@@ -68,18 +77,27 @@ def row_losses(model: torch.nn.Module, row: dict[str, torch.Tensor], chunk: int)
     return torch.nn.functional.pad(torch.cat(losses).cpu(), (0, input_ids.shape[1] - 1 - last))
 
 
+@torch.no_grad()
+def shared_row_losses(shared: SequenceParallel, row: Row, chunk: int) -> torch.Tensor:
+    """As `row_losses`, of all processes together, each with its part of the row; logits of `chunk` tokens at a time."""
+    given = {name: tensor[None].to(shared.base.device) for name, tensor in row.items()}
+    hidden = shared.base(given["input_ids"], position_ids=given["position_ids"], use_cache=False).last_hidden_state
+    return shared.token_losses(hidden, given["labels"], chunk)[0].cpu()
+
+
 def bucket_losses(
-    model: torch.nn.Module, rows: PackedRows, num_bytes: np.ndarray, chunk: int, max_rows: int | None
+    losses_of: Callable[[Row], torch.Tensor], rows: PackedRows, num_bytes: np.ndarray, max_rows: int | None
 ) -> list[dict]:
     """One entry for the positions [1, 2), [2, 4), [4, 8), ...: tokens, bytes and summed loss (nats).
 
     The position of a token is how many tokens of its document, the start included, stand before it in the row.
+    losses_of: of a row, -log p (T - 1,).
     """
     size = max(1, math.ceil(math.log2(rows.length)))
     totals = {name: np.zeros(size) for name in ("tokens", "bytes", "nats")}
     for index in range(min(len(rows), max_rows or len(rows))):
         row = rows[index]
-        losses = row_losses(model, row, chunk).double().numpy()
+        losses = losses_of(row).double().numpy()
         predicted = row["labels"][1:].numpy() != IGNORED_LABEL
         bucket = np.log2(row["position_ids"][1:].numpy()[predicted]).astype(int)
         begin = index * (rows.length - 1) + 1
@@ -121,7 +139,9 @@ def text_of(result: dict, birth: dict) -> str:
     """The page: where the figures come from, and what reading took."""
     length, memory = result["length"], result["peak_bytes"]
     lines = [f"# Loss by position, rows of {length:,} tokens", "", *birth_lines(birth), ""]
-    taken = f"{result['tokens']:,} tokens in {result['seconds']:.1f} s, {result['chunk']:,} in one forward pass"
+    many = result["processes"] > 1
+    taken = f"{result['tokens']:,} tokens in {result['seconds']:.1f} s, "
+    taken += f"a row over {result['processes']} processes" if many else f"{result['chunk']:,} in one forward pass"
     lines += [
         taken + ("." if memory is None else f"; at most {memory / 1e9:.2f} GB of GPU memory, weights included."),
         "",
@@ -164,7 +184,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, jsonl, parquet, or a Hub data set's id")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row (default: 2048)")
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens in one forward pass; bounds the memory")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=2048,
+        help="tokens in one forward pass; bounds the memory. Of rows shared by processes: tokens whose logits are held",
+    )
     parser.add_argument("--max_rows", type=int, default=None, help="read only so many rows (default: all)")
     parser.add_argument("--text_column", default="text", help="column of a record that holds its text")
     parser.add_argument("--split", default="test", help="split of a Hub data set (default: test)")
@@ -183,20 +208,47 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+def join_processes(device: str) -> str:
+    """This process's device; with torchrun's others it becomes a group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    on_gpu = torch.device(device).type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    if not on_gpu:
+        return device
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def reader_of(model: torch.nn.Module, chunk: int) -> Callable[[Row], torch.Tensor]:
+    """What gives the losses of a row: this process alone, or all of them together."""
+    if not dist.is_initialized():
+        return partial(row_losses, model, chunk=chunk)
+    mlp_in_pieces(model)
+    return partial(shared_row_losses, parallelize_sequence(model), chunk=chunk)
+
+
 def main(argv: list[str] | None = None) -> dict:
     arguments = read_arguments(sys.argv[1:] if argv is None else argv)
-    model, tokenizer = load(arguments.model, arguments.trust_remote_code, arguments.device)
+    device = join_processes(arguments.device)
+    model, tokenizer = load(arguments.model, arguments.trust_remote_code, device)
     try:
         documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset)
     except ValueError as error:
         raise SystemExit(f"evaluate_text.py: error: {error}") from error
     rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
     num_bytes, start = count_token_bytes(documents, tokenizer), time.perf_counter()
-    entries = bucket_losses(model, rows, num_bytes, arguments.chunk, arguments.max_rows)
+    entries = bucket_losses(reader_of(model, arguments.chunk), rows, num_bytes, arguments.max_rows)
     facts = {name: getattr(arguments, name) for name in ("model", "data", "length", "chunk")}
-    facts |= {"device": str(model.device), "seconds": time.perf_counter() - start}
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    facts |= {"device": str(model.device), "processes": processes, "seconds": time.perf_counter() - start}
     facts["peak_bytes"] = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
     result = {**facts, "versions": versions(), **summarize(entries)}
+    if dist.is_initialized():
+        first = dist.get_rank() == 0
+        dist.destroy_process_group()
+        if not first:
+            return result
     print_table(result)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ MARKED = {
     "docs/pretraining.md": 1,
     "docs/quantisation.md": 2,
     "docs/recurrent_gemma.md": 1,
-    "docs/sequence_parallel.md": 2,
+    "docs/sequence_parallel.md": 3,
     "docs/vllm.md": 2,
 }
 CONFIGURATION = ROOT / "configuration" / "README.md"

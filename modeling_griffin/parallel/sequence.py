@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from ..causal_lm_loss import causal_lm_loss
@@ -142,16 +142,31 @@ class SequenceParallel:
         hidden: (B, L, D), `last_hidden_state` of the model without its head. labels: (B, T), as for the model. kwargs:
         `num_items_in_batch`, `shift_labels`.
         """
-        head, cap = self.head.lm_head, self.base.config.final_logit_softcapping
 
         def total(hidden, labels):
-            logits = head(hidden)
-            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            logits = self._logits(hidden)
             return causal_lm_loss(logits, None, logits.shape[-1], 1, shift_labels=labels)
 
         mine, count = self._labels(labels, **kwargs)
         pieces = zip(hidden.split(piece, dim=1), mine.split(piece, dim=1))
         return self._whole(sum(checkpoint(total, *each, use_reentrant=False) for each in pieces) / count)
+
+    @torch.no_grad()
+    def token_losses(self, hidden: torch.Tensor, labels: torch.Tensor, piece: int = 8192) -> torch.Tensor:
+        """-log p (B, T - 1) in nats, float32, of labels[:, 1:], the same on all ranks; 0 where a label is -100.
+
+        Arguments as of `loss_in_pieces`. For the loss by position of rows that one GPU cannot hold.
+        """
+        mine = self._labels(labels)[0]
+        parts = [
+            cross_entropy(self._logits(part).float().transpose(1, 2), expected, reduction="none")
+            for part, expected in zip(hidden.split(piece, dim=1), mine.split(piece, dim=1))
+        ]
+        return self.gather(torch.cat(parts, dim=1), labels.shape[1])[:, :-1]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits, cap = self.head.lm_head(hidden), self.base.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.compiler.disable
     def _take_chunk(self, base: nn.Module, args, kwargs):

@@ -127,12 +127,11 @@ class LanguageTask:
 
     def evaluate(self, model: torch.nn.Module) -> list[dict[str, float]]:
         """By position in the document, in rows of `long_length` tokens; `size` is the first position of a bucket."""
-        from evaluate_text import bucket_losses, summarize
+        from evaluate_text import bucket_losses, reader_of, summarize
 
         with self._autocast():
-            entries = bucket_losses(
-                model, self.long_rows, self.num_bytes, 4 * self.settings["length"], self.settings["long_rows"]
-            )
+            reader = reader_of(model, 4 * self.settings["length"])
+            entries = bucket_losses(reader, self.long_rows, self.num_bytes, self.settings["long_rows"])
         names = ("tokens", "loss", "bits_per_byte")
         return [{"size": e["from"], **{name: e[name] for name in names}} for e in summarize(entries)["by_position"]]
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from _script_helpers import document_nats, make_text, save_model
+from _script_helpers import ROOT, document_nats, make_text, save_model
 from evaluate_text import count_token_bytes, main, row_losses, token_bytes
 from training.text_data import load_documents, tokenize
 from training.text_tokenizer import byte_tokenizer, train_bpe_tokenizer
@@ -45,6 +47,24 @@ def test_figures_are_those_of_the_documents_alone(model, data, tmp_path, capsys)
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["position", "tokens", "loss", "bits/byte"]
     assert table[len(result["by_position"]) + 1].split()[0] == "all"
+
+
+def test_processes_that_share_a_row_find_the_same(model, data, tmp_path):
+    """Rows with several documents, of a length that two do not divide; the second process prints and writes nothing."""
+    arguments = [model[1], data, "--length", "101", "--device", "cpu", "--output"]
+    alone = main([*arguments, str(tmp_path / "alone")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = [str(ROOT / "scripts" / "evaluate_text.py"), *arguments, str(tmp_path / "shared"), "--chunk", "16"]
+    done = subprocess.run([*torchrun, *program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = json.loads((tmp_path / "shared" / "evaluation.json").read_text())
+    assert done.stdout.count("written to") == 1
+    assert shared["processes"] == 2 and "a row over 2 processes" in (tmp_path / "shared" / "evaluation.md").read_text()
+    assert [(entry["tokens"], entry["bytes"]) for entry in shared["by_position"]] == [
+        (entry["tokens"], entry["bytes"]) for entry in alone["by_position"]
+    ]
+    for mine, expected in zip(shared["by_position"], alone["by_position"]):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 def test_buckets_by_position(model, data, tmp_path):
