@@ -35,9 +35,11 @@ def main(path: str) -> None:
 
 def add(engine, name, request):
     lora = LoRARequest("adapter", 1, request["lora"]) if request.get("lora") else None
-    prompt = request["prompt"]
+    prompt, params = request["prompt"], dict(request["params"])
+    if "logit_bias" in params:  # JSON made strings of the tokens
+        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
     prompt = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-    engine.add_request(name, prompt, SamplingParams(**request["params"]), lora_request=lora)
+    engine.add_request(name, prompt, SamplingParams(**params), lora_request=lora)
 
 
 def as_json(output) -> dict:

@@ -111,16 +111,21 @@ def check_logprobs(model, prompt, result, tolerance=2e-5) -> float:
 
 @contextmanager
 def server(folder: Path, tmp_path: Path):
-    """`vllm serve FOLDER` on a free port; yields its address."""
+    """What `vllm serve FOLDER` starts, on a free port; yields its address.
+
+    By its module: the command `vllm` asks for the version of a package of that name, which the build for a CPU is not.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     command += ["--served-model-name", "griffin", "--max-num-seqs", "8"]
     log = tmp_path / "server.log"
+    # Started in the model's folder, whose modeling_griffin.py is not the package: -m would look there first.
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONSAFEPATH": "1"}
     with log.open("w") as out:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out, cwd=tmp_path)
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=tmp_path)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
