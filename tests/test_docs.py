@@ -144,6 +144,9 @@ def check_command(words: list[str], where: str, run_cheap: bool, monkeypatch) ->
         (start,) = [index for index, word in enumerate(words) if word.startswith("scripts/")]
         assert (ROOT / words[words.index("--config_file") + 1]).is_file(), where
         check_script(words[start:], where, False, monkeypatch)
+    elif program == "torchrun":
+        (start,) = [index for index, word in enumerate(words) if word.startswith("scripts/")]
+        check_script(words[start:], where, False, monkeypatch)
     elif program == "accelerate":
         assert words[1] in ("estimate-memory", "config"), where
     elif program == "python" and words[1] == "-m":
