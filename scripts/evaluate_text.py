@@ -26,6 +26,7 @@ from training.text_data import IGNORED_LABEL, PackedRows, load_documents, tokeni
 from training.text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
 
+from modeling_griffin import GriffinForCausalLM
 from modeling_griffin.cache_name import CACHE_NAME
 from modeling_griffin.parallel import SequenceParallel, parallelize_sequence
 from modeling_griffin.training.pieces import mlp_in_pieces
@@ -221,10 +222,11 @@ def join_processes(device: str) -> str:
 
 
 def reader_of(model: torch.nn.Module, chunk: int) -> Callable[[Row], torch.Tensor]:
-    """What gives the losses of a row: this process alone, or all of them together."""
+    """What gives the losses of a row: this process alone, or all of them together, which takes a Griffin."""
     if not dist.is_initialized():
         return partial(row_losses, model, chunk=chunk)
-    mlp_in_pieces(model)
+    if isinstance(model, GriffinForCausalLM):  # by the code of its repository it has no pieces
+        mlp_in_pieces(model)
     return partial(shared_row_losses, parallelize_sequence(model), chunk=chunk)
 
 
@@ -236,9 +238,15 @@ def main(argv: list[str] | None = None) -> dict:
         documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset)
     except ValueError as error:
         raise SystemExit(f"evaluate_text.py: error: {error}") from error
+    try:
+        reader = reader_of(model, arguments.chunk)
+    except ValueError as error:
+        raise SystemExit(
+            f"evaluate_text.py: error: MODEL = {arguments.model!r} with several processes: {error}"
+        ) from error
     rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
     num_bytes, start = count_token_bytes(documents, tokenizer), time.perf_counter()
-    entries = bucket_losses(reader_of(model, arguments.chunk), rows, num_bytes, arguments.max_rows)
+    entries = bucket_losses(reader, rows, num_bytes, arguments.max_rows)
     facts = {name: getattr(arguments, name) for name in ("model", "data", "length", "chunk")}
     processes = dist.get_world_size() if dist.is_initialized() else 1
     facts |= {"device": str(model.device), "processes": processes, "seconds": time.perf_counter() - start}

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from _script_helpers import ROOT, document_nats, make_text, save_model
 from evaluate_text import count_token_bytes, main, row_losses, token_bytes
 from training.text_data import load_documents, tokenize
 from training.text_tokenizer import byte_tokenizer, train_bpe_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tolerances import assert_close
 
@@ -65,6 +67,25 @@ def test_processes_that_share_a_row_find_the_same(model, data, tmp_path):
     ]
     for mine, expected in zip(shared["by_position"], alone["by_position"]):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_only_a_griffin_shares_its_rows(data, tmp_path):
+    """One line before the text is read; alone, any model is evaluated."""
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    for each in (LlamaForCausalLM(config), byte_tokenizer()):
+        each.save_pretrained(tmp_path / "llama")
+    arguments = [str(tmp_path / "llama"), data, "--length", "101", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(arguments)["processes"] == 1
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(
+            SystemExit, match="error: MODEL = .*llama' with several processes: model is a LlamaForCausalLM"
+        ):
+            main(arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_buckets_by_position(model, data, tmp_path):
