@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from training.launch import check_launch, check_processes, choose_device, describe, read_request  # noqa: E402
+from training.ranks import leave_together  # noqa: E402
 
 
 if "--stand-in" in sys.argv:
@@ -32,3 +33,5 @@ try:
 except ValueError as error:
     said = f"refused: {error}"
 sys.stdout.write(said + "\n")  # at once: two processes speak
+sys.stdout.flush()
+leave_together()

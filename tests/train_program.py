@@ -16,6 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from training.ranks import leave_together
 
 from modeling_griffin.rg_lru import RGLRU, Decay
 
@@ -80,6 +81,7 @@ def main(runs: Path) -> None:
         results.append(watched[-1].results(run["name"], trainer))
     if trainer.is_world_process_zero():
         runs.with_suffix(".results").write_text(json.dumps(results))
+    leave_together()
 
 
 if __name__ == "__main__":
