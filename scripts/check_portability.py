@@ -23,7 +23,7 @@ import torch
 
 SECONDS, SPILLS = 20.0, {"bfloat16": 128, "float32": 256}  # float32 is multiplied without tensor cores
 SEQUENCES_SECONDS = 40.0  # of sequences end to end: 28 backward, since each of its rows loads and stores states
-FAMILIES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
+FAMILIES = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
 ON_AMD = ["gfx90a", "gfx942"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 QUICK = [(gpu, "2B", "bfloat16") for gpu in ("sm_89", "sm_90", "gfx942")]

@@ -22,6 +22,7 @@ CLIENTS = {
     ],
     "npm": lambda name, version: ["npm", "pack", "--silent", f"{name}@{version}"],
 }
+REMEDIES = {"debian": "run `apt-get update`, "}  # where a client's own list of versions may be old
 NESTED = (".tar.xz", ".tar.gz", ".tgz", "src.zip")  # archives inside of packages that are read too
 
 
@@ -50,8 +51,9 @@ def _download(package: dict, path: Path) -> None:
         if done.returncode or len(files) != 1:
             reason = " ".join(done.stderr.split())[-300:]
             raise ValueError(
-                f"{package['name']} {package['version']} cannot be had from {package['registry']} ({reason}): put "
-                f"{package['file']} into {path.parent}, or list another version"
+                f"{package['name']} {package['version']} cannot be had from {package['registry']} ({reason}): "
+                f"{REMEDIES.get(package['registry'], '')}put {package['file']} into {path.parent}, "
+                "or list another version"
             )
         files[0].rename(path)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import float8_program as program
+from tests.parallel import float8_program as program
 from tests.ranks import run_program
 from tests.tolerances import assert_close, relative_error
 
@@ -12,7 +12,7 @@ pytest.importorskip("torchao")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_program("float8_program", tmp_path_factory.mktemp("ranks"))
+    return run_program("parallel.float8_program", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", program.CASES)

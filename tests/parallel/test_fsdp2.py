@@ -5,7 +5,7 @@ import re
 import pytest
 
 from modeling_griffin import LAMBDA_INITS, GriffinConfig, GriffinForCausalLM
-from tests import fsdp2_program as program
+from tests.parallel import fsdp2_program as program
 from tests.ranks import run_program
 from tests.tolerances import assert_close
 
@@ -18,7 +18,7 @@ NOT_KEPT = "accelerate, mixed, not kept"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_program("fsdp2_program", tmp_path_factory.mktemp("ranks"))
+    return run_program("parallel.fsdp2_program", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", EXACT)

@@ -24,7 +24,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_program("sequence_mesh_program", tmp_path_factory.mktemp("ranks"))
+    return run_program("parallel.sequence_mesh_program", tmp_path_factory.mktemp("ranks"))
 
 
 def assert_same(run, logits: str = "logits"):

@@ -4,8 +4,8 @@ import pytest
 from accelerate import big_modeling
 
 from modeling_griffin import GriffinForCausalLM
-from tests import sequence_program as program
 from tests.conftest import make_config
+from tests.parallel import sequence_program as program
 from tests.ranks import run_program
 from tests.tolerances import assert_close
 
@@ -15,7 +15,7 @@ CASES = [f"{name}, {ranks} ranks" for ranks in (4, 2) for name in program.CASES]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_program("sequence_program", tmp_path_factory.mktemp("ranks"))
+    return run_program("parallel.sequence_program", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

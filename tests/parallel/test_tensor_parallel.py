@@ -8,8 +8,8 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_griffin import LAMBDA_INITS, GriffinConfig, GriffinForCausalLM
 from modeling_griffin.tensor_parallel import check_tensor_parallel
+from tests.parallel.tensor_parallel_program import CASES_OF_SIZE, SHAPES, case_config
 from tests.ranks import run_program
-from tests.tensor_parallel_program import CASES_OF_SIZE, SHAPES, case_config
 from tests.tolerances import assert_close
 
 
@@ -18,7 +18,7 @@ RUNS = [(name, size) for size, names in CASES_OF_SIZE.items() for name in names]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_program("tensor_parallel_program", tmp_path_factory.mktemp("ranks"))
+    return run_program("parallel.tensor_parallel_program", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

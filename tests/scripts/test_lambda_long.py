@@ -19,6 +19,7 @@ from report_lambda_long import best_rate, measured, rate_table, tokens_to_reach
 from report_lambda_long import main as report
 from study_lambda_long import main as study_main
 from study_lambda_long import read_study
+from text_corpus.archives import CLIENTS, fetch
 from text_corpus.deduplicate import Deduplicator
 from text_corpus.documents import kind_of, text_of
 from text_corpus.shards import read_shard
@@ -140,6 +141,12 @@ def test_a_package_that_changed_is_refused(text, tmp_path):
     path.write_text(yaml.safe_dump(wanted))
     with pytest.raises(SystemExit, match="SHA-256"):
         gather_text.main([str(path), "--archives", str(text / "archives"), "--output", str(tmp_path)])
+
+
+def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(CLIENTS, "debian", lambda name, version: ["false"])
+    with pytest.raises(ValueError, match=r"apt-get update.*put a\.deb into .*or list another version"):
+        fetch({"registry": "debian", "name": "a", "version": "1", "file": "a.deb", "sha256": ""}, tmp_path)
 
 
 def test_paragraphs_that_came_before_go_and_near_copies_go_whole():

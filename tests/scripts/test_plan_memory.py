@@ -269,7 +269,7 @@ def test_the_peak(precision, chunk, checkpointing, monkeypatch):
 
 def test_collectives_of_two_processes(tmp_path):
     """DDP sums all gradients; FSDP2 and tensor parallelism send what the formulas say, padding included; shards."""
-    program = Path(__file__).parents[1] / "collectives_program.py"
+    program = Path(__file__).with_name("collectives_program.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -28,7 +28,7 @@ def jobs(tmp_path_factory) -> dict:
 
 def run_jobs(folder: Path) -> None:
     path = write_run(folder, max_steps=40, save_strategy="steps", save_steps=4)
-    run_program("failure_program.py", folder, path)
+    run_program("scripts/failure_program.py", folder, path)
 
 
 def test_killed_processes_end_the_job(jobs):

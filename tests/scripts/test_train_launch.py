@@ -33,7 +33,7 @@ def say(file: str | Path, *words: str) -> str:
     """What launch_program.py says of the launcher's file; `words` begin with options of `accelerate launch`."""
     options = [word for word in words if word not in ("true", "false")]
     values = [word for word in words if word in ("true", "false")]
-    process = launch(str(file), *options, "tests/launch_program.py", *values, timeout=120)
+    process = launch(str(file), *options, "tests/scripts/launch_program.py", *values, timeout=120)
     said = {line for line in process.stdout.splitlines() if line.startswith(("runs:", "refused:"))}
     assert len(said) == 1, process.stdout[-4000:]
     return said.pop()
@@ -106,7 +106,7 @@ def in_two(alone, tmp_path_factory) -> dict:
             {"name": "accumulated", "argv": [path, *halves, "--output_dir", str(folder / "accumulated")]},
             {"name": "from_one", "argv": [path, "--resume", "--output_dir", from_one, *OTHER_SPLIT]},
         ]
-        train_once(folder, runs, "cpu_ddp", "tests/train_program.py")
+        train_once(folder, runs, "cpu_ddp", "tests/scripts/train_program.py")
 
     return results_of(made_once(tmp_path_factory, "ddp", make))
 
@@ -125,7 +125,7 @@ def sharded(tmp_path_factory) -> dict:
             {"name": "resumed", "argv": resumed},
             {"name": "checkpointed", "argv": [*argv, str(folder / "checkpointed"), *short], "accelerate": variant},
         ]
-        words = ["--num_processes", "2", "--mixed_precision", "no", "tests/train_program.py", "--stand-in"]
+        words = ["--num_processes", "2", "--mixed_precision", "no", "tests/scripts/train_program.py", "--stand-in"]
         train_once(folder, runs, "fsdp2", *words)
 
     return results_of(made_once(tmp_path_factory, "fsdp2", make))
@@ -214,7 +214,7 @@ def test_several_processes_do_not_become_one(kind, tmp_path):
 def test_fsdp2_over_two_hosts():
     """Both on this machine, one process each, through the stand-in for GPUs: they find each other."""
     words = ["--num_processes", "2", "--main_process_port", str(free_port())]
-    program = ["tests/launch_program.py", "--stand-in", "false"]
+    program = ["tests/scripts/launch_program.py", "--stand-in", "false"]
     with ThreadPoolExecutor(2) as hosts:
         ranks = [["--machine_rank", str(rank)] for rank in range(2)]
         done = list(hosts.map(lambda rank: launch(str(FILES["fsdp2_hosts"]), *words, *rank, *program), ranks))
@@ -228,7 +228,7 @@ def test_deepspeed_zero3(alone, tmp_path):
     run_file = settings_of(tmp_path, 2, save_steps=SAVED)
     runs = [{"name": "out", "argv": [run_file, "--use_cpu", "false", "--ddp_backend", "gloo"]}]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    words = ["--num_processes", "2", "tests/train_program.py", str(tmp_path / "runs.json")]
+    words = ["--num_processes", "2", "tests/scripts/train_program.py", str(tmp_path / "runs.json")]
     process = launch(str(FILES["deepspeed_zero3"]), *words, DS_ACCELERATOR="cpu")
     assert process.returncode == 0, process.stdout[-6000:]
     assert "2 processes on CPU (DeepSpeed), bfloat16" in process.stdout

@@ -41,7 +41,7 @@ def train(file: str, folder: Path, gpus: int, *words: str) -> dict:
     """Launches train_program.py, which says in what the RG-LRU worked; returns `results_of`."""
     argv = [settings_of(folder, gpus), *words]
     (folder / "runs.json").write_text(json.dumps([{"name": "out", "argv": argv}]))
-    program = ["--num_processes", str(gpus), "tests/train_program.py", str(folder / "runs.json")]
+    program = ["--num_processes", str(gpus), "tests/scripts/train_program.py", str(folder / "runs.json")]
     process = launch(FILES[file], *program, CUDA_VISIBLE_DEVICES=",".join(map(str, range(gpus))))
     assert process.returncode == 0, process.stdout[-6000:]
     (folder / "log.txt").write_text(process.stdout)

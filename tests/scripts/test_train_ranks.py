@@ -18,7 +18,7 @@ def run_jobs(folder: Path) -> None:
     path = write_run(folder, max_steps=4, save_strategy="steps", save_steps=2)
     lines = (folder / "data.jsonl").read_text().splitlines(keepends=True)
     (folder / "other.jsonl").write_text("".join(lines[:-1]))
-    run_program("rank_faults_program.py", folder, path)
+    run_program("scripts/rank_faults_program.py", folder, path)
 
 
 def test_a_complete_run_is_left_together(jobs):

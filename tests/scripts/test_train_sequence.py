@@ -17,7 +17,7 @@ LOSS, WEIGHT = 2e-5, 2e-5
 def runs(tmp_path_factory) -> tuple[Path, dict]:
     """Each row over two processes, resumed by one; two times two beside two; and one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, run_program("train_sequence_program", folder, timeout=900)
+    return folder, run_program("scripts.train_sequence_program", folder, timeout=900)
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from tests.ranks import run_program
-from tests.recorded_ddp_program import CASES
 from tests.tolerances import assert_close
+from tests.training.recorded_ddp_program import CASES
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_program("recorded_ddp_program", tmp_path_factory.mktemp("ddp"))
+    return run_program("training.recorded_ddp_program", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("case", CASES)

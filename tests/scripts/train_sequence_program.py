@@ -16,8 +16,8 @@ from modeling_griffin import GriffinForCausalLM
 from modeling_griffin.parallel import parallelize_trainer
 from tests._script_helpers import write_run  # which puts scripts/ on the path
 from tests.conftest import make_audible, make_config
+from tests.parallel.sequence_program import tokens
 from tests.ranks import join_group, start_ranks
-from tests.sequence_program import tokens
 
 
 run = importlib.import_module("train").run

@@ -17,8 +17,8 @@ from modeling_griffin import GriffinForCausalLM, GriffinForSequenceClassificatio
 from modeling_griffin.parallel import parallelize_sequence
 from modeling_griffin.training.pieces import mlp_in_pieces
 from tests.conftest import make_audible, make_config
+from tests.parallel.sequence_program import tokens
 from tests.ranks import gradients, join_group, start_ranks
-from tests.sequence_program import tokens
 
 
 TOKENS = tokens(2, 26)

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from training.launch import check_launch, check_processes, choose_device, describe, read_request  # noqa: E402
 from training.ranks import leave_together  # noqa: E402

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from modeling_griffin import GriffinForCausalLM, keep_lambda_float32
 from tests.conftest import make_audible, make_config
-from tests.fsdp2_program import accelerator_of_cpus, new_optimizer
+from tests.parallel.fsdp2_program import accelerator_of_cpus, new_optimizer
 from tests.ranks import ROOT, gradients, join_group, parameters, start_ranks
 
 
