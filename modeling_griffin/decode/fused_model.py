@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from ..causal_conv1d import CausalConv1d
-from ..gpu import no_kernels_reason
-from ..kernels.device import float8_fits, properties
+from ..kernels.device import decode_refusal, float8_fits, properties
 from ..kernels.hooks import forward_hooks, has_global_hooks
 from ..modeling_griffin import (
     GriffinAttention,
@@ -65,7 +64,7 @@ def fused_obstacles(model: nn.Module) -> Iterator[str]:
 
 def _around_the_model(model) -> Iterator[str]:
     config, device = model.config, model.device
-    if device.type == "cuda" and (reason := no_kernels_reason(device)) is not None:
+    if device.type == "cuda" and (reason := decode_refusal(properties(device))) is not None:
         yield reason
     attention = config._attn_implementation
     if attention not in ("eager", *ATTENTIONS):

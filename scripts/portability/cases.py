@@ -20,7 +20,7 @@ from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.gpu import properties, triton_refusal
 from modeling_griffin.kernels import attention, convolution, convolution_varlen, elementwise, gates, loss
-from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits, float8_fits
+from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits, decode_refusal, float8_fits
 from modeling_griffin.modeling_griffin import GriffinRMSNorm
 
 
@@ -59,6 +59,8 @@ def cases(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield from _elementwise(shape, dtype, quick)
     if dtype != torch.float32:
         yield from _tensor_cores(shape, dtype)
+    if decode_refusal(properties(META)) is not None:
+        return
     yield from _decode(shape, dtype, quick)
     if dtype == torch.bfloat16 and properties(META).vendor == "nvidia":
         yield from _decode_packed(shape, quick)

@@ -91,10 +91,17 @@ def test_old_compilers_and_old_gpus_get_pytorch(monkeypatch):
     assert "not installed" in gpu.triton_refusal(KNOWN["sm_90"])
 
 
+def test_decoding_on_turing_has_no_kernels():
+    assert "compute capability 7.5" in (reason := decode.decode_refusal(KNOWN["sm_75"])) and "need 8.0" in reason
+    assert decode.decode_refusal(KNOWN["sm_80"]) is None and decode.decode_gemm_fits(KNOWN["sm_80"])
+    assert not decode.decode_gemm_fits(KNOWN["sm_75"])
+
+
 def test_the_switch_for_amd(monkeypatch):
     reason = gpu.triton_refusal(KNOWN["gfx942"])
     assert "plain PyTorch" in reason and gpu.AMD_SWITCH in reason and "never run" in reason
     monkeypatch.setenv(gpu.AMD_SWITCH, "1")
+    assert decode.decode_refusal(KNOWN["gfx942"]) is None and not decode.decode_gemm_fits(KNOWN["gfx942"])
     assert gpu.triton_refusal(KNOWN["gfx942"]) is None and gpu.triton_refusal(KNOWN["gfx90a"]) is None
     assert "could hang" in gpu.triton_refusal(KNOWN["gfx1100"])
     with gpu.pretending(KNOWN["gfx942"]):

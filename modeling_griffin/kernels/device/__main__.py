@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ...gpu import GPU, flash_refusal, pretending, properties, triton_refusal
-from . import attention_refusal, can_overlap, decode_gemm_fits, gates_refusal
+from . import attention_refusal, can_overlap, decode_gemm_fits, decode_refusal, gates_refusal
 from .known import KNOWN, known_gpu
 from .training import NARROW_GATES
 
@@ -67,8 +67,7 @@ def rows(gpu: GPU) -> Iterator[Row]:
     yield _gates(gpu, refusal, why)
     for head_dim in HEADS:
         yield _attention(gpu, head_dim, refusal, why)
-    yield "decode, 1, 2 and 4 rows (GEMV)", TRITON if refusal is None else "Transformers' loop", why
-    yield _decode_gemm(gpu, refusal, why)
+    yield from _decode(gpu, refusal, why)
     with pretending(gpu):
         overlaps = refusal is None and can_overlap(torch.device("cuda"))
     yield "kernels start while the one before ends", "yes" if overlaps else "no", "" if overlaps else "from 9.0 on"
@@ -94,11 +93,15 @@ def _attention(gpu: GPU, head_dim: int, refusal: str | None, why: str) -> Row:
     return feature, TORCH if flash_refusal(gpu, head_dim) else "flash attention of PyTorch (2.11 on)", reason
 
 
-def _decode_gemm(gpu: GPU, refusal: str | None, why: str) -> Row:
-    feature = "decode, up to 64 rows in bfloat16 (GEMM)"
-    if decode_gemm_fits(gpu):
-        return feature, TRITON, why
-    return feature, "Transformers' loop" if refusal else "cuBLAS", why if refusal else "needs compute capability 8.0"
+def _decode(gpu: GPU, refusal: str | None, why: str) -> Iterator[Row]:
+    features = "decode, 1, 2 and 4 rows (GEMV)", "decode, up to 64 rows in bfloat16 (GEMM)"
+    if (reason := decode_refusal(gpu)) is not None:
+        loop = "Transformers' loop" if gpu.vendor == "amd" else "the forward pass as one CUDA graph"
+        yield from ((feature, loop, why if refusal else reason) for feature in features)
+        return
+    yield features[0], TRITON, why
+    gemm = decode_gemm_fits(gpu)
+    yield features[1], TRITON if gemm else TORCH, why if gemm else "tiles are for NVIDIA's tensor cores"
 
 
 if __name__ == "__main__":

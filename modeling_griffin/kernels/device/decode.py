@@ -13,6 +13,7 @@ import torch
 from ...gpu import GPU, multiprocessors, triton_refusal
 
 
+OLDEST_FOR_DECODING = (8, 0)
 # Rows for which a product can be done one row after the other on each tile of weights.
 MATVEC_ROWS = (1, 2, 4)
 INPUTS_OF_A_WARP = 256  # 16 bytes a thread in bfloat16; nothing has to be exchanged between threads
@@ -130,9 +131,19 @@ def _made_to_fit(height: int, block_m: int, block_d: int, stages: int, limit: in
     return block_d, stages
 
 
+def decode_refusal(gpu: GPU) -> str | None:
+    """None where the kernels of a decoding step run, else why not. On Turing they spill kilobytes of registers."""
+    if (reason := triton_refusal(gpu)) is not None:
+        return reason
+    if gpu.vendor == "nvidia" and gpu.capability < OLDEST_FOR_DECODING:
+        found, needed = (".".join(map(str, each)) for each in (gpu.capability, OLDEST_FOR_DECODING))
+        return f"{gpu.name} has compute capability {found}, the kernels of a decoding step need {needed}"
+    return None
+
+
 def decode_gemm_fits(gpu: GPU) -> bool:
     """Whether decode GEMMs of many rows are kernels here: their pipelines need asynchronous copies, from Ampere on."""
-    return triton_refusal(gpu) is None and gpu.capability >= (8, 0)
+    return decode_refusal(gpu) is None and gpu.capability >= OLDEST_FOR_DECODING
 
 
 def attention_split(
