@@ -66,6 +66,7 @@ def small_model() -> GriffinForCausalLM:
 
 def kinds_of_calls(model: GriffinForCausalLM) -> dict[str, Callable]:
     """By name: what is called with token ids (1, T) and a number of new tokens."""
+    assistant = small_model()
 
     def request(ids, new, **options):
         return GenerationRequest(ids[0].tolist(), max_new_tokens=new, **options)
@@ -88,6 +89,7 @@ def kinds_of_calls(model: GriffinForCausalLM) -> dict[str, Callable]:
         "beams": lambda ids, new: generate(ids, new, num_beams=2),
         "own processor": lambda ids, new: generate(ids, new, logits_processor=[lambda tokens, scores: scores]),
         "scores": lambda ids, new: generate(ids, new, return_dict_in_generate=True, output_scores=True),
+        "an assistant": lambda ids, new: generate(ids, new, assistant_model=assistant),
         "prompt lookup": lambda ids, new: generate(ids, new, prompt_lookup_num_tokens=3),
         "batch": lambda ids, new: model.generate_batch([request(ids, new), request(ids[:, :1], 3, temperature=0.9)]),
         "stream": lambda ids, new: [*model.stream_batch([request(ids, new)])],
