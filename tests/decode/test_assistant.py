@@ -11,10 +11,11 @@ from test_speculative_generate import (
     use_passes,
 )
 from test_speculative_generate import run as run_longer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 import modeling_griffin.decode.generate as decode_generate
+import modeling_griffin.decode.speculative.generate as fast_drafts
 from modeling_griffin.decode.generate import prefill_into
 from modeling_griffin.decode.speculative.assistant import Assistant
 from modeling_griffin.decode.speculative.verify import VerifyStep
@@ -216,8 +217,17 @@ REFUSED = {
     "RepetitionPenalty": lambda model, small_model: {"assistant_model": model, "repetition_penalty": 1.2},
     "criteria or outputs": lambda model, small_model: {"assistant_model": model, "return_dict_in_generate": True},
     "num_assistant_tokens = 0": lambda model, small_model: {"assistant_model": settle(small_model(), 0)},
-    "without a fused step: model.layers is": lambda model, small_model: {"assistant_model": hooked(small_model())},
+    "without a fused step: layers.0 has a hook": lambda model, small_model: {"assistant_model": hooked(small_model())},
+    "without a fused step: the model is a LlamaForCausalLM": lambda model, small_model: {"assistant_model": llama()},
 }
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.bos_token_id = config.eos_token_id = None
+    return settle(LlamaForCausalLM(config).eval())
 
 
 def hooked(model):
@@ -234,7 +244,15 @@ def test_other_requests_run_in_transformers_loop_and_say_why(reason, small_model
         torch.manual_seed(3)
         result = run(model, ids, max_new_tokens=6, **REFUSED[reason](model, small_model))
         found.append((result if isinstance(result, torch.Tensor) else result.sequences).tolist())
-    assert found[0] == found[1] and not passes.right and reason.split(":")[0] in said[0], said
+    assert found[0] == found[1] and not passes.right and reason in said[0], said
+
+
+def test_an_assistant_of_another_vocabulary_is_none_of_ours(small_model, monkeypatch):
+    """Transformers' loop translates its drafts, by the tokenizers of both."""
+    model = small_model()
+    use_passes(monkeypatch, model)
+    found = fast_drafts._of_an_assistant(model, small_model(vocab_size=31))
+    assert [*found] == ["an assistant of 31 tokens, not 29"]
 
 
 def test_two_models_that_are_each_others_assistants(small_model, monkeypatch):
