@@ -10,11 +10,11 @@ little: of a generation with its prompt, over its new tokens. Writes OUTPUT.md.
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from unittest import mock
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
@@ -88,11 +88,11 @@ def timed(target: GriffinForCausalLM, assistant: GriffinForCausalLM, prompts: to
     for name, devices, drafts, threshold in WAYS:
         assistant.generation_config.num_assistant_tokens = drafts
         assistant.generation_config.assistant_confidence_threshold = threshold
-        GriffinForCausalLM._fast_generation_devices = devices
         fields = {} if drafts is None else {"assistant_model": assistant}
-        generate(target, prompts[0], **fields)  # which makes the steps
         seconds, sizes = [], []
-        with watched(sizes):
+        with mock.patch.object(GriffinForCausalLM, "_fast_generation_devices", devices), watched(sizes):
+            generate(target, prompts[0], **fields)  # which makes the steps
+            sizes.clear()
             for number, prompt in enumerate(prompts):
                 begin = time.thread_time()
                 found = generate(target, prompt, **fields)
@@ -107,8 +107,7 @@ def generate(model: GriffinForCausalLM, prompt: torch.Tensor, **fields: Any) -> 
     return model.generate(prompt[None], max_new_tokens=NEW, do_sample=False, pad_token_id=0, **fields)
 
 
-@contextmanager
-def watched(sizes: list[int]) -> Iterator[None]:
+def watched(sizes: list[int]) -> AbstractContextManager:
     """Puts the number of new tokens of each pass there."""
     read = VerifyStep.read
 
@@ -117,11 +116,7 @@ def watched(sizes: list[int]) -> Iterator[None]:
         sizes.append(len(new))
         return new
 
-    VerifyStep.read = reading
-    try:
-        yield
-    finally:
-        VerifyStep.read = read
+    return mock.patch.object(VerifyStep, "read", reading)
 
 
 def text_of(rows: list[tuple], steps: int, models: dict) -> list[str]:
@@ -132,9 +127,9 @@ def text_of(rows: list[tuple], steps: int, models: dict) -> list[str]:
     )
     plain = statistics.median(rows[0][1])
     return [
-        f"{sizes}. Trained for {steps} steps of {ROWS} rows of {LENGTH} bytes; float32, one thread, {PROMPTS} prompts of",
-        f"{PROMPT} bytes that were not in training, {NEW} new ones. Milliseconds of the processor a token: the median over",
-        "prompts, the least and the most.",
+        f"{sizes}. Trained for {steps} steps of {ROWS} rows of {LENGTH} bytes; float32, one thread, {PROMPTS} prompts",
+        f"of {PROMPT} bytes that were not in training, {NEW} new ones. Milliseconds of the processor a token: the",
+        "median over prompts, the least and the most.",
         "",
         "| way | ms a token | times faster than greedy decoding | tokens a pass |",
         "|---|---|---|---|",

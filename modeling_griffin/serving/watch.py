@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedConfig
 
+from ..decode.agreement import CHECKING
 from ..decode.fingerprint import FIELDS, IGNORED, value_of
 from ..decode.fused_model import changes_nothing
 from ..kernels.hooks import UNREAD_BY_A_FORWARD, global_forward_hooks
@@ -51,7 +52,8 @@ class Watch:
         """Raises RuntimeError where the model is not what it was."""
         if self._is_as_it_was():
             return
-        found = next(self._differences(), None)
+        with CHECKING:  # what another thread's new step has put into the model for a moment is no change
+            found = next(self._differences(), None)
         if found is not None:
             raise RuntimeError(
                 f"the model was changed between two tokens of a stream: {found}; allowed is to change it when the "
@@ -65,10 +67,10 @@ class Watch:
 
     def _look(self) -> None:
         self.held: dict[str, Any] = {}  # what modules hold, and the containers in it
+        self.copies: dict[str, dict] = {}
         known: set[int] = set()
         for name, module in self.model.named_modules():
             self._hold(f"{name}." if name else "", vars(module), known)
-        self.copies = {name: _items(each) for name, each in self.held.items() if each}
         self.empty = [each for each in self.held.values() if not each]
         self.dicts = [each for each in self.held.values() if each and isinstance(each, dict)]
         self.lists = [each for each in self.held.values() if each and not isinstance(each, dict)]
@@ -82,7 +84,10 @@ class Watch:
             return
         known.add(id(container))
         self.held[name] = container
-        for key, value in _items(container).items() if container else ():
+        if not container:
+            return
+        self.copies[name] = items = _items(container)
+        for key, value in items.items():
             if isinstance(value, CONTAINERS) and key not in UNREAD:
                 inside = vars(value) if isinstance(value, PreTrainedConfig) else value
                 self._hold(f"{name}{key}.", inside, known)
@@ -100,7 +105,7 @@ class Watch:
     def _is_as_it_was(self) -> bool:
         try:
             return not self.trained and not any(self.empty) and self._now() == self.seen
-        except RuntimeError:  # tensors in another's place, which do not say in one word whether they are equal
+        except Exception:  # of tensors or arrays in another's place, which do not say in one word if they are equal
             return False
 
     def _differences(self) -> Iterator[str]:

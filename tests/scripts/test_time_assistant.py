@@ -4,7 +4,6 @@ import _script_helpers  # noqa: F401  (puts scripts/ on the path)
 import pytest
 import time_assistant
 
-from modeling_griffin import GriffinForCausalLM
 from modeling_griffin.decode.speculative.verify import VerifyStep
 
 
@@ -17,7 +16,6 @@ def small(monkeypatch):
     values = {"TARGET": fields, "ASSISTANT": fields, "PROMPT": 5, "NEW": 6, "PROMPTS": 2, "LENGTH": 16}
     for name, value in values.items():
         monkeypatch.setattr(time_assistant, name, value)
-    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ("cpu", "cuda"))  # which is put back behind it
 
 
 def test_the_page(small, tmp_path):

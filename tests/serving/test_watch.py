@@ -5,14 +5,17 @@ What the error says of each change is in its docstring.
 
 import copy
 import gc
+import threading
 import time
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.optim import optimizer as optimizers
 
 from modeling_griffin import GenerationRequest
+from modeling_griffin.decode.agreement import CHECKING
 from modeling_griffin.decode.steps import STEPS
 from modeling_griffin.serving import recorded_rows
 from modeling_griffin.serving.watch import Watch
@@ -289,6 +292,31 @@ def test_a_stream_that_ended_or_was_closed_watches_no_more(make):
     del stream
     gc.collect()
     assert len(optimizers._global_optimizer_post_hooks) == listening and is_free(model)
+
+
+def test_what_another_threads_new_step_puts_into_the_model_for_a_moment(make):
+    model = make("fused")
+    expected, stream, found = [*stream_of(model)], stream_of(model), []
+    found.append(next(stream))
+    thread = threading.Thread(target=lambda: found.extend(stream))
+    with CHECKING:
+        handle = model.model.layers[1].register_forward_hook(lambda module, args, output: None)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and len(found) == 1
+        handle.remove()
+    thread.join()
+    assert found == expected
+
+
+def test_an_array_in_the_place_of_another(make):
+    model = make("fused")
+    model.array = numpy.ones(3)
+    stream = stream_of(model)
+    next(stream)
+    model.array = numpy.zeros(3)
+    with pytest.raises(RuntimeError, match="a stream: array;"):
+        next(stream)
 
 
 def test_weights_made_under_inference_mode(small_model):
