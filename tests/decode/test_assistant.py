@@ -84,6 +84,14 @@ def test_the_tokens_of_greedy_decoding(kind, name, small_model, passes, monkeypa
     assert not any(step.busy for each in (model, assistant) for steps in STEPS[each].values() for step in steps)
 
 
+def test_settings_of_recurrent_gemma(small_model, passes, monkeypatch):  # noqa: F811
+    model = as_it_repeats_itself(small_model(scale_embeddings=True, final_logit_softcapping=5.0))
+    assistant = half_right(model, small_model, scale_embeddings=True, final_logit_softcapping=5.0)
+    expected = run(model, random_ids(11))
+    use_passes(monkeypatch, model)
+    assert torch.equal(run(model, random_ids(11), assistant_model=assistant), expected) and passes.right
+
+
 def test_every_draft_of_the_model_itself_is_right(small_model, passes, monkeypatch):  # noqa: F811
     """So that passes are few: the first token, and five of each pass."""
     model = settle(small_model())
