@@ -24,7 +24,7 @@ FOLDERS = {  # in this order; True: with all files in it
     "modeling_griffin/conversion/": ("from RecurrentGemma and back", True),
     "modeling_griffin/decode/": ("tokens over fixed buffers", True),
     "modeling_griffin/decode/kernels/": ("the Triton kernels of a step", True),
-    "modeling_griffin/decode/speculative/": ("drafts by prompt lookup", True),
+    "modeling_griffin/decode/speculative/": ("drafts by prompt lookup and by an assistant", True),
     "modeling_griffin/export/": ("torch.export and ONNX: a Griffin as a function of tokens and state", True),
     "modeling_griffin/interpretability/": ("what the recurrence computes inside, as tensors", True),
     "modeling_griffin/kernels/": ("training speed on a GPU", True),

@@ -5,6 +5,7 @@ not know, a GPU that the kernels have not met.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,7 @@ from .state import DecodeStep
 # Of the largest logit: rounding, and TF32 in float32 on a GPU, stay far below, another network is far above
 TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 PROMPT, STEPS = 3, 2
+CHECKING = threading.RLock()  # held while the model has hooks of ours, or forwards, for a moment
 
 
 class Disagreement(RuntimeError):
@@ -31,10 +33,8 @@ def check_step(model: torch.nn.Module, step: DecodeStep | ForwardStep) -> None:
     Layers that round their inputs (LLM.int8()) are asked without that for a fused step, which does not: the rounding
     adds up to more than the tolerance, and would hide a wrong scale.
     """
-    if isinstance(step, ForwardStep):
-        return _check(model, step)
-    with exact_inputs(model):
-        return _check(model, step)
+    with CHECKING, contextlib.nullcontext() if isinstance(step, ForwardStep) else exact_inputs(model):
+        _check(model, step)
 
 
 def _check(model: torch.nn.Module, step: DecodeStep | ForwardStep) -> None:

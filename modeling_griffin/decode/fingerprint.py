@@ -36,7 +36,7 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 
 def fused_fingerprint(model: nn.Module) -> tuple:
     """Of a model that the fused step can compute: its modules are known, and so are their settings."""
-    config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
+    config = tuple(value_of(getattr(model.config, name)) for name in FIELDS)
     settings = tuple(
         value for module in model.modules() for name in SETTINGS if (value := vars(module).get(name)) is not None
     )
@@ -48,32 +48,32 @@ def forward_fingerprint(model: nn.Module) -> tuple:
     """Of any model: every module, all that it holds, and the precision that the call asks for."""
     kind = model.device.type
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    config = tuple(_value(getattr(model.config, name)) for name in FIELDS)
-    around = _value(global_forward_hooks()), functions_now(), torch.get_default_dtype()
+    config = tuple(value_of(getattr(model.config, name)) for name in FIELDS)
+    around = value_of(global_forward_hooks()), functions_now(), torch.get_default_dtype()
     return config, autocast, around, tuple(_module(module) for module in model.modules())
 
 
 def _module(module: nn.Module) -> tuple:
     ignored = IGNORED.get(type(module), ())
     held = ((name, value) for name, value in vars(module).items() if name not in ignored)
-    return id(module), _value(type(module).forward), tuple((name, _value(value)) for name, value in held)
+    return id(module), value_of(type(module).forward), tuple((name, value_of(value)) for name, value in held)
 
 
-def _value(value) -> object:
+def value_of(value) -> object:
     if isinstance(value, SCALARS):
         return value
     if isinstance(value, torch.Tensor):
         return _place(value)
     if isinstance(value, dict):
-        return tuple((key if isinstance(key, SCALARS) else id(key), _value(each)) for key, each in value.items())
+        return tuple((key if isinstance(key, SCALARS) else id(key), value_of(each)) for key, each in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
-        return tuple(_value(each) for each in value)
+        return tuple(value_of(each) for each in value)
     if isinstance(value, PreTrainedConfig):  # a block's own
-        return id(value), *(_value(getattr(value, name, None)) for name in FIELDS)
+        return id(value), *(value_of(getattr(value, name, None)) for name in FIELDS)
     if isinstance(value, MethodType):
-        return id(value.__self__), _value(value.__func__)
+        return id(value.__self__), value_of(value.__func__)
     if isinstance(value, FunctionType):
-        return id(value), id(value.__code__), tuple(_value(each) for each in _read_by(value))
+        return id(value), id(value.__code__), tuple(value_of(each) for each in _read_by(value))
     return id(value)
 
 

@@ -35,7 +35,7 @@ class DecodeStep(RecordedStep, Lease):
         if device.type == "cuda":
             ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(properties(device)))
         self.slots, self.checked = slots or base.config.attention_window_size, False
-        self.drafts: dict[int, object] = {}  # passes over as many tokens of the one row, which share its state
+        self.drafts: dict[int, Any] = {}  # passes over as many tokens of the one row, which share its state
         with torch.inference_mode(False), torch.no_grad():
             RecordedStep.__init__(self, base, head, ops)
             Lease.__init__(self, device)

@@ -5,6 +5,11 @@ from collections.abc import Callable
 from torch import nn
 
 
+# What PyTorch gives every module that no forward pass reads: other hooks, and marks of hooks.
+OF_A_FORWARD = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+UNREAD_BY_A_FORWARD = frozenset(vars(nn.Module())) - frozenset(OF_A_FORWARD)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs a hook, its own or one that every module has."""
     return bool(

@@ -19,6 +19,7 @@ from .engine import Arrivals, Engine, GeneratedToken, Queue
 from .recorded_rows import recorded_batch
 from .request import GenerationRequest
 from .transformers_call import as_transformers, is_of_transformers
+from .watch import Watch
 
 
 OPTIONS = ("max_rows", "prefill_chunk_size", "tokenizer")  # of `stream_batch`
@@ -76,7 +77,8 @@ def stream_batch(
         tokenizer: for those with `stop`.
 
     A generation that cannot run, or whose stop strings raise, ends with "error: " and why; the others go on.
-    Raises ValueError for options that are not allowed.
+    Raises ValueError for options that are not allowed, and RuntimeError where the model was changed between two
+    tokens.
     """
     yield from _run(model, queue, max_rows, prefill_chunk_size, tokenizer, stream=True)
 
@@ -112,8 +114,11 @@ def run_arrivals(
     """`stream_batch` of requests that come while others run."""
     check_whole("prefill_chunk_size", chunk_size)
     check_places(model)
-    batch = recorded_batch(model, max_rows, stream) or RunningBatch(model, max_rows)
+    batch, watch = recorded_batch(model, max_rows, stream) or RunningBatch(model, max_rows), None
     try:
-        yield from Engine(model, batch, chunk_size, tokenizer).run(arrivals)
+        watch = Watch(model) if stream else None
+        yield from Engine(model, batch, chunk_size, tokenizer, watch).run(arrivals)
     finally:
         batch.close()
+        if watch is not None:
+            watch.close()

@@ -20,6 +20,7 @@ class RunningBatch:
     """
 
     ahead = ahead_of_a_pass = 0
+    runs_modules = True  # in a step
 
     def __init__(self, model: torch.nn.Module, max_rows: int = 1):
         self.model, self.seats = model, max_rows

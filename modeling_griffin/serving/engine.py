@@ -20,6 +20,7 @@ from transformers.generation import StopStringCriteria
 from ..gpu import on_its_device
 from .request import GenerationRequest, as_request, end_tokens
 from .sampling import Sampler
+from .watch import Watch
 
 
 class GeneratedToken(NamedTuple):
@@ -113,12 +114,21 @@ class Report(NamedTuple):
 
 
 class Engine:
-    """batch: what the rows run on, `RecordedBatch` or `RunningBatch`. rows: those to be asked for another token."""
+    """batch: what the rows run on, `RecordedBatch` or `RunningBatch`. rows: those to be asked for another token.
+
+    watch: of the model, where code of others runs between tokens.
+    """
 
     def __init__(
-        self, model: torch.nn.Module, batch: Any, chunk_size: int, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        chunk_size: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        watch: Watch | None = None,
     ):
         self.model, self.batch, self.chunk_size, self.tokenizer = model, batch, chunk_size, tokenizer
+        self.watch, self.was_away = watch, False  # and whether such code has run since it was looked at
         self.rows: list[Row] = []
         self.free = list(range(batch.seats))
         self.sampler = Sampler(batch.seats, model.config.vocab_size, model.device)
@@ -129,7 +139,15 @@ class Engine:
         self.more = True  # whether more requests were there when the last were taken
 
     def run(self, arrivals: Arrivals) -> Iterator[GeneratedToken]:
-        """Until nothing runs and no more arrives. On an error, or when it is closed, the rows are lost."""
+        """Until nothing runs and no more arrives. On an error, or when it is closed, the rows are lost.
+
+        Raises RuntimeError where the model has changed meanwhile: tokens of a step that was looked at come before.
+        """
+        for token in self._tokens(arrivals):
+            yield token
+            self.was_away = True
+
+    def _tokens(self, arrivals: Arrivals) -> Iterator[GeneratedToken]:
         while True:
             more = yield from self._admit(arrivals)
             if not (more or self.rows or self.passes or self.reports):
@@ -157,6 +175,7 @@ class Engine:
         if not room:
             return False
         taken = arrivals.take(room, idle=not self.rows and not self.reports)
+        self.was_away = True
         self.more, new = len(taken) == room, []
         for index, entry in taken:
             if arrivals.cancelled(index):
@@ -180,6 +199,7 @@ class Engine:
     @torch.no_grad()
     def _read(self) -> None:
         """The next pass over prompts; the rows that it brings begin."""
+        self._check()
         with on_its_device(self.sampler.settings):
             rows, logits = next(self.passes)
             if rows:
@@ -193,16 +213,31 @@ class Engine:
         if not self.unread:
             self.passes = None
         self._let_go()
+        self._note()
 
     @torch.no_grad()
     def _step(self) -> None:
         """Asks for the next token of all rows."""
+        self._check()
         with on_its_device(self.sampler.settings):
             logits, best, seats = self.batch.step(self.rows, last=self.passes is None and not self.more)
             tokens = self.sampler.choose(logits, best, seats)
             self.batch.take(tokens)
             self._ask(list(zip(self.rows, self.batch.places(self.rows))), tokens)
         self._let_go()
+        if self.batch.runs_modules:
+            self._note()
+
+    def _check(self) -> None:
+        """That the model is what it was when others got hold of the thread."""
+        if self.watch is not None and self.was_away:
+            self.watch.check()
+        self.was_away = False
+
+    def _note(self) -> None:
+        """Behind Python of the model's modules, which may leave something in them."""
+        if self.watch is not None:
+            self.watch.note()
 
     def _ask(self, rows: list[tuple[Row, int]], tokens: torch.Tensor) -> None:
         for row, _ in rows:
@@ -220,6 +255,7 @@ class Engine:
     def _received(self, ahead: int) -> Iterator[GeneratedToken]:
         """Waits for all but the last `ahead` reports."""
         while len(self.reports) > ahead:
+            self._check()
             report = self.reports.popleft()
             tokens = self._wait(report)
             for row, place in report.rows:

@@ -59,6 +59,8 @@ def recorded_batch(model: torch.nn.Module, max_rows: int, stream: bool) -> "Reco
 class RecordedBatch:
     """The same to an `Engine` as its batch behind a cache."""
 
+    runs_modules = False  # in a step
+
     def __init__(self, model: torch.nn.Module, step: Any, max_rows: int):
         self.model, self.max_rows, self.seats = model, max_rows, len(step.token)
         self.steps = [step]  # that it holds; the rows are on the last

@@ -514,3 +514,41 @@ def test_one_step_serves_a_model_that_stays_as_it_is(small_model):
     model.generate(ids, max_new_tokens=3)
     assert {key: list(steps) for key, steps in STEPS[model].items()} == before
     assert next(eligibility.ineligible_model_reasons(model), None) is None
+
+
+class Changing:
+    """A streamer that changes the model behind the third token."""
+
+    def __init__(self, change):
+        self.change, self.seen = change, 0
+
+    def put(self, value):
+        self.seen += 1
+        if self.seen == 4:  # the prompt is the first
+            self.change()
+
+    def end(self):
+        pass
+
+
+def test_a_streamer_that_changes_the_model(small_model, monkeypatch):
+    """A call is not watched: values that are written in place count at once, as in Transformers' loop, and modules at
+    the next call."""
+    model, ids = small_model(), torch.tensor([[5, 6, 7]])
+    weight, before = model.lm_head.weight, run(model, torch.tensor([[5, 6, 7]]))
+
+    def turn():
+        with torch.no_grad():
+            weight.copy_(weight.flip(0))
+
+    found = run(model, ids, streamer=Changing(turn))
+    turn()
+    with monkeypatch.context() as patch:
+        patch.setattr(GriffinForCausalLM, "_fast_generation_devices", ())
+        expected = run(model, ids, streamer=Changing(turn))
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+    turn()
+    flip = lambda module, args, output: output.flip(-1)  # noqa: E731
+    change = Changing(lambda: model.model.layers[1].register_forward_hook(flip))
+    assert torch.equal(run(model, ids, streamer=change), before)
+    assert torch.equal(run(model, ids), run(model, ids, use_cache=False)) and not torch.equal(run(model, ids), before)

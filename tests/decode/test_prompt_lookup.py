@@ -30,19 +30,19 @@ def test_the_candidates_are_those_of_transformers(ends, ngram, most):
         lookup, end = PromptLookup(most, ngram, ends), 0
         while end < len(text):
             size = torch.randint(1, 6, (), generator=generator).item()
-            lookup.extend(text[end : end + size])
+            lookup.accept(text[end : end + size])
             end = len(lookup.tokens)
-            assert lookup.drafts() == theirs(text[:end], most, ngram, ends)
-            found += bool(lookup.drafts())
+            assert lookup.drafts(most) == theirs(text[:end], most, ngram, ends)
+            found += bool(lookup.drafts(most))
     assert found > 20
 
 
 def test_nothing_is_found_in_nothing():
     lookup = PromptLookup(3)
-    assert lookup.drafts() == []
-    lookup.extend([])
-    lookup.extend([4])
-    assert lookup.drafts() == []
+    assert lookup.drafts(3) == []
+    lookup.accept([])
+    lookup.accept([4])
+    assert lookup.drafts(3) == []
 
 
 @pytest.mark.parametrize("arguments, message", [((0, 2), "most = 0"), ((3, 0), "ngram = 0")])

@@ -155,7 +155,7 @@ def test_an_end_that_a_pass_finds_in_its_middle(small_model, passes, monkeypatch
     expected = run(model, ids, prompt_lookup_num_tokens=5)
     length = ids.shape[1]
     monkeypatch.setattr(
-        fast_drafts.PromptLookup, "drafts", lambda lookup: expected[0, len(lookup.tokens) :][:5].tolist()
+        fast_drafts.PromptLookup, "drafts", lambda lookup, room: expected[0, len(lookup.tokens) :][:5].tolist()
     )
     assert torch.equal(run(model, ids, prompt_lookup_num_tokens=5), expected)
     eos = expected[0, length + 3].item()
@@ -218,7 +218,7 @@ def test_size_of_the_ngrams_and_a_configuration_as_argument(ngram, small_model, 
         lambda model: {"do_sample": True},
         lambda model: {"prompt_lookup_num_tokens": 8},
         lambda model: {"prompt_lookup_num_tokens": 64},
-        lambda model: {"prompt_lookup_num_tokens": None, "assistant_model": model},
+        lambda model: {"prompt_lookup_num_tokens": None, "assistant_model": model, "repetition_penalty": 1.2},
         lambda model: {"past_key_values": DynamicCache(config=model.config)},
         lambda model: {"cache_implementation": "static", "max_new_tokens": 2},
         lambda model: {"position_ids": torch.arange(5)[None] + 3},
@@ -321,3 +321,25 @@ def test_recorded_passes_on_a_gpu(kind, drafted, small_model, passes, monkeypatc
     assert max(passes.right) == drafted
     ((step,),) = STEPS[model].values()
     assert step.drafts[drafted + 1].graph is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_drafts_of_an_assistant_on_a_gpu(kind, threshold, small_model, passes, monkeypatch):
+    """One that is the model itself, and one that knows nothing, in turn on the steps that were kept."""
+    model, other = as_it_repeats_itself(small_model(kind)).cuda(), small_model(attention_window_size=11).cuda()
+    other.lm_head.weight.data.copy_(other.lm_head.weight.data.flip(0))
+    for assistant in (model, other):
+        assistant.generation_config.num_assistant_tokens = 5
+        assistant.generation_config.assistant_confidence_threshold = threshold
+    for seed in range(8):
+        ids = repetitive_ids(seed).cuda() if seed % 2 else random_ids(1 + 4 * seed, seed).cuda()
+        with monkeypatch.context() as patch:
+            expected = run(model, ids)
+            use_passes(patch, model)
+            for assistant in (model, other):
+                assert torch.equal(run(model, ids, assistant_model=assistant), expected)
+    assert max(passes.right) == 5
+    (step,) = (each for steps in STEPS[other].values() for each in steps)
+    assert step.graph is not None and not step.busy

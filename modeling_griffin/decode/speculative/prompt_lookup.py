@@ -21,7 +21,7 @@ class PromptLookup:
         self.tokens: list[int] = []
         self.behind: list[dict[tuple[int, ...], int]] = [{} for _ in range(ngram)]  # n-gram -> what stands behind it
 
-    def extend(self, tokens: Sequence[int]) -> None:
+    def accept(self, tokens: Sequence[int]) -> None:
         """Enters n-grams up to the last but one token: the last one's have nothing behind them yet."""
         start = max(0, len(self.tokens) - 1)
         self.tokens += tokens
@@ -29,11 +29,17 @@ class PromptLookup:
             for end in range(max(start + 1, size), len(self.tokens)):
                 behind.setdefault(tuple(self.tokens[end - size : end]), end)
 
-    def drafts(self) -> list[int]:
-        """What is likely to follow, or nothing; the longest n-gram that occurred counts, and its first occurrence."""
+    def drafts(self, room: int) -> list[int]:
+        """What is likely to follow, at most `room` tokens, or nothing.
+
+        The longest n-gram that occurred counts, and its first occurrence.
+        """
         for size in range(min(len(self.behind), len(self.tokens) - 1), 0, -1):
             start = self.behind[size - 1].get(tuple(self.tokens[-size:]))
             if start is not None:
-                found = self.tokens[start : start + self.most]
+                found = self.tokens[start : start + min(self.most, room)]
                 return found[: next((i for i, token in enumerate(found) if token in self.ends), len(found))]
         return []
+
+    def close(self) -> None:
+        pass
