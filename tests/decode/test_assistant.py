@@ -17,7 +17,7 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 import modeling_griffin.decode.generate as decode_generate
 import modeling_griffin.decode.speculative.generate as fast_drafts
 from modeling_griffin.decode.generate import prefill_into
-from modeling_griffin.decode.speculative.assistant import Assistant
+from modeling_griffin.decode.speculative.assistant import PATIENCE, Assistant
 from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.decode.steps import STEPS
@@ -187,6 +187,16 @@ def test_drafts_are_those_of_transformers(threshold, small_model):
         assert drafter.drafts(room) == candidates
         lengths.add(len(candidates))
     assert lengths == ({1} if threshold == 1 else lengths) and (threshold != 0.1 or len(lengths) > 2)
+
+
+def test_an_assistant_that_is_never_right_is_asked_no_more(small_model, passes, monkeypatch):  # noqa: F811
+    model = as_it_repeats_itself(small_model())
+    assistant = settle(backwards(small_model()))
+    use_passes(monkeypatch, model)
+    run(model, random_ids(9), max_new_tokens=60, assistant_model=assistant)
+    assert passes.right == [0] * PATIENCE
+    run(model, random_ids(9), max_new_tokens=60, assistant_model=assistant)  # but by the next request
+    assert passes.right == [0] * 2 * PATIENCE
 
 
 @pytest.mark.parametrize("schedule", ["constant", "heuristic", "heuristic_transient"])

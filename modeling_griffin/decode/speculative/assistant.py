@@ -17,6 +17,9 @@ from transformers import GenerationConfig
 from ..state import DecodeStep
 
 
+PATIENCE = 5  # passes in a row without a right draft, behind which an assistant costs more than it brings
+
+
 class DraftSettings(NamedTuple):
     """What an assistant's generation configuration says, or else Transformers' defaults."""
 
@@ -49,6 +52,7 @@ class Assistant:
         self.unread: list[int] = []
         self.drafted: list[int] = []  # all that were drafted last; the state has read them but for the last
         self.given = 0  # so many of them were handed out
+        self.failures = 0  # passes in a row of whose drafts none was right; at PATIENCE nothing more is drafted
         with torch.inference_mode(False):
             self.memories = [
                 torch.empty(most, *each.shape, dtype=each.dtype, device=each.device) for each in step.memories
@@ -59,8 +63,11 @@ class Assistant:
     @torch.no_grad()
     def accept(self, tokens: Sequence[int]) -> None:
         """The next tokens of the text: behind drafts, those that were right and more."""
+        if self.failures == PATIENCE:
+            return
         read = 0
         if self.drafted:
+            self.failures = self.failures + 1 if len(tokens) == 1 else 0
             read = _agreeing(self.drafted[:-1], tokens[:-1])
             self._go_back(read)
             self._count(right=len(tokens) - 1)
@@ -71,7 +78,7 @@ class Assistant:
     def drafts(self, room: int) -> list[int]:
         """What the assistant would choose next, at most `room` tokens."""
         number = min(self.number, self.most, room)
-        if number < 1:
+        if number < 1 or self.failures == PATIENCE:
             return []
         *behind, token = self.unread
         for each in behind:
