@@ -43,3 +43,23 @@ def test_a_row_that_fails_says_why():
         raise RuntimeError("no such\nkernel")
 
     assert benchmark_quantised._try({"a": 1}, measure) == {"a": 1, "failed": "RuntimeError: no such kernel"}
+
+
+def test_text(tmp_path):
+    """Trained in bfloat16 and in emulated float8, side by side; then the first run's model in a scheme."""
+    pytest.importorskip("torchao")
+    config = tmp_path / "config.json"
+    sizes = {"hidden_size": 32, "lru_width": 32, "head_dim": 16, "num_gate_blocks": 4, "vocab_size": 512}
+    config.write_text(
+        json.dumps({**sizes, "num_hidden_layers": 3, "num_attention_heads": 2, "attention_window_size": 8})
+    )
+    words = ["--device", "cpu", "--parts", "text", "--steps", "1", "--jobs", "4", "--config", str(config)]
+    benchmark_quantised.main([*words, "--schemes", "torchao int8", "--output", str(tmp_path / "page")])
+    rows = json.loads((tmp_path / "page.json").read_text())["text"]
+    assert not any("failed" in row for row in rows), rows
+    assert [row.get("recipe", row.get("scheme")) for row in rows] == [
+        *("bfloat16", "bfloat16", "tensorwise", "rowwise", "float32", "torchao int8")
+    ]
+    losses = [row.get("eval_loss", row.get("loss")) for row in rows]
+    assert len(set(losses)) == 6 and max(losses) - min(losses) < 1  # each rounds otherwise
+    assert abs(losses[0] - losses[4]) < 1e-2 and rows[0]["steps"] == 1
