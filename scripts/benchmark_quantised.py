@@ -274,12 +274,12 @@ def text_runs(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     write_documents(folder / "held_out.jsonl", held_out)
     runs = (("bfloat16", 0), ("bfloat16", 1), ("tensorwise", 0), ("rowwise", 0))
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        yield from pool.map(lambda run: _train_row_of_text(folder, *run, arguments), runs)
+        yield from pool.map(partial(_train_row_of_text, folder, arguments), *zip(*runs))
     for scheme in ("float32", *arguments.schemes):
         yield _try({"what": "quantised", "scheme": scheme}, _bits, folder, scheme, arguments)
 
 
-def _train_row_of_text(folder: Path, recipe: str, seed: int, arguments) -> dict:
+def _train_row_of_text(folder: Path, arguments, recipe: str, seed: int) -> dict:
     row = {"what": "trained", "recipe": recipe, "seed": seed}
     return _try(row, _train_text, folder, recipe, seed, arguments)
 
