@@ -5,7 +5,7 @@
 
 Parts: decode (ms a token, memory, tokens beside the scheme's own numbers dequantised), qlora (tokens/s and peak of a
 step with activation checkpointing and AdamW, beside Llama), float8 (tokens/s of forward and backward beside bfloat16),
-text (a model trained by train.py in bfloat16 with two seeds and in float8, and its bits per byte in every scheme; on a
+text (a model trained by train.py in bfloat16 with some seeds and in float8, and its bits per byte in every scheme; on a
 CPU the demonstration's model, with products in float8 that torchao emulates).
 Random weights, except in `text`. Writes OUTPUT.json and OUTPUT.md after every row; a row that fails says why.
 """
@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="of qlora")
     parser.add_argument("--cell", type=_cell, default=(8, 2048), metavar="BxT", help="of float8")
     parser.add_argument("--steps", type=int, default=500, help="training steps of text")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1], help="of the bfloat16 runs of text; float8 has the first"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="training runs of text side by side")
     parser.add_argument("--config", default=None, help="the model of text; unset: TEXT's for the device")
     parser.add_argument("--repeats", type=int, default=6, help="timed steps of each row")
@@ -272,11 +275,13 @@ def text_runs(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     folder = (output.parent / "text").resolve()
     write_documents(folder / "train.jsonl", train_texts)
     write_documents(folder / "held_out.jsonl", held_out)
-    runs = (("bfloat16", 0), ("bfloat16", 1), ("tensorwise", 0), ("rowwise", 0))
+    first = arguments.seeds[0]
+    runs = [*(("bfloat16", seed) for seed in arguments.seeds), ("tensorwise", first), ("rowwise", first)]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         yield from pool.map(partial(_train_row_of_text, folder, arguments), *zip(*runs))
     for scheme in ("float32", *arguments.schemes):
-        yield _try({"what": "quantised", "scheme": scheme}, _bits, folder, scheme, arguments)
+        row = {"what": "quantised", "scheme": scheme}
+        yield _try(row, _bits, folder / f"bfloat16-{first}", scheme, arguments)
 
 
 def _train_row_of_text(folder: Path, arguments, recipe: str, seed: int) -> dict:
@@ -310,19 +315,18 @@ def _train_text(folder: Path, recipe: str, seed: int, arguments) -> dict:
     return {name: metrics[name] for name in names}
 
 
-def _bits(folder: Path, scheme: str, arguments) -> dict:
+def _bits(source: Path, scheme: str, arguments) -> dict:
     from evaluate_text import bucket_losses, count_token_bytes, reader_of, summarize
     from training.text_data import PackedRows, load_documents, tokenize
     from training.text_tokenizer import document_ends
 
-    source = folder / "bfloat16-0"
     tokenizer = AutoTokenizer.from_pretrained(source)
     length = json.loads((source / "metrics.json").read_text())["sequence_length"]
     dtype = torch.float32 if scheme == "float32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     model = model.to(arguments.device).eval()
     model = quantise(model, scheme)
-    documents = load_documents(str(folder / "held_out.jsonl"), "text", "test", None)
+    documents = load_documents(str(source.parent / "held_out.jsonl"), "text", "test", None)
     rows = PackedRows(tokenize(documents, tokenizer), length, document_ends(tokenizer)[1])
     found = summarize(bucket_losses(reader_of(model, length), rows, count_token_bytes(documents, tokenizer), None))
     return {name: found[name] for name in ("tokens", "loss", "bits_per_byte")}
@@ -357,7 +361,9 @@ def _now(device: str) -> float:
 
 
 def text(report: dict) -> str:
-    lines = [f"# Quantised weights and float8, {report['size']}", "", *birth_lines(report["birth"]), ""]
+    sized = not {"decode", "float8"}.isdisjoint(report)
+    title = "# Quantised weights and float8" + (f", {report['size']}" if sized else "")
+    lines = [title, "", *birth_lines(report["birth"]), ""]
     for part, (title, head, cells) in TABLES.items():
         if report.get(part):
             lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
