@@ -5,13 +5,17 @@
 
 Parts: decode (ms a token, memory, tokens beside the scheme's own numbers dequantised), qlora (tokens/s and peak of a
 step with activation checkpointing and AdamW, beside Llama), float8 (tokens/s of forward and backward beside bfloat16),
-text (a model trained by train.py in bfloat16 with two seeds and in float8, and its bits per byte in every scheme).
+text (a model trained by train.py in bfloat16 with some seeds and in float8, and its bits per byte in every scheme; on a
+CPU the demonstration's model, with products in float8 that torchao emulates).
 Random weights, except in `text`. Writes OUTPUT.json and OUTPUT.md after every row; a row that fails says why.
 """
 
 import argparse
+import concurrent.futures
 import gc
 import json
+import math
+import os
 import subprocess
 import sys
 import time
@@ -54,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="of qlora")
     parser.add_argument("--cell", type=_cell, default=(8, 2048), metavar="BxT", help="of float8")
     parser.add_argument("--steps", type=int, default=500, help="training steps of text")
-    parser.add_argument("--config", default="configuration/model/griffin-100m.json", help="the model of text")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1], help="of the bfloat16 runs of text; float8 has the first"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="training runs of text side by side")
+    parser.add_argument("--config", default=None, help="the model of text; unset: TEXT's for the device")
     parser.add_argument("--repeats", type=int, default=6, help="timed steps of each row")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to see that it runs")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
@@ -245,65 +253,83 @@ def _train_row(model, cell: tuple[int, int], arguments, optimizer=None) -> dict:
 # Text
 
 
+# What a run of text changes of the demonstration's settings.
+TEXT: dict[str, dict] = {
+    "cuda": {
+        "config_name": "configuration/model/griffin-100m.json",
+        "config_overrides": '{"vocab_size": 258}',
+        "tokenizer": "bytes",
+        "sequence_length": 512,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 6e-4,
+    },
+    "cpu": {"use_cpu": "true"},
+}
+
+
 def text_runs(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     """train.py on Python's documentation, as the demonstration; then the first run's model in every scheme."""
     from demo import topic_documents, write_documents
 
     train_texts, held_out = topic_documents()
-    folder = output.parent / "text"
+    folder = (output.parent / "text").resolve()
     write_documents(folder / "train.jsonl", train_texts)
     write_documents(folder / "held_out.jsonl", held_out)
-    runs = [("bfloat16", 0), ("bfloat16", 1), ("tensorwise", 0), ("rowwise", 0)]
-    for recipe, seed in runs if arguments.device == "cuda" else runs[:1]:
-        row = {"what": "trained", "recipe": recipe, "seed": seed}
-        yield _try(row, _train_text, folder, recipe, seed, arguments)
-    for scheme in arguments.schemes:
-        yield _try({"what": "quantised", "scheme": scheme}, _bits, folder, scheme, arguments)
+    first = arguments.seeds[0]
+    runs = [*(("bfloat16", seed) for seed in arguments.seeds), ("tensorwise", first), ("rowwise", first)]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        yield from pool.map(partial(_train_row_of_text, folder, arguments), *zip(*runs))
+    for scheme in ("float32", *arguments.schemes):
+        row = {"what": "quantised", "scheme": scheme}
+        yield _try(row, _bits, folder / f"bfloat16-{first}", scheme, arguments)
+
+
+def _train_row_of_text(folder: Path, arguments, recipe: str, seed: int) -> dict:
+    row = {"what": "trained", "recipe": recipe, "seed": seed}
+    return _try(row, _train_text, folder, recipe, seed, arguments)
 
 
 def _train_text(folder: Path, recipe: str, seed: int, arguments) -> dict:
     target = folder / f"{recipe}-{seed}"
     settings = {
-        "config_name": arguments.config,
-        "config_overrides": '{"vocab_size": 258}',
+        **TEXT[arguments.device],
+        **({} if arguments.config is None else {"config_name": arguments.config}),
         "train_data": folder / "train.jsonl",
         "eval_data": folder / "held_out.jsonl",
-        "tokenizer": "bytes",
         "output_dir": target,
-        "sequence_length": 512,
         "max_steps": arguments.steps,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 16,
-        "learning_rate": 6e-4,
         "warmup_steps": max(1, arguments.steps // 10),
         "seed": seed,
+        "bf16": "true",
         "disable_tqdm": "true",
-        "use_cpu": str(arguments.device == "cpu").lower(),
     }
-    words = [f"--{name}={value}" for name, value in settings.items()]
+    words = ["configuration/training/demo.yaml", *(f"--{name}={value}" for name, value in settings.items())]
     words += [] if recipe == "bfloat16" else [f"--float8={recipe}"]
-    command = [sys.executable, "scripts/train.py", "configuration/training/demo.yaml", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    program = ["scripts/train.py"] if arguments.device == "cuda" else ["-m", "benchmarks.quantised"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+    done = subprocess.run([sys.executable, *program, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-300:])
     metrics = json.loads((target / "metrics.json").read_text())
-    return {name: metrics[name] for name in ("steps", "eval_loss", "bits_per_byte", "tokens_per_second")}
+    names = ("parameters", "steps", "tokens_seen", "eval_tokens", "eval_loss", "bits_per_byte", "tokens_per_second")
+    return {name: metrics[name] for name in names}
 
 
-def _bits(folder: Path, scheme: str, arguments) -> dict:
+def _bits(source: Path, scheme: str, arguments) -> dict:
     from evaluate_text import bucket_losses, count_token_bytes, reader_of, summarize
     from training.text_data import PackedRows, load_documents, tokenize
     from training.text_tokenizer import document_ends
 
-    source = folder / "bfloat16-0"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, use_safetensors=True)
+    length = json.loads((source / "metrics.json").read_text())["sequence_length"]
+    dtype = torch.float32 if scheme == "float32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     model = model.to(arguments.device).eval()
     model = quantise(model, scheme)
-    documents = load_documents(str(folder / "held_out.jsonl"), "text", "test", None)
-    rows = PackedRows(tokenize(documents, tokenizer), 512, document_ends(tokenizer)[1])
-    found = summarize(bucket_losses(reader_of(model, 512), rows, count_token_bytes(documents, tokenizer), None))
-    return {"loss": found["loss"], "bits_per_byte": found["bits_per_byte"]}
+    documents = load_documents(str(source.parent / "held_out.jsonl"), "text", "test", None)
+    rows = PackedRows(tokenize(documents, tokenizer), length, document_ends(tokenizer)[1])
+    found = summarize(bucket_losses(reader_of(model, length), rows, count_token_bytes(documents, tokenizer), None))
+    return {name: found[name] for name in ("tokens", "loss", "bits_per_byte")}
 
 
 MEASURES = {"decode": decode, "qlora": qlora, "float8": float8, "text": text_runs}
@@ -335,7 +361,9 @@ def _now(device: str) -> float:
 
 
 def text(report: dict) -> str:
-    lines = [f"# Quantised weights and float8, {report['size']}", "", *birth_lines(report["birth"]), ""]
+    sized = not {"decode", "float8"}.isdisjoint(report)
+    title = "# Quantised weights and float8" + (f", {report['size']}" if sized else "")
+    lines = [title, "", *birth_lines(report["birth"]), ""]
     for part, (title, head, cells) in TABLES.items():
         if report.get(part):
             lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -348,6 +376,11 @@ def _cells(row: dict, cells: Callable[[dict], list[str]], width: int) -> list[st
         return cells(row)
     name = ", ".join(str(value) for key, value in row.items() if key != "failed")
     return [name, row["failed"].replace("|", "/"), *[""] * (width - 2)]
+
+
+def _loss(row: dict) -> float:
+    """Of a row of text, in nats a token: of its training's end, or of the quantised model."""
+    return row.get("eval_loss", row.get("loss"))
 
 
 def _gib(number: float) -> str:
@@ -384,11 +417,13 @@ TABLES = {
         ],
     ),
     "text": (
-        "A trained model: Python's documentation, bytes",
-        ["what", "products or weights", "seed", "loss", "bits per byte"],
+        "A trained model on held-out text, Python's documentation",
+        ["what", "products or weights", "seed", "steps", "tokens seen", "held-out tokens", "loss, nats", "perplexity",
+         "bits per byte"],
         lambda row: [
-            row["what"], row.get("recipe") or row["scheme"], str(row.get("seed", "")),
-            f"{row.get('eval_loss', row.get('loss')):.4f}", f"{row['bits_per_byte']:.4f}",
+            row["what"], row.get("recipe") or row["scheme"], str(row.get("seed", "")), str(row.get("steps", "")),
+            f"{row['tokens_seen']:,}" if "steps" in row else "", f"{row.get('eval_tokens', row.get('tokens')):,}",
+            f"{_loss(row):.4f}", f"{math.exp(_loss(row)):.3f}", f"{row['bits_per_byte']:.4f}",
         ],
     ),
 }  # fmt: skip

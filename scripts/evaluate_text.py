@@ -40,7 +40,9 @@ def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
 
     A character that several tokens share counts for the first of them, and what no token covers for the next one.
     """
-    bytes_up_to = np.concatenate([[0], np.cumsum([len(character.encode()) for character in text], dtype=np.int64)])
+    characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + (characters > 0x7F) + (characters > 0x7FF) + (characters > 0xFFFF)  # of UTF-8
+    bytes_up_to = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     ends = np.maximum.accumulate([end for _, end in offsets])
     ends[-1] = len(text)
     return np.diff(bytes_up_to[ends], prepend=0).tolist()

@@ -139,6 +139,11 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def cores() -> int:
+    """That this process may use, which of a large machine are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(argv: list[str] | None = None) -> None:
     start, arguments = time.time(), read_arguments(argv)
     path = arguments.output / "runs.jsonl"
@@ -153,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
                 status = records[run["key"]]["status"] if run["key"] in records else "missing"
                 print(f"{status:9} {run['key'] or run}")
             return
-        text = prepare_shards(study["text"], arguments.text, arguments.state / "tokens", os.cpu_count())
+        text = prepare_shards(study["text"], arguments.text, arguments.state / "tokens", cores())
     except ValueError as error:
         raise SystemExit(f"study_lambda_long.py: error: {error}") from error
     print(f"tokens: {text['data']}; {time.time() - start:.0f} s", flush=True)

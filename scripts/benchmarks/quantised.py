@@ -1,12 +1,17 @@
 """Models whose linear layers are quantised where they are, without a folder: what `benchmark_quantised.py` times.
 
+Run as a program, it is train.py with emulated products.
+
 Legend: N outputs of a layer, D inputs.
 """
 
 import copy
 import logging
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -25,7 +30,7 @@ def quantise(model: nn.Module, scheme: str) -> nn.Module:
         config = Float8WeightOnlyConfig() if scheme.endswith("float8") else Int8WeightOnlyConfig()
         quantize_(model, config, lambda module, name: type(module) is nn.Linear and "lm_head" not in name)
         model.quantization_method = "torchao"
-    elif scheme != "bfloat16":
+    elif scheme not in ("float32", "bfloat16"):
         names = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
         for name in names:
             parent, _, last = name.rpartition(".")
@@ -85,3 +90,17 @@ def without_kernels(call: Callable) -> Any:
         return call()
     finally:
         packed.ON = before
+
+
+def train_emulated(words: list[str]) -> None:
+    """train.py with these words on a CPU, where torchao emulates products in float8: eager, and slow."""
+    import train
+    from training.float8 import convert
+
+    emulated = partial(convert, compiled=False, emulate=True)
+    with patch.object(train, "check_float8"), patch.object(train, "convert", emulated):
+        train.run(words)
+
+
+if __name__ == "__main__":
+    train_emulated(sys.argv[1:])

@@ -6,7 +6,7 @@
 import concurrent.futures
 import hashlib
 import json
-import multiprocessing
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,8 @@ def prepare_shards(settings: dict, shards: Path, folder: Path, jobs: int) -> dic
 
 def _read_parts(files: list[Path], jobs: int) -> dict[str, list[str]]:
     """Pieces of documents: "train" and "held_out" in an order that the texts alone decide, "long" the longest first."""
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(files)), multiprocessing.get_context("spawn")) as pool:
-        shards = pool.map(_shard_documents, files) if len(files) > 1 else map(_shard_documents, files)
-        documents = [document for shard in shards for document in shard]
+    with concurrent.futures.ThreadPoolExecutor(min(jobs, len(files))) as pool:
+        documents = [document for shard in pool.map(_shard_documents, files) for document in shard]
     documents.sort(key=lambda document: document[:2])
     train = [piece for _, _, held_out, text in documents if not held_out for piece in cut(text)]
     held_out = [piece for _, _, held_out, text in documents if held_out for piece in cut(text)]
@@ -63,6 +62,7 @@ def _tokenize_into(folder: Path, parts: dict[str, list[str]], vocab_size: int, j
     import datasets
     from evaluate_text import count_token_bytes
     from training.text_data import tokenize
+    from training.text_files import in_file
     from training.text_tokenizer import train_bpe_tokenizer
 
     datasets.disable_progress_bars()
@@ -70,14 +70,18 @@ def _tokenize_into(folder: Path, parts: dict[str, list[str]], vocab_size: int, j
     tokenizer.save_pretrained(folder / "tokenizer")
     data = {}
     for name, pieces in parts.items():
-        texts = datasets.Dataset.from_dict(
-            {"text": pieces}, features=datasets.Features({"text": datasets.Value("large_string")})
-        )
-        tokens = tokenize(texts, tokenizer, num_proc=min(jobs, len(pieces)) if name == "train" and jobs > 1 else None)
-        tokens.save_to_disk(str(folder / name))
-        if name == "long":
-            np.save(folder / "long_bytes.npy", count_token_bytes(texts, tokenizer).astype(np.int32))
-        data[name] = {"documents": len(pieces), "bytes": sum(len(piece.encode()) for piece in pieces), **_count(tokens)}
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            texts = datasets.Dataset.from_dict(
+                {"text": pieces}, features=datasets.Features({"text": datasets.Value("large_string")})
+            )
+            texts = in_file(texts, Path(place) / "text")
+            processes = min(jobs, len(pieces)) if name == "train" and jobs > 1 else None
+            tokens = tokenize(texts, tokenizer, processes)
+            tokens.save_to_disk(str(folder / name))
+            if name == "long":
+                np.save(folder / "long_bytes.npy", count_token_bytes(texts, tokenizer).astype(np.int32))
+            counts = {"documents": len(pieces), "bytes": sum(len(piece.encode()) for piece in pieces)}
+            data[name] = {**counts, **_count(tokens)}
     return data
 
 

@@ -81,7 +81,7 @@ class DataArguments:
     tokenizer_vocab_size: int = field(default=4096, metadata={"help": "entries of a bpe, special tokens included"})
     sequence_length: int = field(default=1024, metadata={"help": "tokens in a row; documents are packed into rows"})
     preprocessing_num_proc: int | None = field(
-        default=None, metadata={"help": "processes that tokenise; unset: this one"}
+        default=None, metadata={"help": "processes that tokenise; unset: this one, by its threads"}
     )
 
     def __post_init__(self) -> None:

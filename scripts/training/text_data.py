@@ -9,16 +9,19 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from training.hub_ids import require_on_hub
-from training.text_files import check_link, files_of, first_bad_line, read_bytes, read_records
-from training.text_tokenizer import document_ends
+from training.text_files import check_link, files_of, first_bad_line, in_file, read_bytes, read_records
+from training.text_tokenizer import document_ends, encode
 
 
 RECORD_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 IGNORED_LABEL = -100  # what Transformers' losses skip
+LONG_TEXT_BYTES = 20_000_000  # from here on text and tokens lie in files, which processes and later runs share
+BATCH = 250  # documents that are tokenised together
 
 
 def load_documents(
@@ -76,30 +79,31 @@ def count_bytes(documents: datasets.Dataset) -> int:
 def tokenize(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
 ) -> datasets.Dataset:
-    """One record a document: `input_ids`, with a token before it and one after it (`document_ends`)."""
+    """One record a document: `input_ids`, with a token before it and one after it (`document_ends`).
+
+    Tokens of documents in files are kept beside them, and found there by the next call with the same tokenizer.
+    num_proc: processes; None: this one, with the threads of the tokenizer. Documents in memory are copied to each.
+    """
     first, last = document_ends(tokenizer)
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
 
-    def add_ends(batch):
-        encoded = tokenizer(
-            batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        return {"input_ids": [[first, *ids, last] for ids in encoded["input_ids"]]}
+    def to_tokens(batch: pyarrow.Table) -> pyarrow.Table:
+        ids = encode(batch["text"].to_pylist(), tokenizer)
+        ends = np.cumsum([0, *(len(each) + 2 for each in ids)])
+        tokens = np.concatenate([part for each in ids for part in ([first], each, [last])])
+        lists = pyarrow.ListArray.from_arrays(ends.astype(np.int32), tokens.astype(dtype))
+        return pyarrow.table({"input_ids": lists})
 
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    # A long document asks for one sequence longer than the tokenizer's model could take; rows are cut later.
-    longest, tokenizer.model_max_length = tokenizer.model_max_length, int(1e30)
-    try:
-        return documents.map(
-            add_ends,
-            batched=True,
-            batch_size=100,
-            remove_columns=documents.column_names,
-            features=features,
-            num_proc=num_proc,
-            desc="Tokenizing",
-        )
-    finally:
-        tokenizer.model_max_length = longest
+    tokens = documents.with_format("arrow").map(
+        to_tokens,
+        batched=True,
+        batch_size=BATCH,
+        remove_columns=documents.column_names,
+        features=datasets.Features({"input_ids": datasets.List(datasets.Value(dtype))}),
+        num_proc=num_proc,
+        desc="Tokenizing",
+    )
+    return tokens.with_format(None)
 
 
 class PackedRows(torch.utils.data.Dataset):
@@ -192,9 +196,15 @@ def _read_files(source: str, files: list[Path], text_column: str, strict: bool) 
     if len(formats) == 1 and None not in formats:
         return _select_text(source, read_records(formats.pop(), files, text_column), text_column, files)
     texts = [text for file in files if (text := _read_text(file, strict)) is not None]
-    return datasets.Dataset.from_dict(
+    documents = datasets.Dataset.from_dict(
         {"text": texts}, features=datasets.Features({"text": datasets.Value("large_string")})
     )
+    if documents.data.nbytes < LONG_TEXT_BYTES:
+        return documents
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} ".encode() + text.encode())
+    return in_file(documents, Path(datasets.config.HF_DATASETS_CACHE) / "griffin_text" / digest.hexdigest())
 
 
 def _read_text(file: Path, strict: bool) -> str | None:

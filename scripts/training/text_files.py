@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,23 @@ def check_readable(files: list[Path]) -> None:
             file.open("rb").close()
         except OSError as error:
             _refuse(error)
+
+
+def in_file(documents: datasets.Dataset, folder: Path) -> datasets.Dataset:
+    """The same documents out of an Arrow file in `folder`, which is made where it is not there, and mapped into memory.
+
+    Processes that get them map the file too; of documents in memory each gets a copy of all, whatever its share is.
+    """
+    if not folder.is_dir():
+        part = folder.with_name(f"{folder.name}.{os.getpid()}")
+        documents.save_to_disk(str(part))
+        try:
+            part.rename(folder)  # last: the folder is complete
+        except OSError:
+            shutil.rmtree(part)
+            if not folder.is_dir():  # else another process was first
+                raise
+    return datasets.load_from_disk(str(folder))
 
 
 def read_records(format: str, files: list[Path], text_column: str) -> datasets.Dataset:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -12,6 +13,7 @@ from training.hub_ids import require_on_hub
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD)
 SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
+ENCODED_AT_ONCE = 4_000_000  # characters; what the library returns for one takes a hundred bytes and more
 
 
 def byte_characters() -> list[str]:
@@ -75,6 +77,39 @@ def document_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     if first is None:
         raise ValueError("the tokenizer has neither an eos_token nor a bos_token: one of them must part the documents")
     return first, last
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """The ids (uint32) of each whole text, without special tokens around it: those of `tokenizer(texts)`."""
+    # A long text asks for one sequence longer than the tokenizer's model could take; rows are cut later.
+    longest, tokenizer.model_max_length = tokenizer.model_max_length, int(1e30)
+    try:
+        if not tokenizer.is_fast:
+            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return [np.array(ids, dtype=np.uint32) for ids in encoded]
+        tokenizer("", add_special_tokens=False)  # sets what any call sets: no truncation, no padding, special tokens
+    finally:
+        tokenizer.model_max_length = longest
+    encode_batch = tokenizer.backend_tokenizer.encode_batch_fast  # without each token's place in the text
+    ids: list[np.ndarray] = []
+    for group in _groups(texts):
+        encodings = encode_batch(group, add_special_tokens=False)
+        ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+    return ids
+
+
+def _groups(texts: list[str]) -> Iterable[list[str]]:
+    """Consecutive texts of at most ENCODED_AT_ONCE characters together, or a longer one alone."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > ENCODED_AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
 
 
 def _wrap(tokenizer: Tokenizer, split_words: bool) -> PreTrainedTokenizerFast:

@@ -1,11 +1,13 @@
 """The benchmark of quantised weights on a CPU, at a tiny size: every row is measured, and quantised as said."""
 
 import json
+import subprocess
 
 import benchmark_quantised
 import pytest
 import torch
-from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise
+from _script_helpers import make_text
+from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise, train_emulated
 
 
 TINY = ["--device", "cpu", "--size", "tiny", "--rows", "1", "--new", "4", "--repeats", "1"]
@@ -43,3 +45,36 @@ def test_a_row_that_fails_says_why():
         raise RuntimeError("no such\nkernel")
 
     assert benchmark_quantised._try({"a": 1}, measure) == {"a": 1, "failed": "RuntimeError: no such kernel"}
+
+
+def test_text(tmp_path, monkeypatch):
+    """Trained in bfloat16 and in emulated float8; then the first run's model in a scheme."""
+    pytest.importorskip("torchao")
+
+    run = subprocess.run
+
+    def in_this_process(command, **options):
+        if "benchmarks.quantised" not in command:
+            return run(command, **options)
+        train_emulated(command[command.index("benchmarks.quantised") + 1 :])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark_quantised.subprocess, "run", in_this_process)
+    monkeypatch.setattr("demo.topic_documents", lambda: ([make_text(900, 0), make_text(900, 1)], [make_text(300, 2)]))
+    monkeypatch.chdir(benchmark_quantised.ROOT)
+    sizes = {"hidden_size": 32, "lru_width": 32, "head_dim": 16, "num_gate_blocks": 4, "vocab_size": 512}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "attention_window_size": 8}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(sizes))
+    words = ["--device", "cpu", "--parts", "text", "--steps", "1", "--config", str(config), "--seeds", "4", "5"]
+    benchmark_quantised.main([*words, "--schemes", "torchao int8", "--output", str(tmp_path / "page")])
+    rows = json.loads((tmp_path / "page.json").read_text())["text"]
+    assert not any("failed" in row for row in rows), rows
+    assert [(row.get("recipe") or row["scheme"], row.get("seed")) for row in rows] == [
+        *(("bfloat16", 4), ("bfloat16", 5), ("tensorwise", 4), ("rowwise", 4)),
+        *(("float32", None), ("torchao int8", None)),
+    ]
+    losses = [row.get("eval_loss", row.get("loss")) for row in rows]
+    assert len(set(losses)) == 6 and max(losses) - min(losses) < 1  # each rounds otherwise
+    assert abs(losses[0] - losses[4]) < 1e-2 and rows[0]["steps"] == 1
+    assert (tmp_path / "page.md").read_text().startswith("# Quantised weights and float8\n")

@@ -160,6 +160,8 @@ def test_first_rows_only(model, data, tmp_path):
 
 def test_token_bytes():
     assert token_bytes("aé三", [(0, 1), (1, 2), (1, 2), (2, 3)]) == [1, 2, 0, 3]
+    edges = "\x7f\x80\u07ff\u0800\uffff\U00010000"
+    assert token_bytes(edges, [(i, i + 1) for i in range(6)]) == [1, 2, 2, 3, 3, 4]
     assert token_bytes("  ab ", [(2, 3), (3, 4)]) == [3, 2]  # what no token covers is counted all the same
     with pytest.raises(IndexError):
         token_bytes("x", [])

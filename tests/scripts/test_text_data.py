@@ -1,16 +1,18 @@
 """Documents from every source, the held-out part, tokenizers that reload, and packing, token by token."""
 
 import json
+import pickle
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from _script_helpers import make_text
-from training import text_data
+from tokenizers import Tokenizer, models, pre_tokenizers
+from training import text_data, text_tokenizer
 from training.text_data import PackedRows, count_bytes, hold_out, load_documents, tokenize
 from training.text_tokenizer import byte_tokenizer, check_fits, document_ends, load_tokenizer, train_bpe_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 
 TEXTS = ["first text\nwith two lines", "zweiter, mit Ümläuten", "三番目"]
@@ -216,3 +218,73 @@ def test_rows_come_to_an_end():
 def test_tokenize_puts_ends_around_documents():
     documents = datasets.Dataset.from_dict({"text": ["ab", "é"]})
     assert tokenize(documents, byte_tokenizer())["input_ids"][:] == [[256, 97, 98, 256], [256, 195, 169, 256]]
+
+
+def tokenizer_of(kind: str):
+    texts = [make_text(60, seed) for seed in range(3)]
+    if kind == "python":  # without a library that encodes many texts at once
+        return ByT5Tokenizer()
+    tokenizer = byte_tokenizer() if kind == "bytes" else train_bpe_tokenizer(texts, 320)
+    if kind == "cuts":  # as some folders' tokenizers are set
+        tokenizer.backend_tokenizer.enable_truncation(4)
+        tokenizer.backend_tokenizer.enable_padding(length=50)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "cuts", "python"])
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_tokens_are_those_of_each_text_alone(kind, num_proc, monkeypatch):
+    """Whole, whatever is encoded together, and in the same rows as ids in plain lists make."""
+    monkeypatch.setattr(text_tokenizer, "ENCODED_AT_ONCE", 100)
+    monkeypatch.setattr(text_data, "BATCH", 5)
+    texts = [*TEXTS, "", "x <|endoftext|> y", *(make_text(20 + seed, seed) for seed in range(10))]
+    tokenizer = tokenizer_of(kind)
+    tokens = tokenize(datasets.Dataset.from_dict({"text": texts}), tokenizer, num_proc)
+    first, last = document_ends(tokenizer)
+    alone = [[first, *tokenizer(text, add_special_tokens=False)["input_ids"], last] for text in texts]
+    assert tokens["input_ids"][:] == alone and tokens.features["input_ids"].feature.dtype == "uint16"
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    plain = PackedRows(datasets.Dataset.from_dict({"input_ids": alone}, features=features), 16, last)
+    rows = PackedRows(tokens, 16, last)
+    assert rows.checksum() == plain.checksum() and len(rows) == len(plain)
+    for row, expected in zip(rows, plain):
+        assert all(torch.equal(row[name], expected[name]) and row[name].dtype == torch.long for name in expected)
+
+
+def test_rows_have_the_checksum_of_earlier_versions():
+    """By which a run that was interrupted then knows its text."""
+    documents = datasets.Dataset.from_dict({"text": TEXTS})
+    rows = PackedRows(tokenize(documents, byte_tokenizer()), 16, 256)
+    assert rows.checksum() == "098a83d12824092336fe06b89f4204e5a8dd7ae38c405483ef8ba8375281d76c"
+
+
+def test_ids_beyond_two_bytes():
+    model = models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1")
+    tokens = tokenize(datasets.Dataset.from_dict({"text": ["w69999 w65536"]}), tokenizer)
+    assert tokens["input_ids"][:] == [[1, 69999, 65536, 1]]
+
+
+def test_long_text_lies_in_a_file_and_is_tokenised_once(tmp_path, monkeypatch):
+    """Under the name that its contents give; what a process is sent does not grow with the text."""
+    monkeypatch.setattr(text_data, "LONG_TEXT_BYTES", 1000)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(make_text(5000, i))
+    documents, tokenizer = load_documents(str(folder)), train_bpe_tokenizer([make_text(300, 0)], 300)
+    assert texts_of(documents) == [make_text(5000, i) for i in range(4)]
+    assert len(pickle.dumps(documents.shard(2, 0, contiguous=True))) < 20_000 < len(make_text(5000, 0))
+    expected = tokenize(documents, tokenizer)["input_ids"][:]
+
+    monkeypatch.setattr(text_tokenizer, "_groups", lambda texts: pytest.fail("tokenised again"))
+    again = train_bpe_tokenizer([make_text(300, 0)], 300)  # as another process makes it
+    assert tokenize(load_documents(str(folder)), again)["input_ids"][:] == expected
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 1
+    (folder / "0.txt").write_text(make_text(5000, 9))
+    assert texts_of(load_documents(str(folder)))[0] == make_text(5000, 9)
+    (folder / "0.txt").write_text("short")
+    assert texts_of(load_documents(str(folder)))[0] == "short"
