@@ -81,7 +81,7 @@ def _report(title: str, launches: list[dict], verbose: bool) -> list[str]:
     seconds = sum(launch["seconds"] for launch in launches)
     most = max((launch["shared_memory"] for launch in launches), default=0)
     found = f"{len(launches)} launches, {seconds:.0f} s, at most {most} bytes, {len(failures)} failures"
-    print(f"{title}: {found}", flush=True)
+    print("\n".join([f"{title}: {found}", *failures]), flush=True)
     for launch in launches if verbose else []:
         print("   ", *(f"{name}={value}" for name, value in launch.items() if value is not None), flush=True)
     return failures
