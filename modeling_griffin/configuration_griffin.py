@@ -148,10 +148,8 @@ class GriffinConfig(PreTrainedConfig):
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
         rotary = _rotary({name: given.pop(name) for name in OLDER_ROTARY_NAMES if name in given})
         if rotary:
-            given["rope_parameters"] = {
-                **(given.get("rope_parameters", config_dict.get("rope_parameters")) or {}),
-                **rotary,
-            }
+            before = given.get("rope_parameters", config_dict.get("rope_parameters")) or {}
+            given["rope_parameters"] = {**before, **rotary}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     @property
@@ -246,21 +244,18 @@ def _check_sizes(config: GriffinConfig, num_labels: Any = None) -> None:
 
 
 def _check_divides(config: GriffinConfig, divisor: str, field: str) -> None:
-    if getattr(config, field) % getattr(config, divisor):
-        raise ValueError(
-            f"{divisor} = {getattr(config, divisor)}: allowed are divisors of {field} = {getattr(config, field)}"
-        )
+    number, by = getattr(config, field), getattr(config, divisor)
+    if number % by:
+        raise ValueError(f"{divisor} = {by}: allowed are divisors of {field} = {number}")
 
 
 def _check_layer_types(config: GriffinConfig) -> None:
     for index, layer_type in enumerate(config.layer_types):
         if layer_type not in LAYER_TYPES:
             raise ValueError(f"layer_types[{index}] = {layer_type!r}: allowed are {' and '.join(LAYER_TYPES)}")
-    if len(config.layer_types) != config.num_hidden_layers:
-        raise ValueError(
-            f"layer_types has {len(config.layer_types)} entries: allowed are num_hidden_layers = "
-            f"{config.num_hidden_layers} of them, or None for the repeated pattern"
-        )
+    found, number = len(config.layer_types), config.num_hidden_layers
+    if found != number:
+        raise ValueError(f"layer_types has {found} entries: allowed are {number}, or None for the repeated pattern")
 
 
 def _check_lambda_init(config: GriffinConfig) -> None:
@@ -270,15 +265,12 @@ def _check_lambda_init(config: GriffinConfig) -> None:
     bounds = config.lambda_init_bounds
     low, high = RANGES["lambda_init_bounds"]
     if len(bounds) != 2 or not low <= bounds[0] < bounds[1] <= high:
-        raise ValueError(
-            f"lambda_init_bounds = {bounds}: allowed are two numbers with 0 < low < high < 1, from {low} to {high}"
-        )
+        raise ValueError(f"lambda_init_bounds = {bounds}: allowed are two numbers, {low} <= low < high <= {high}")
 
 
 def _check_rotary(config: GriffinConfig) -> None:
-    rope_type, theta, factor = (
-        config.rope_parameters.get(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor")
-    )
+    names = ("rope_type", "rope_theta", "partial_rotary_factor")
+    rope_type, theta, factor = map(config.rope_parameters.get, names)
     if rope_type != "default":
         # The window bounds every distance, so that scaled rotations have nothing to extend.
         raise ValueError(f"rope_parameters['rope_type'] = {rope_type!r}: allowed is 'default'")

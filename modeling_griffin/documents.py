@@ -13,14 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 
-from .cache_layers import (
-    attention_layer,
-    cache_for_stock_masks,
-    check_room,
-    counts_tokens,
-    is_static,
-    tokens_in_cache,
-)
+from .cache_layers import attention_layer, cache_for_stock_masks, check_room, counts_tokens, is_static, tokens_in_cache
 from .cache_name import takes_cache_by_either_name
 from .configuration_griffin import GriffinConfig
 from .local_attention import LocalMask, attention_runs, is_stock_sdpa
@@ -245,9 +238,7 @@ def _check_offsets(cu_seq_lens_q: torch.Tensor, length: int) -> None:
         return
     offsets = cu_seq_lens_q.tolist()
     if offsets[:1] != [0] or offsets[-1] != length or offsets != sorted(offsets):
-        raise ValueError(
-            f"cu_seq_lens_q = {offsets}: allowed are offsets that rise from 0 to the row's {length} tokens"
-        )
+        raise ValueError(f"cu_seq_lens_q = {offsets}: allowed are offsets from 0 up to the row's {length} tokens")
 
 
 def attention_mask_for_documents(

@@ -90,10 +90,8 @@ LAMBDA_INITS: dict[str, LambdaInit] = {
 def find_lambda_init(name: str) -> LambdaInit:
     """The registered function; ValueError for a name that is not."""
     if name not in LAMBDA_INITS:
-        raise ValueError(
-            f"lambda_init = {name!r}: allowed are {sorted(LAMBDA_INITS)}; "
-            "call register_lambda_init(name, fn) first to add one"
-        )
+        known = sorted(LAMBDA_INITS)
+        raise ValueError(f"lambda_init = {name!r}: allowed are {known}; call register_lambda_init(name, fn) first")
     return LAMBDA_INITS[name]
 
 
@@ -105,8 +103,8 @@ def register_lambda_init(name: str, fn: LambdaInit) -> None:
         fn: fn(width, c, low, high) -> stored Λ, shape (width,), float32. Called once for each recurrent layer, in the
             order of the layers, under PyTorch's random state.
     """
-    if not callable(fn):
-        raise ValueError(f"register_lambda_init: fn must be callable, got {fn!r}")
+    if not isinstance(name, str) or not callable(fn):
+        raise ValueError(f"register_lambda_init({name!r}, {fn!r}): allowed are a string and a function")
     if LAMBDA_INITS.get(name, fn) is not fn:
         raise ValueError(f"register_lambda_init: name {name!r} is taken; registered names: {sorted(LAMBDA_INITS)}")
     LAMBDA_INITS[name] = fn

@@ -233,9 +233,8 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Without gradients nothing is computed again, and checkpointing of older Transformers would drop the cache.
-        return (
-            super().__call__(*args, **kwargs) if torch.is_grad_enabled() else nn.Module.__call__(self, *args, **kwargs)
-        )
+        cls = GradientCheckpointingLayer if torch.is_grad_enabled() else nn.Module
+        return cls.__call__(self, *args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         normed, hidden_states = self.temporal_pre_norm(None, residual=hidden_states)
@@ -244,19 +243,37 @@ class GriffinDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp_block(normed)
 
 
+def blocks_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The Griffin blocks among these modules and their parts; of the usual layer without a walk."""
+    kinds, blocks = (GriffinAttention, GriffinRecurrentBlock), []
+    for module in modules:
+        block = getattr(module, "temporal_block", None)
+        parts = (block,) if isinstance(block, kinds) else module.modules()
+        blocks += [part for part in parts if isinstance(part, kinds)]
+    return blocks
+
+
+def check_places(modules: Iterable[nn.Module], past_key_values: Cache | None) -> None:
+    """A block in another one's place of a cache would go on from what that one left there."""
+    if past_key_values is None or torch.compiler.is_compiling():
+        return
+    free = dict(enumerate(past_key_values.is_sliding))
+    for block in blocks_in(modules):
+        if free.pop(block.layer_idx, None) != isinstance(block, GriffinAttention):
+            taken = f"layer_idx = {block.layer_idx} of a {type(block).__name__} is no place of its own in the cache"
+            raise ValueError(f"{taken}: allowed is one of its kind in config.layer_types, or use_cache=False")
+
+
 def config_of_masks(config: GriffinConfig, modules: Iterable[nn.Module]) -> GriffinConfig:
     """A model's configuration; with eager attention, where a block in these modules has another one than the model.
 
     A block that was copied, or is another model's, has a configuration of its own. What eager attention adds to the
     scores says all, and SDPA takes it too; SDPA's own mask, none for a causal row, would show eager blocks the future.
     """
-    for module in modules:
-        block = getattr(module, "temporal_block", None)  # the usual layer, without a walk
-        known = isinstance(block, (GriffinAttention, GriffinRecurrentBlock))
-        for part in (block,) if known else module.modules():
-            if isinstance(part, GriffinAttention) and part.config._attn_implementation != config._attn_implementation:
-                config = copy.copy(config)
-                config._attn_implementation = "eager"
+    for block in blocks_in(modules):
+        if isinstance(block, GriffinAttention) and block.config._attn_implementation != config._attn_implementation:
+            config = copy.copy(config)
+            config._attn_implementation = "eager"
     return config
 
 
@@ -411,6 +428,7 @@ class GriffinModel(GriffinPreTrainedModel):
         attention_mask, position_ids, documents = read_layout(
             config, inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q, seq_idx
         )
+        check_places(self.layers, past_key_values)
         hidden_states = inputs_embeds
         if self.config.scale_embeddings:
             # Differs: the paper does not scale; RecurrentGemma does, by a number rounded to bfloat16.

@@ -1,5 +1,7 @@
 """The state lives in the cache: chunks are the whole, generations do not meet, and the cache stops growing."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -354,3 +356,24 @@ def test_generation_from_embeddings(kind, small_model):
     embeds = model.get_input_embeddings()(ids)
     actual = model.generate(inputs_embeds=embeds, attention_mask=PROMPT_MASK, max_new_tokens=9, pad_token_id=0)
     assert torch.equal(actual, generate(model, ids, new=9))
+
+
+@pytest.mark.parametrize("change", ["doubled", "copied", "block shared", "appended", "another kind's"])
+@torch.no_grad()
+def test_blocks_that_share_a_place_of_the_cache(change, small_model):
+    """Each would go on from the other's state: refused with a cache, also with the one that a call makes by itself."""
+    model, ids = small_model(), torch.randint(5, 29, (2, 6))
+    layers = model.model.layers
+    if change == "doubled":
+        layers.insert(1, layers[0])
+    elif change == "copied":
+        layers.insert(1, copy.deepcopy(layers[0]))
+    elif change == "block shared":
+        layers[1].temporal_block = layers[0].temporal_block
+    else:
+        layers.append(copy.deepcopy(layers[0]))
+        layers[-1].temporal_block.layer_idx = 3 if change == "appended" else 2
+    assert torch.isfinite(model(ids, use_cache=False).logits).all()
+    for options in ({}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(ValueError, match="layer_idx = . of a .* is no place of its own in the cache: allowed"):
+            model(ids, **options)

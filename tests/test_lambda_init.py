@@ -212,7 +212,7 @@ def test_register(wide_config):
         register_lambda_init("ladder", ladder)  # the same again is fine
         with pytest.raises(ValueError, match="'ladder' is taken"):
             register_lambda_init("ladder", lambda width, c, low, high: None)
-        with pytest.raises(ValueError, match="callable"):
+        with pytest.raises(ValueError, match="allowed are a string and a function"):
             register_lambda_init("other", 3)
         config = wide_config("ladder", rg_lru_c=3.0, lambda_init_bounds=(0.1, 0.2))
         assert json.loads(config.to_json_string())["lambda_init"] == "ladder"
@@ -250,3 +250,9 @@ def test_docstring_answers_the_question():
 
 def test_a_small_exponent_does_not_overflow():
     assert LAMBDA_INITS["uniform"](8, 1e-3, 0.1, 0.9).isfinite().all()
+
+
+@pytest.mark.parametrize("name, fn", [("new", None), (None, len), ([], len), ({}, len)])
+def test_register_takes_a_string_and_a_function(name, fn):
+    with pytest.raises(ValueError, match="register_lambda_init.*: allowed are a string and a function"):
+        register_lambda_init(name, fn)

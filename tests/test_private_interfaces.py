@@ -14,7 +14,9 @@ PAGE = (ROOT / "docs" / "private_interfaces.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `([\w.]+)(?::(\w+))?` \| (.+?) \| (.+?) \|$", PAGE, flags=re.M)
 # Names of ours that hold an underscore in front, or of namedtuples and Python itself.
 PYTHONS = {"_", "_replace", "_fields", "_asdict", "_make"}
-WRITTEN_ELSEWHERE = {"_C", "_functorch"}  # parts of a listed path
+WRITTEN_ELSEWHERE = {"_C", "_functorch", "_device"}  # parts of a listed path
+PREFIXES = {"_masked_", "_unfinished_save_"}  # of files
+SUFFIXES = {"_ms", "_x"}  # of fields
 NOT_INSTALLED_HERE = {"_attention_ops", "_active"}  # vLLM's table, docs/vllm.md; Triton's driver, check_portability.py
 
 
@@ -39,8 +41,19 @@ def test_each_name_is_there(path, word):
         assert re.search(rf"\b{word}\b", inspect.getsource(found)), f"{path} knows no {word} any more"
 
 
+def words_of(node: ast.AST) -> list[str]:
+    """Names that a node reads: an attribute, a string that may be one (`getattr`, `vars`), what it imports."""
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.Constant):
+        return [str(node.value)]
+    if isinstance(node, ast.Import) or isinstance(node, ast.ImportFrom) and not node.level:
+        return ".".join([getattr(node, "module", ""), *(alias.name for alias in node.names)]).split(".")
+    return []
+
+
 def private_names() -> dict[str, set[str]]:
-    """Attributes with an underscore in front that the code reads and does not define, with the files that do."""
+    """Names with an underscore in front that the code reads and does not define, with the files that do."""
     read, own = {}, set()
     for path in (*(ROOT / "modeling_griffin").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -49,15 +62,15 @@ def private_names() -> dict[str, set[str]]:
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 own |= {target.id for target in targets if isinstance(target, ast.Name)}
-            if isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr):
-                if isinstance(node.ctx, ast.Store):
-                    own.add(node.attr)
-                else:
-                    read.setdefault(node.attr, set()).add(str(path.relative_to(ROOT)))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+            for word in words_of(node):
+                if re.fullmatch(r"_[a-zA-Z]\w*", word):
+                    read.setdefault(word, set()).add(str(path.relative_to(ROOT)))
     return {
         name: files
         for name, files in read.items()
-        if name not in own | PYTHONS | WRITTEN_ELSEWHERE | NOT_INSTALLED_HERE
+        if name not in own | PYTHONS | WRITTEN_ELSEWHERE | PREFIXES | SUFFIXES | NOT_INSTALLED_HERE
     }
 
 

@@ -18,7 +18,7 @@ def config_from_preset(name: str, config_class: type[GriffinConfig], **overrides
     overrides: fields that differ from it. Raises ValueError for a name that there is none of.
     """
     files = {path.stem: path for folder in FOLDERS for path in folder.glob("*.json")}
-    if name not in files:
+    if not isinstance(name, str) or name not in files:
         raise ValueError(f"preset = {name!r}: allowed are {', '.join(sorted(files))}")
     fields = json.loads(files[name].read_text(encoding="utf-8"))
     fields.pop("model_type", None)

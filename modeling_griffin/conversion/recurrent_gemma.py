@@ -83,8 +83,9 @@ def griffin_config_from_recurrent_gemma(config: PreTrainedConfig, config_class: 
     Raises:
         ValueError: for a configuration of another model, and for `attention_bias=True`, which Griffin has not.
     """
-    if config.model_type != "recurrent_gemma":
-        raise ValueError(f"config.model_type = {config.model_type!r}: allowed is 'recurrent_gemma'")
+    model_type = getattr(config, "model_type", None)
+    if model_type != "recurrent_gemma":
+        raise ValueError(f"config.model_type = {model_type!r}: allowed is 'recurrent_gemma'")
     if config.attention_bias:
         raise ValueError("attention_bias = True: allowed is False; Griffin's q_proj, k_proj and v_proj have no bias")
     if config.intermediate_size % 2:

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingCriteriaList
 
 from ..modeling_griffin import GriffinAttention, GriffinRecurrentBlock
-from .fused_model import fused_obstacles
+from .fused_model import drops_attention, fused_obstacles
 from .host_effects import global_effect, host_effect, watching_mode
 
 
@@ -230,12 +230,9 @@ def forward_obstacles(model: nn.Module) -> Iterator[Obstacle]:
     """What keeps a model's own forward pass from being recorded over fixed buffers."""
     if (attention := model.config._attn_implementation) not in MASKS:
         yield Obstacle(f"attn_implementation = {attention!r}", "load the model with 'sdpa'")
-    if model.training:
-        dropout = model.config.attention_dropout or any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-        )
-        if dropout:
-            yield Obstacle("dropout in training mode", "call model.eval() before")
+    dropouts = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    if drops_attention(model) or any(module.training and module.p > 0 for module in dropouts):
+        yield Obstacle("dropout in training mode", "call model.eval() before")
     yield from _elsewhere(model)
     if model.device.type == "cpu":
         return  # where nothing is recorded, and everything runs at each token

@@ -69,7 +69,7 @@ def _around_the_model(model) -> Iterator[str]:
     attention = config._attn_implementation
     if attention not in ("eager", *ATTENTIONS):
         yield f"attn_implementation = {attention!r}"
-    if model.training and config.attention_dropout:
+    if drops_attention(model):
         yield "attention_dropout in training mode"
     if torch.is_autocast_enabled(device.type):
         yield "autocast"
@@ -85,6 +85,12 @@ def _around_the_model(model) -> Iterator[str]:
     indices = [vars(block).get("layer_idx") for block in blocks]
     if indices != list(range(len(indices))):
         yield f"model.layers are in another order than made: {indices}"
+
+
+def drops_attention(model: nn.Module) -> bool:
+    """Asked of the blocks: one of them alone may be in training mode, or have a dropout of its own."""
+    blocks = (module for module in model.modules() if isinstance(module, GriffinAttention))
+    return any(block.training and block.attention_dropout for block in blocks)
 
 
 def _roles(model) -> Iterator[tuple]:

@@ -25,6 +25,7 @@ MASK = "HIDDEN"  # needs no quotes in a shell and no escapes in a card
 SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
 SECRET_WORDS |= {"authorization", "signature", "sig", "passwords", "cred", "creds"}
 SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd", "pw", "psw", "pswd", "tok", "jwt", "otp"}
+SECRET_LAST_WORDS |= {"sas", "oauth"}
 SECRET_ENDINGS = ("token", "apikey", "accesskey", "secretkey", "password", "secret")  # words written as one
 SECRET_ENDINGS += ("passkey", "passcode", "privatekey", "sshkey", "authkey")
 # As argparse takes them, cut off anywhere: --hub_toke. Of train.py's options, --hub_t is one already.
@@ -34,6 +35,7 @@ OF_HUB_TOKEN = re.compile(r"-*hub[_-]to?", re.IGNORECASE)
 # A short option says nothing by its name. `-p` is a path or a port more often; to these it is a password.
 TAKE_PASSWORD = {"sshpass", "mysql", "mysqldump", "mysqladmin", "mariadb", "mongo", "mongosh", "login"}
 TAKE_USER = ("-u", "-U", "--user", "--proxy-user")  # curl's, as name:password
+USER_IN_WORD = re.compile(r"(-[uU]|--(?:proxy-)?user=)([^:=]+):(.*\D.*)")  # the same in one word; 1000:1000 is none
 # `eos_token` and `text_key` are settings.
 SETTINGS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "special", "stop", "per"}
 SETTINGS |= {"text", "label", "column", "sort", "metric"}
@@ -41,7 +43,7 @@ SETTINGS |= {"text", "label", "column", "sort", "metric"}
 VALUE = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\,])+"""
 HIDDEN = rf"""["']?{MASK}(?:[\s"'&;,}}\])]|$)"""  # masked already
 NAMED = re.compile(
-    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|ps?wd?|secr|cred|auth|bearer|cookie|pat|sig|jwt|otp|hub[_-]t))[a-z_][\w.-]*)"
+    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|ps?wd?|secr|cred|auth|bearer|cookie|pat|sig|jwt|otp|sas|oauth|hub[_-]t))[a-z_][\w.-]*)"
     rf"""(?P<between>["'\]]*\s*[=:]\s*|(?<=\w)\s+)(?!--|{HIDDEN})(?P<value>{VALUE})""",
     re.IGNORECASE,
 )
@@ -116,6 +118,8 @@ def _mask_short(words: list[str], index: int) -> str | None:
     user, colon, password = word.partition(":")
     if before in TAKE_USER and colon and re.search(r"\D", password):  # not 1000:1000
         return word if password.startswith(MASK) else f"{user}:{MASK}"
+    if (found := USER_IN_WORD.fullmatch(word)) is not None:
+        return word if found[3].startswith(MASK) else f"{found[1]}{found[2]}:{MASK}"
     if words[max(0, index - 2) : index] == ["wandb", "login"] and not word.startswith("-"):
         return MASK
     attached = re.match(r"-p[^=]", word)

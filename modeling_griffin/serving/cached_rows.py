@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..decode.eligibility import check_places
-from .request import GenerationRequest
+from .request import GenerationRequest, shown
 from .state import GenerationState, check_is_state
 
 
@@ -152,7 +152,7 @@ def read_request(
 
 def check_whole(name: str, number: object) -> None:
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{name} = {number!r}: allowed are whole numbers from 1")
+        raise ValueError(f"{name} = {shown(number)}: allowed are whole numbers from 1")
 
 
 def _check_prompt(input_ids, vocab_size: int) -> None:

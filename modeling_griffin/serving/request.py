@@ -64,7 +64,7 @@ class GenerationRequest:
             ("stop", "strings that are not empty", _are_strings(self.stop)),
         ):
             if not holds:
-                raise ValueError(f"{name} = {_shown(getattr(self, name))}: allowed are {allowed}")
+                raise ValueError(f"{name} = {shown(getattr(self, name))}: allowed are {allowed}")
         if self.state is not None and self.repetition_penalty != 1:
             raise ValueError(
                 f"repetition_penalty = {self.repetition_penalty} with a state: allowed is 1, its text is not known"
@@ -117,21 +117,21 @@ def _are_strings(value) -> bool:
 def _whole_numbers(name: str, values) -> list[int]:
     """A list of whole numbers; of one dimension where the values have a shape."""
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
-        raise ValueError(f"{name} = {_shown(values)}: allowed are lists of token ids")
+        raise ValueError(f"{name} = {shown(values)}: allowed are lists of token ids")
     if type(values) is list and all(type(value) is int for value in values):
         return list(values)
     try:
         shape = tuple(getattr(values, "shape", (None,)))
         values = [_plain(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
     except Exception as error:  # of a tensor without values, or of somebody's own class
-        raise ValueError(f"{name} = {_shown(values)}: allowed are lists of token ids ({_shown(error)})") from error
+        raise ValueError(f"{name} = {shown(values)}: allowed are lists of token ids ({shown(error)})") from error
     if len(shape) != 1:
         raise ValueError(f"{name} has shape {shape}: allowed is (tokens,)")
     if wrong := [value for value in values if not _is_whole(value)]:
-        raise ValueError(f"{name} has {_shown(wrong[0])}: allowed are whole numbers")
+        raise ValueError(f"{name} has {shown(wrong[0])}: allowed are whole numbers")
     return [int(value) for value in values]
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """Its beginning, in one line."""
     return " ".join(repr(value).split())[:80]

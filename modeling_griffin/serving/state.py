@@ -152,6 +152,7 @@ class GenerationState:
 
 def save_state(state: GenerationState, model: torch.nn.Module, path: str | os.PathLike) -> None:
     """Writes the state to one safetensors file, all or nothing."""
+    check_is_state("state", state)
     state.check(model)
     tensors = {"logits": state.logits, "lengths": torch.tensor(state.lengths)}
     for index, (first, second) in enumerate(state.layers):

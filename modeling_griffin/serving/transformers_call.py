@@ -13,6 +13,8 @@ from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase, generation
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from .request import shown
+
 
 ARGUMENTS = (
     *("inputs", "continuous_batching_config", "record_timestamps", "progress_bar"),
@@ -83,7 +85,10 @@ def as_transformers(
     outputs, requests = {}, []
     seeds = _seeds(getattr(batching, "seed", None), len(prompts) * copies)
     for number, prompt in enumerate(prompts):
-        prompt = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        prompt = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"inputs[{number}] = {shown(prompt)}: allowed are lists of token ids")
+        prompt = list(prompt)
         fields = request_fields(model, config, prompt, max_new_tokens)
         for name in (*(f"req_{number}__child#{child}" for child in range(copies - 1)), f"req_{number}"):
             outputs[name] = GenerationOutput(name, prompt, timestamps=[] if record_timestamps else None)

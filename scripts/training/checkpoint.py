@@ -107,7 +107,7 @@ def read_manifest(checkpoint: str | Path, name: str = MANIFEST) -> dict | None:
     try:
         manifest = json.loads((Path(checkpoint) / name).read_text(encoding="utf-8"))
         return manifest if manifest.pop("sha256") == _checksum_of(manifest) else None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # not JSON, or JSON of another shape
         return None
 
 

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_griffin.cache_name import CACHE_NAME
 from modeling_griffin.decode import generate as decode_generate
 from modeling_griffin.decode import steps as kept_steps
+from modeling_griffin.decode.eligibility import ineligible_model_reasons
 
 
 NEW = 12  # beyond the window of 8
@@ -345,3 +346,14 @@ def test_adapters_can_be_recorded(small_model):
         model.train()
         inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1), model, "other")
         assert on_a_gpu(model).reason == "dropout in training mode"
+
+
+def test_dropout_of_one_block_counts(small_model):
+    """Whatever the configuration and the model as a whole say: the block is what drops."""
+    model = small_model(attention="sdpa")
+    block = model.model.layers[2].temporal_block
+    block.attention_dropout = 0.5
+    assert on_a_gpu(model) is None and next(ineligible_model_reasons(model), None) is None
+    block.train()
+    assert on_a_gpu(model).reason == "dropout in training mode"
+    assert next(ineligible_model_reasons(model)) == "attention_dropout in training mode"

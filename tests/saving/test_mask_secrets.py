@@ -16,7 +16,7 @@ TOKEN = "hf_" + "a1B2" * 8
     "name",
     ["hub_token", "push-to-hub-token", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "password"]
     + ["db.password", "hftoken", "wandb_apikey", "client_secret", "encryption_key", "credentials", "basic_auth"]
-    + ["creds", "auth_header", "token_string", "passwords", "smtp_pw", "passkey", "pswd", "id_jwt"]
+    + ["creds", "auth_header", "token_string", "passwords", "smtp_pw", "passkey", "pswd", "id_jwt", "sas"]
     + ["hub_toke", "hub-tok", "passw", "client_secr"],  # cut off, as argparse takes them
 )
 def test_the_name_tells(name):
@@ -71,6 +71,9 @@ def test_the_shape_tells(text, secret):
         ("train.py --hub-to=hunter2", f"train.py --hub-to={MASK}"),
         ("curl -u me:hunter2 https://host/x", f"curl -u me:{MASK} https://host/x"),
         ("curl --proxy-user me:hunter2 x", f"curl --proxy-user me:{MASK} x"),
+        ("curl --user=me:hunter2 x", f"curl --user=me:{MASK} x"),
+        ("curl -ume:hunter2 x", f"curl -ume:{MASK} x"),
+        ("docker run --user=1000:1000 -u1000:1000 x", "docker run --user=1000:1000 -u1000:1000 x"),
         ("sshpass -p hunter2 ssh -p 22 host train", f"sshpass -p {MASK} ssh -p {MASK} host train"),
         ("/usr/bin/mysqldump -phunter2 -u me db", f"/usr/bin/mysqldump -p{MASK} -u me db"),
         ("docker login -u me -p hunter2 host", f"docker login -u me -p {MASK} host"),

@@ -94,6 +94,12 @@ def test_the_manifest_itself_may_be_missing_or_damaged(finished, tmp_path):
     assert find_checkpoint(None, str(tmp_path / "new")) is None
 
 
+@pytest.mark.parametrize("content", ["[]", "[1]", "3", "null", '"text"', "{}", "{", ""])
+def test_json_of_another_shape_is_a_damaged_manifest(content, tmp_path):
+    (tmp_path / MANIFEST).write_text(content)
+    assert fault_of(tmp_path) == f"{MANIFEST} is damaged"
+
+
 def test_the_newest_is_the_one_of_most_steps(tmp_path):
     for step in (4, 12, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -323,3 +323,10 @@ def test_states_of_two_dtypes_are_not_joined(small_model):
     states = [model.prefill(random_ids(1, 5)) for model in (small_model(), small_model().to(torch.bfloat16))]
     with pytest.raises(ValueError, match="states has torch.bfloat16 on cpu: allowed is that of the first"):
         GenerationState.concatenate(states)
+
+
+@pytest.mark.parametrize("nonsense", [None, 3, "state", {}])
+def test_what_is_no_state_is_not_saved(nonsense, small_model, tmp_path):
+    with pytest.raises(ValueError, match="state is a .*: allowed is a GenerationState"):
+        small_model().save_state(nonsense, tmp_path / "state.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -142,3 +142,9 @@ def test_arguments_that_cannot_be_honoured_are_refused(options, message, small_m
     inputs = () if "inputs" in options else (PROMPTS,)
     with pytest.raises(ValueError, match=message):
         small_model().generate_batch(*inputs, generation_config=config, **options)
+
+
+@pytest.mark.parametrize("nonsense", [None, 3, 0.5, torch.tensor(1), object()])
+def test_what_is_no_prompt_is_refused_by_its_place(nonsense, small_model):
+    with pytest.raises(ValueError, match=r"inputs\[1\] = .*: allowed are lists of token ids"):
+        small_model().generate_batch([[5, 6], nonsense], max_new_tokens=2)
