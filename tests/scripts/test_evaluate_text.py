@@ -188,7 +188,7 @@ def test_wrong_arguments(model, data, capsys):
 
 
 def test_peft_stays_out():
-    """What brings it brings bitsandbytes, seconds and lines of theirs; a process of its own, since other tests import it."""
+    """It brings bitsandbytes, seconds and lines of theirs. Looked at in a new process: other tests import it."""
     code = "import sys, evaluate_text; print(sorted({'peft', 'bitsandbytes', 'trl'} & sys.modules.keys()))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     done = subprocess.run(
