@@ -13,6 +13,7 @@ import runpy
 import sys
 from collections import Counter
 
+import command_line
 import pytest
 import torch
 from _docs import (
@@ -193,6 +194,7 @@ def check_script(words: list[str], where: str, run: bool, monkeypatch) -> None:
         return parse
 
     with monkeypatch.context() as patch:
+        patch.setattr(command_line, "device", str)  # a page's machine may have a GPU where this one has none
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(ARGUMENTS))
         if path.name in HANDS_ON:
             patch.setattr(argparse.ArgumentParser, "parse_known_args", stop_after(KNOWN_ARGUMENTS))
