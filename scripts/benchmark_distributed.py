@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
-from help_formatter import ShowDefaults
+from command_line import Parser
 from plan_memory import CONFIGURATION, ddp, fsdp2
 from planning.memory_formulas import parameters, sizes_of
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -339,13 +339,8 @@ def read_config(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
-    )
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="one run for each number")
     parser.add_argument(
         "--engines", nargs="*", choices=ENGINES, default=list(ENGINES), help="to time; none: --largest alone"
@@ -367,9 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     available = torch.cuda.device_count() if arguments.device == "cuda" else os.cpu_count()
     if wrong := [count for count in arguments.processes if not 1 <= count <= available]:
         parser.error(f"--processes {wrong[0]}: allowed are 1 to {available} on this machine")
-    for name in ("rows", "length", "steps"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: allowed are whole numbers from 1")
+    parser.check_least(arguments, rows=1, length=1, steps=1)
     if arguments.largest and arguments.device == "cpu":
         parser.error("--largest with --device cpu: allowed on GPUs, whose memory can run out without harm")
     try:

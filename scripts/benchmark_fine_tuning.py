@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from benchmark_training import OWN, SIZES, _make
 from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
-from help_formatter import ShowDefaults
+from command_line import Parser
 from training.text_tokenizer import byte_tokenizer
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -160,7 +160,7 @@ def text(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="2b", help="of the models' table in benchmark_training.py")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models")

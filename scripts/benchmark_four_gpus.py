@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from benchmarks.birth_certificate import short_device_name
-from help_formatter import ShowDefaults
+from command_line import Parser
 
 
 SCRIPTS = Path(__file__).parent
@@ -89,9 +89,8 @@ def _run_one(command: list[str], seconds: float) -> str:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=default, help="where it runs")
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder")
     parser.add_argument("--seconds", type=float, default=480, help="of all parts together")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")

@@ -24,8 +24,8 @@ from benchmarks.birth_certificate import birth_certificate, birth_lines, quantil
 from benchmarks.checks import OURS, TOLERANCE, random_ids, shortfall
 from benchmarks.offpath import offpath, offpath_text
 from benchmarks.serving import serving, serving_text
-from help_formatter import ShowDefaults
-from presets import find_preset
+from command_line import Parser
+from presets import find_preset, preset_names
 from tqdm import tqdm
 from transformers import (
     CompileConfig,
@@ -78,13 +78,8 @@ LONGEST_PROMPT_OF_A_LOOP = 2048  # RecurrentGemma in Transformers reads a prompt
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
-    )
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument(
         "--model",
         default=None,
@@ -106,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
+    parser.check_least(arguments, turns=1, threads=1)
     torch.set_num_threads(arguments.threads)
     output = arguments.output or Path("results") / "generation" / f"generation_{short_device_name(arguments.device)}"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.model in SIZES:
         config = _griffin_config(arguments.model)
     else:
-        config = GriffinConfig.from_json_file(find_preset(arguments.model or settings["model"], "model"))
+        path = find_preset(arguments.model or settings["model"], "model")
+        if not Path(path).is_file():
+            parser.error(f"--model {path}: allowed are JSON files, {', '.join([*SIZES, *preset_names('model')])}")
+        config = GriffinConfig.from_json_file(path)
     report = {"birth": birth_certificate(arguments.device, arguments.commit), "dtype": str(settings["dtype"])[6:]}
     models = make_models(config, settings, report, arguments.contestants)
     for part in arguments.parts:

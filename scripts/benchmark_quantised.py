@@ -27,7 +27,7 @@ import torch
 from benchmark_training import OWN, SIZES, _cell, _make
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise, without_kernels
-from help_formatter import ShowDefaults
+from command_line import Parser
 from training.float8 import compile_blocks, convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="of decode and text")
     parser.add_argument("--size", choices=SIZES, default="2b", help="of decode and float8")

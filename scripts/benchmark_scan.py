@@ -10,7 +10,6 @@ inputs changing where they would fit the cache. flash-linear-attention and accel
 Writes OUTPUT.json and OUTPUT.md, on a GPU OUTPUT.png: time against T.
 """
 
-import argparse
 import functools
 import importlib
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
-from help_formatter import ShowDefaults
+from command_line import Parser
 from torch import nn
 
 from modeling_griffin.rg_lru import RGLRU
@@ -38,9 +37,8 @@ MAX_ERROR = 2e-2  # of a peer, as a share of the norm, in bfloat16
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=device, help="where it runs")
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--part", choices=["scan", "varlen"], default="scan", help="varlen: on a GPU only")
     parser.add_argument(
         "--output", type=Path, default=None, help="path without suffix; default results/scan/PART_DEVICE"

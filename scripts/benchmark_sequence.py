@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from benchmark_training import SIZES, griffin
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from command_line import Parser
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_griffin.parallel import neighbours, parallelize_sequence
@@ -208,8 +209,8 @@ def text_of(report: dict) -> str:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark_sequence.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--size", choices=SIZES, default="2b")
     parser.add_argument("--length", type=int, default=2**20, help="tokens of the row")
     parser.add_argument("--repeats", type=int, default=3, help="steps that are timed, behind one that is not")
@@ -219,11 +220,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=None, help="path without suffix; default results/sequence_...")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
-    for name in ("repeats", "piece", "length"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: allowed are whole numbers from 1")
-    if arguments.mlp_piece < 0:
-        parser.error(f"--mlp_piece {arguments.mlp_piece}: allowed are whole numbers from 0")
+    parser.check_least(arguments, repeats=1, piece=1, length=1, mlp_piece=0)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if arguments.length % ranks:
         parser.error(f"--length {arguments.length}: allowed are multiples of the {ranks} processes")

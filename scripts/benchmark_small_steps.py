@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import spoken
 import torch
 from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _with_lora
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from benchmarks.host_time import host_table, host_time
-from help_formatter import ShowDefaults
+from command_line import Parser
 
 from modeling_griffin import record_training, stop_recording
 
@@ -37,7 +38,7 @@ def _words(cells: list[tuple[int, int]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="2b", help="of the models' table in benchmark_training.py")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of weights and products")
     parser.add_argument(
@@ -50,13 +51,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     lora = f"the same with LoRA (default: {_words(LORA_CELLS)})"
     parser.add_argument("--lora", type=_cell, nargs="*", default=LORA_CELLS, metavar="BxT", help=lora)
-    parser.add_argument("--models", nargs="+", choices=[OWN, LLAMA], default=[OWN, LLAMA], help="which models")
+    parser.add_argument(
+        "--models", nargs="+", choices=[OWN, LLAMA], default=[OWN, LLAMA], metavar="NAME", help="which models"
+    )
     parser.add_argument("--repeats", type=int, default=8, help="timed steps of each row")
     parser.add_argument("--output", type=Path, help="path without suffix; default results/training/small_steps_DEVICE")
     parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
+    parser.check_least(arguments, repeats=1)
     if not torch.cuda.is_available():
-        raise SystemExit("benchmark_small_steps.py needs a GPU: CUDA graphs are what it times")
+        spoken.stop(__file__, ValueError("a GPU is needed: CUDA graphs are what is timed"))
     name = short_device_name("cuda")
     output = arguments.output or Path("results") / "training" / f"small_steps_{name}"
     output.parent.mkdir(parents=True, exist_ok=True)

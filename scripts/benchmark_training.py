@@ -22,8 +22,8 @@ from unittest import mock
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
+from command_line import Parser
 from compare_paths import definitions
-from help_formatter import ShowDefaults
 from tqdm import tqdm
 from transformers import (
     LlamaConfig,
@@ -51,13 +51,8 @@ MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the loss and of th
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
-    )
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--size", choices=SIZES, default=None, help="default 10m on a CPU, 2b on a GPU")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default=None, help="default float32 on a CPU, else bfloat16"
@@ -74,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="path without suffix; default results/training/training_DEVICE")
     parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     arguments = parser.parse_args(argv)
+    parser.check_least(arguments, repeats=1)
     arguments.models = [name for name in arguments.models if _is_installed(name)]
     device, name = arguments.device, short_device_name(arguments.device)
     size = arguments.size or {"cpu": "10m", "cuda": "2b"}[device]
@@ -114,7 +110,9 @@ def _cell(word: str) -> tuple[int, int]:
     try:
         batch, length = (int(number) for number in word.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r}: allowed is BATCHxTOKENS, for example 8x2048") from None
+        batch = length = 0
+    if min(batch, length) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: allowed is BATCHxTOKENS, for example 8x2048")
     return batch, length
 
 

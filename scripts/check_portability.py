@@ -19,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from command_line import Parser
 
 
 SECONDS, SPILLS = 20.0, {"bfloat16": 128, "float32": 256}  # float32 is multiplied without tensor cores
@@ -30,7 +31,7 @@ QUICK = [(gpu, "2B", "bfloat16") for gpu in ("sm_89", "sm_90", "gfx942")]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one model shape, 16 bits, three GPUs")
     parser.add_argument("--gpu", nargs="+", default=FAMILIES + ON_AMD, choices=FAMILIES + ON_AMD)
     parser.add_argument("--shape", nargs="+", default=None, help="names of model shapes; default all")

@@ -18,26 +18,9 @@ sys.path.insert(0, str(HERE))  # as for a script that Python runs: they import e
 
 import presets  # noqa: E402
 import spoken  # noqa: E402
+from spoken import VERBS  # noqa: E402
 
 
-VERBS = {
-    "train": ("train.py", "train or fine-tune from a YAML file or a ready-made training's name"),
-    "generate": ("generate.py", "sample from a model and stream the text"),
-    "serve": ("serve.py", "serve a model over HTTP with the interface of OpenAI's"),
-    "evaluate": ("evaluate_text.py", "loss and bits per byte of a text, by position"),
-    "convert": ("convert_recurrent_gemma.py", "RecurrentGemma's checkpoints to Griffin and back"),
-    "push": ("push_to_hub.py", "check a saved model and push it to the Hub"),
-    "demo": ("demo.py", "train, generate, save and reload a tiny model"),
-    "plot-lambda": ("plot_lambda_init.py", "what each initialisation of Λ means, as a figure"),
-    "compare-lambda": ("compare_lambda_inits.py", "train with several initialisations of Λ and compare"),
-    "report-lambda": ("report_lambda_inits.py", "the page of what compare-lambda has trained"),
-    "plan-memory": ("plan_memory.py", "memory and communication of a training step"),
-    "benchmark-scan": ("benchmark_scan.py", "time the recurrence"),
-    "benchmark-training": ("benchmark_training.py", "time training steps beside other models"),
-    "benchmark-small-steps": ("benchmark_small_steps.py", "time small training steps, plain and recorded"),
-    "benchmark-generation": ("benchmark_generation.py", "time generation beside other models"),
-    "benchmark-distributed": ("benchmark_distributed.py", "time training steps on several processes"),
-}
 WIDTH = "100"  # of help, in columns
 # What only an extra brings, by the name that Python misses; README says what each of them is for.
 EXTRAS = {"peft": "peft", "trl": "trl", "fastapi": "serve", "uvicorn": "serve", "openai": "serve"}
@@ -50,13 +33,16 @@ def main(argv: list[str] | None = None) -> None:
         print(overview())
         return
     verb, rest = words[0], words[1:]
-    if verb == "presets":
+    if verb == "presets" and set(rest) <= {"-h", "--help"}:
         print(presets.describe_presets())
     elif verb == "--write-help":
         write_help()
+    elif verb == "presets":
+        spoken.stop("griffin", ValueError(f"presets takes no arguments, not {' '.join(rest)}"))
     elif verb not in VERBS:
         allowed = ", ".join([*VERBS, "presets"])
-        raise SystemExit(f"griffin: {verb!r} is no command: allowed are {allowed}; `griffin --help` says what they do")
+        line = f"{verb!r} is no command: allowed are {allowed}; `griffin --help` says what they do"
+        spoken.stop("griffin", ValueError(line))
     elif "-h" in rest or "--help" in rest:
         print(help_file(verb).read_text(encoding="utf-8"), end="")
     else:
@@ -89,7 +75,10 @@ def run(verb: str, words: list[str]) -> None:
         if missing not in EXTRAS:
             raise
         extra = f"pip install 'modeling-griffin[{EXTRAS[missing]}]'"
-        raise SystemExit(f"griffin {verb}: error: {missing} is not installed: {extra} brings it") from error
+        spoken.stop(verb, f"{missing} is not installed: {extra} brings it")
+    except KeyboardInterrupt:
+        print(f"\ngriffin {verb}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def write_help() -> None:
@@ -114,7 +103,7 @@ def in_verbs(text: str, verb: str) -> str:
     old, new = f"usage: {VERBS[verb][0]}", f"usage: griffin {verb}"
     usage = usage.replace("\n" + " " * len(old), "\n" + " " * len(new)).replace(old, new, 1)
     for name, (script, _) in VERBS.items():
-        rest = re.sub(rf"python\s+scripts/{re.escape(script)}", f"griffin {name}", rest)
+        rest = re.sub(rf"(python\s+)?(scripts/)?\b{re.escape(script)}", f"griffin {name}", rest)
     return usage + gap + rest
 
 

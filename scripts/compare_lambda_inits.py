@@ -21,14 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import spoken
 import torch
-import yaml
 from benchmarks.birth_certificate import birth_certificate, now
-from help_formatter import ShowDefaultsAndLines
+from command_line import Parser, ShowDefaultsAndLines, check_folder, device
 from lambda_study.run import run_one
 from lambda_study.tasks import prepare_text
 from presets import find_preset
 from tqdm import tqdm
+from yaml_file import read_yaml
 
 
 SLACK = 1.2  # a run is started when this many times its expected length is left
@@ -36,7 +37,9 @@ SLACK = 1.2  # a run is started when this many times its expected length is left
 
 def read_sweep(path: Path, text: list[str]) -> dict:
     """The YAML file, with `common` merged into every task, and the texts of language tasks made ready."""
-    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sweep = read_yaml(path, "YAML files and ready-made ones: compare_lambda_inits/cpu, compare_lambda_inits/h100")
+    if missing := [key for key in ("tasks", "arms", "reference", "seeds", "tuning_seed") if key not in sweep]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it describes no comparison")
     for name, task in sweep["tasks"].items():
         task = {**sweep.get("common", {}), **task}
         if unknown := set(task.get("arms", [])) - set(sweep["arms"]):
@@ -212,9 +215,7 @@ def origin(device: str, commit: str | None) -> dict:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="compare_lambda_inits.py", description=__doc__, formatter_class=ShowDefaultsAndLines
-    )
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("config", help="a YAML file, or a ready-made one: compare_lambda_inits/cpu")
     parser.add_argument("--output", type=Path, required=True, help="folder for runs.jsonl; an old one is continued")
     parser.add_argument("--only", nargs="+", default=[], metavar="TASK", help="tasks of the file to run (default: all)")
@@ -225,13 +226,12 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time-limit", type=float, default=math.inf, help="seconds after which no run is to end (default: none)"
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where it runs; default: a GPU where there is one")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=usual, help="where it runs; default: a GPU where there is one")
     parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
     parser.add_argument("--list", action="store_true", help="print all runs and which are finished; run nothing")
     arguments = parser.parse_args(argv)
-    if arguments.jobs < 1:
-        parser.error(f"--jobs {arguments.jobs}: allowed are whole numbers from 1")
+    parser.check_least(arguments, jobs=1)
     return arguments
 
 
@@ -239,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     start, arguments = time.time(), read_arguments(argv)
     path = arguments.output / "runs.jsonl"
     try:
+        if not arguments.list:
+            check_folder("--output", arguments.output)
         sweep = select_tasks(
             read_sweep(Path(find_preset(arguments.config, "training")), arguments.text), arguments.only
         )
@@ -248,12 +250,11 @@ def main(argv: list[str] | None = None) -> None:
         records = read_records(path)
         check_settings(plan(sweep, records, arguments.device), records, path)
     except ValueError as error:
-        raise SystemExit(f"compare_lambda_inits.py: error: {error}") from error
+        spoken.stop(__file__, error)
     if arguments.list:
         for run in plan(sweep, records, arguments.device):
             print(f"{'finished' if run['key'] in records else '        '}  {run['key']}")
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
     drop_unfinished_line(path)
     facts = origin(arguments.device, arguments.commit)
     failed = run_all(sweep, records, path, facts, arguments.jobs, start + arguments.time_limit)

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, short_device_name
-from help_formatter import ShowDefaults
+from command_line import Parser
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -31,13 +31,8 @@ BYTES = 256
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
-    )
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--steps", type=int, default=500, help="training steps")
     parser.add_argument("--rows", type=int, default=64, help="rows of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")

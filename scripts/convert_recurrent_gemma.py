@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import spoken
 import torch
-from help_formatter import ShowDefaultsAndLines
+from command_line import Parser, ShowDefaultsAndLines
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -219,7 +220,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Writes beside the target and renames at the end; a failure leaves nothing."""
     target = Path(arguments.target)
     if os.path.lexists(target):
-        raise FileExistsError(f"{target}: exists; allowed is a new folder")
+        raise ValueError(f"{target}: exists; allowed is a new folder")
     source = Path(arguments.source)
     if source.is_file():
         if arguments.reverse:
@@ -311,7 +312,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ShowDefaultsAndLines)
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("source", help="folder, Hub id, or DeepMind's .pt file")
     parser.add_argument("target", help="folder to create")
     parser.add_argument("--reverse", action="store_true", help="from Griffin to RecurrentGemma")
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         convert(parse_arguments(argv))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise SystemExit(f"convert_recurrent_gemma.py: error: {' '.join(str(error).split())}") from error
+        spoken.stop(__file__, error)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from help_formatter import ShowDefaults
+from command_line import Parser
 
 
 # Waiting threads sleep instead of spinning: beside any other load on two cores, spinning costs up to tenfold. Read by
@@ -123,9 +123,7 @@ def demo(overrides: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        formatter_class=ShowDefaults, description="Trains, generates, saves and reloads a tiny Griffin."
-    )
+    parser = Parser(__file__, description="Trains, generates, saves and reloads a tiny Griffin.")
     parser.add_argument("--logits_of", type=Path, help=argparse.SUPPRESS)  # what the new process is asked for
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()

@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import spoken
 import torch
 import torch.distributed as dist
 from benchmarks.birth_certificate import birth_certificate, birth_lines
+from command_line import Parser, check_folder, device
 from generate import load
-from help_formatter import ShowDefaults
+from training.hub_ids import require_model
 from training.report import bits_per_byte, versions
 from training.text_data import IGNORED_LABEL, PackedRows, load_documents, tokenize
 from training.text_tokenizer import document_ends
@@ -181,9 +183,7 @@ def plot(path: Path, result: dict, window: int | None) -> None:
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        formatter_class=ShowDefaults, prog="evaluate_text.py", description="Loss and bits per byte by position."
-    )
+    parser = Parser(__file__, description="Loss and bits per byte by position.")
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, jsonl, parquet, or a Hub data set's id")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row (default: 2048)")
@@ -201,24 +201,22 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         "--output", type=Path, default=Path("build/evaluate"), help="folder for evaluation.json, .md, .png"
     )
     parser.add_argument("--commit", default=None, help="the commit that runs; default: as git says")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=usual, help="where it runs")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the model's repository")
     arguments = parser.parse_args(argv)
-    for name, least in (("length", 2), ("chunk", 1), ("max_rows", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} {value}: allowed are whole numbers from {least}")
+    parser.check_least(arguments, length=2, chunk=1, max_rows=1)
     return arguments
 
 
-def join_processes(device: str) -> str:
+def join_processes(wanted: str) -> str:
     """This process's device; with torchrun's others it becomes a group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    on_gpu = torch.device(device).type == "cuda"
+        return wanted
+    on_gpu = torch.device(wanted).type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")
     if not on_gpu:
-        return device
+        return wanted
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
@@ -234,18 +232,17 @@ def reader_of(model: torch.nn.Module, chunk: int) -> Callable[[Row], torch.Tenso
 
 def main(argv: list[str] | None = None) -> dict:
     arguments = read_arguments(sys.argv[1:] if argv is None else argv)
-    device = join_processes(arguments.device)
-    model, tokenizer = load(arguments.model, arguments.trust_remote_code, device)
     try:
+        check_folder("--output", arguments.output)
+        require_model("MODEL", arguments.model)  # before the text is read, and the text before the model is
         documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset)
+        model, tokenizer = load(arguments.model, arguments.trust_remote_code, join_processes(arguments.device))
     except ValueError as error:
-        raise SystemExit(f"evaluate_text.py: error: {error}") from error
+        spoken.stop(__file__, error)
     try:
         reader = reader_of(model, arguments.chunk)
     except ValueError as error:
-        raise SystemExit(
-            f"evaluate_text.py: error: MODEL = {arguments.model!r} with several processes: {error}"
-        ) from error
+        spoken.stop(__file__, ValueError(f"MODEL = {arguments.model!r} with several processes: {error}"))
     rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
     num_bytes, start = count_token_bytes(documents, tokenizer), time.perf_counter()
     entries = bucket_losses(reader, rows, num_bytes, arguments.max_rows)
@@ -260,7 +257,6 @@ def main(argv: list[str] | None = None) -> dict:
         if not first:
             return result
     print_table(result)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     page = text_of(result, birth_certificate(model.device.type, arguments.commit))
     (arguments.output / "evaluation.md").write_text(page, encoding="utf-8")

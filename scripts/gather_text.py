@@ -7,7 +7,6 @@ more often, so that there is text to judge long contexts on. The result is the s
 lines (kind, held_out, text), and facts.json with counts, checksums and the licences of all packages.
 """
 
-import argparse
 import concurrent.futures
 import hashlib
 import json
@@ -16,12 +15,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
+import spoken
+from command_line import Parser, ShowDefaultsAndLines
 from text_corpus.archives import CLIENTS, fetch, read_files
 from text_corpus.deduplicate import Deduplicator
 from text_corpus.documents import KINDS, kind_of, share_of, text_of
 from text_corpus.shards import ShardWriter
 from tqdm import tqdm
+from yaml_file import read_yaml
 
 
 MEGABYTE = 10**6
@@ -32,7 +33,7 @@ OPTIONS = ("share", "only", "without")
 def read_list(path: Path) -> dict:
     """packages (registry, name, version, file, sha256, licence; share, only, without), most (MB by kind), held_out,
     long_document (characters) and held_out_of_long."""
-    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = read_yaml(path, "files of configuration/text/")
     for package in wanted["packages"]:
         if missing := set(FIELDS) - set(package):
             raise ValueError(f"{path}: {package.get('name')} lacks {', '.join(sorted(missing))}")
@@ -95,9 +96,7 @@ def gather(wanted: dict, archives: Path, output: Path, shard: int, jobs: int) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="gather_text.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("list", type=Path, help="a file of configuration/text/")
     parser.add_argument("--output", type=Path, default=Path("build/text"), help="folder of the shards and facts.json")
     parser.add_argument("--archives", type=Path, default=Path("build/archives"), help="where fetched packages stay")
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted = read_list(arguments.list)
         facts = gather(wanted, arguments.archives, arguments.output, arguments.shard * MEGABYTE, arguments.jobs)
     except ValueError as error:
-        raise SystemExit(f"gather_text.py: error: {error}") from error
+        spoken.stop(__file__, error)
     facts = {"list": arguments.list.name, **facts}
     (arguments.output / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for kind, numbers in facts["kinds"].items():

@@ -4,8 +4,9 @@ import argparse
 import sys
 from typing import Any
 
+import spoken
 import torch
-from help_formatter import ShowDefaults
+from command_line import Parser, device
 from training.hub_ids import ALLOWED_MODEL, require_model
 from training.text_tokenizer import document_ends
 from transformers import (
@@ -14,18 +15,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
-    set_seed,
 )
 
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
 
 def load(name: str, trust_remote_code: bool, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of a folder or Hub id; weights in safetensors only, never pickles."""
-    try:
-        require_model("MODEL", name)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    """(model, tokenizer) of a folder or Hub id; weights in safetensors only, never pickles.
+
+    Raises ValueError, in one line, where there is none.
+    """
+    require_model("MODEL", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -33,7 +33,7 @@ def load(name: str, trust_remote_code: bool, device: str) -> tuple[PreTrainedMod
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise SystemExit(f"error: MODEL = {name!r}: allowed are {ALLOWED_MODEL} ({reason})") from error
+        raise ValueError(f"MODEL = {name!r}: allowed are {ALLOWED_MODEL} ({reason})") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -52,18 +52,17 @@ def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        formatter_class=ShowDefaults, prog="generate.py", description="Samples from a model and streams the text."
-    )
+    parser = Parser(__file__, description="Samples from a model and streams the text.")
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("--prompt", default="", help="how the document begins (default: nothing)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling; 0 is greedy")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling, above 0")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the most probable tokens up to this probability")
     parser.add_argument("--greedy", action="store_true", help="always the most probable token (argmax); no sampling")
     parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text (default: none)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=usual, help="where it runs")
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
@@ -83,9 +82,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = read_arguments(sys.argv[1:] if argv is None else argv)
-    model, tokenizer = load(arguments.model, arguments.trust_remote_code, arguments.device)
+    try:
+        model, tokenizer = load(arguments.model, arguments.trust_remote_code, arguments.device)
+    except ValueError as error:
+        spoken.stop(__file__, error)
     if arguments.seed is not None:
-        set_seed(arguments.seed)
+        torch.manual_seed(arguments.seed)  # not set_seed, which imports PEFT and what that imports
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     options = {"do_sample": False} if arguments.greedy else {"do_sample": True, **sampling}
     generate(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens, **options)

@@ -6,13 +6,12 @@
 The formulas of one GPU are in `memory_formulas.py`, those of several below; the page shows their docstrings.
 """
 
-import argparse
 import inspect
 from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
-from help_formatter import ShowDefaults
+from command_line import Parser
 from planning import memory_formulas
 from planning.memory_formulas import (
     AUTOCAST,
@@ -402,15 +401,13 @@ def page(rows: int, length: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4, help="rows on each GPU")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
     text = "print the page, leave configuration/PLANNING.md alone; default: only where it is installed, not a clone"
     parser.add_argument("--print", action="store_true", help=text)
     arguments = parser.parse_args(argv)
-    for name in ("rows", "length"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: allowed are whole numbers from 1")
+    parser.check_least(arguments, rows=1, length=1)
     text = page(arguments.rows, arguments.length)
     if arguments.print or is_installed():
         print(text, end="")

@@ -8,14 +8,14 @@ At the start the gates' biases are 0, so r is near 0.5: the figure takes r = 0.5
 gates by then depend on the input. Memory length is 1 / (1 - a_t), tokens: how far back the input weighs on average.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import NamedTuple
 
+import spoken
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
-from help_formatter import ShowDefaultsAndLines
+from command_line import Parser, ShowDefaultsAndLines, check_folder
 from training.hub_ids import require_model
 
 from modeling_griffin import LAMBDA_INITS
@@ -227,9 +227,7 @@ def _draw_panel(axes, data: torch.Tensor | None, edges: torch.Tensor, colour: st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="plot_lambda_init.py", description=__doc__, formatter_class=ShowDefaultsAndLines
-    )
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument(
         "--checkpoint", default=None, help="a trained model, folder or Hub id: a row for each layer (default: none)"
     )
@@ -243,13 +241,17 @@ def main(argv: list[str] | None = None) -> None:
     (low, high), c = arguments.bounds, arguments.c
     if not (0 < low < high < 1 and c > 0):
         parser.error(f"--bounds {low} {high} --c {c}: allowed are 0 < LOW < HIGH < 1 and c > 0")
+    try:
+        check_folder("folder of --output", arguments.output.parent)
+    except ValueError as error:
+        parser.error(str(error))
     rows = [*initialisation_rows(c, low, high), mamba_row()]
     text = caption(rows, low, high)
     if arguments.checkpoint is not None:
         try:
             rows += checkpoint_rows(arguments.checkpoint)
         except (OSError, ValueError) as error:
-            raise SystemExit(f"plot_lambda_init.py: error: {error}") from error
+            spoken.stop(__file__, error)
     print("\n".join(table(rows)))
     print("written:", *draw(rows, text, arguments.output))
 

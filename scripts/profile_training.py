@@ -9,7 +9,6 @@ row is the whole step; what the parts do not explain is launches, autograd's sum
 finds its input in the cache and the card's clock higher. Writes OUTPUT.json and OUTPUT.md.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _step
 from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
-from help_formatter import ShowDefaults
+from command_line import Parser
 from tqdm import tqdm
 
 from modeling_griffin import rg_lru_scan
@@ -44,13 +43,8 @@ class Part(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where it runs",
-    )
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_device()
     parser.add_argument("--size", choices=SIZES, default="2b", help="of the table of sizes")
     parser.add_argument("--cell", type=_cell, default=(8, 2048), metavar="BxT", help="batch x tokens")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions")

@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import spoken
 import torch
-from help_formatter import ShowDefaults
+from command_line import Parser
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -26,6 +27,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from publishing.push_files import check_no_token, content, find_auto_class, list_files, read_config
 from safetensors.torch import load_file, save_file
 
@@ -41,9 +43,7 @@ IDENTITY = ("model_type", "architectures", "vocab_size", "hidden_size", "layer_t
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        formatter_class=ShowDefaults, prog="push_to_hub.py", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a folder that save_pretrained wrote")
     parser.add_argument("repo", help="NAME or OWNER/NAME on the Hub")
     parser.add_argument("--private", action="store_true", help="of a new repository: only its owner sees it")
@@ -189,6 +189,7 @@ def came_back(pulled: Path, sent: Path | bytes) -> bool:
 
 def push(arguments: argparse.Namespace) -> None:
     folder, api = arguments.folder, HfApi()
+    validate_repo_id(arguments.repo)
     names, left_out = list_files(folder, arguments.trust_remote_code)
     given = {name: value for name in CARD_FACTS if (value := getattr(arguments, name)) is not None}
     repo_id = arguments.repo if arguments.dry_run else check_rights(api, arguments.repo)
@@ -225,24 +226,20 @@ def main(argv: list[str] | None = None) -> None:
     try:
         push(arguments)
     except LocalTokenNotFoundError:
-        fail("no token: run `hf auth login`, or set HF_TOKEN to a token with the right to write")
+        spoken.stop(__file__, "no token: run `hf auth login`, or set HF_TOKEN to a token with the right to write")
     except HfHubHTTPError as error:
         status = error.response.status_code
         reasons = {401: "the token is not valid", 403: f"no right to write to {arguments.repo}"}
-        fail(f"{reasons.get(status, 'the Hub refused')} ({str(error).strip().splitlines()[-1]})")
+        spoken.stop(__file__, f"{reasons.get(status, 'the Hub refused')} ({str(error).strip().splitlines()[-1]})")
     except (ValueError, HFValidationError) as error:
-        fail(str(error))
+        spoken.stop(__file__, error)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            fail(f"{error.filename}: {error.strerror}")
+            spoken.stop(__file__, f"{error.filename}: {error.strerror}")
         # The client's HTTP library, and with it this class, is another one from release to release.
         if "TransportError" not in [cls.__name__ for cls in type(error).__mro__]:
             raise
-        fail(f"no network: {constants.ENDPOINT} does not answer ({error})")
-
-
-def fail(message: str) -> None:
-    raise SystemExit(f"push_to_hub.py: error: {' '.join(message.split())}")
+        spoken.stop(__file__, f"no network: {constants.ENDPOINT} does not answer ({error})")
 
 
 if __name__ == "__main__":

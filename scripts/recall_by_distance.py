@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
-from help_formatter import ShowDefaults
+from command_line import Parser
 from lambda_study.run import make_config, make_model, make_optimizer, train
 from lambda_study.synthetic_tasks import IGNORED, needle
 from lambda_study.tasks import HELD_OUT_SEED, SyntheticTask
@@ -165,7 +165,7 @@ def plot(report: dict, path: Path) -> None:
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each")
@@ -182,9 +182,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/recall"), help="path without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
-    for name, least in (("steps", 1), ("rows", 1), ("trained", 4), ("longest", 4), ("held_out_rows", 1), ("chunk", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} {getattr(arguments, name)}: allowed are whole numbers from {least}")
+    parser.check_least(arguments, steps=1, rows=1, trained=4, longest=4, held_out_rows=1, chunk=1)
     return arguments
 
 

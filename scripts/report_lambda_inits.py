@@ -4,13 +4,13 @@ Reads FOLDER/runs.jsonl, which scripts/compare_lambda_inits.py leaves, finished 
 figure taken from the runs, and FOLDER_TASK.png for each task.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
+import spoken
+from command_line import Parser, ShowDefaultsAndLines
 from compare_lambda_inits import read_records
-from help_formatter import ShowDefaultsAndLines
 from lambda_study.figures import draw_task
 from lambda_study.statistics import METRICS, Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
 
@@ -329,17 +329,17 @@ def _interval(c: Comparison) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="report_lambda_inits.py", description=__doc__, formatter_class=ShowDefaultsAndLines
-    )
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("folder", type=Path, help="the --output of compare_lambda_inits.py")
     parser.add_argument("--reference", default="uniform", help="the arm that others are compared with")
     arguments = parser.parse_args(argv)
+    if not arguments.folder.is_dir():
+        parser.error(f"{arguments.folder} does not exist: allowed are folders of `{spoken.another('compare-lambda')}`")
     records = list(read_records(arguments.folder / "runs.jsonl").values())
     if not any(record["measured"] and record["arm"] == arguments.reference for record in records):
         parser.error(
             f"{arguments.folder}/runs.jsonl holds no measured run of the reference {arguments.reference!r}: allowed "
-            "are folders of compare_lambda_inits.py in which it is finished"
+            f"are folders of `{spoken.another('compare-lambda')}` in which it is finished"
         )
     pictures = {}
     for task in dict.fromkeys(record["task"] for record in records if record["measured"]):

@@ -4,11 +4,11 @@ Reads FOLDER/runs.jsonl, which study_lambda_long.py leaves, finished or not. Wri
 from the runs, and FOLDER.png: the lead against tokens, loss by position, recall by distance, memories by layer.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from command_line import Parser, ShowDefaultsAndLines
 from compare_lambda_inits import read_records
 from lambda_study.figures import COLOURS
 from lambda_study.run import QUANTILES
@@ -327,9 +327,7 @@ def _draw_memories(axes, runs: Runs, colours: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="report_lambda_long.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("folder", type=Path, help="the --output of study_lambda_long.py")
     parser.add_argument("--reference", default="uniform", help="the arm that others are compared with")
     arguments = parser.parse_args(argv)

@@ -5,14 +5,14 @@ The server is Transformers' own (`pip install '.[serve]'`); requests run side by
 
 import argparse
 
-from help_formatter import ShowDefaults
+import spoken
+from command_line import Parser
 from training.hub_ids import require_model
 
 
 def read_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        formatter_class=ShowDefaults,
-        prog="serve.py",
+    parser = Parser(
+        __file__,
         description="Serves a model over HTTP with the interface of OpenAI's.",
         epilog="All other options are those of `transformers serve --help`: --host, --port, --device, --dtype, ...",
         allow_abbrev=False,
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         require_model("MODEL", arguments.model)
     except ValueError as error:
-        raise SystemExit(f"serve.py: error: {error}") from error
+        spoken.stop(__file__, error)
     from modeling_griffin.serving.server import serve
 
     serve(arguments.model, others, arguments.max_rows)

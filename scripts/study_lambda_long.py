@@ -19,9 +19,10 @@ import os
 import time
 from pathlib import Path
 
+import spoken
 import torch
-import yaml
 from benchmarks.birth_certificate import now
+from command_line import Parser, ShowDefaultsAndLines
 from compare_lambda_inits import (
     InThisProcess,
     append_record,
@@ -32,6 +33,7 @@ from compare_lambda_inits import (
 )
 from lambda_study.long_runs import SCALE_OF, plan, recorded_settings, run_long, settings_of
 from lambda_study.long_text import prepare_shards
+from yaml_file import read_yaml
 
 from modeling_griffin.lambda_init import LAMBDA_INITS
 
@@ -41,7 +43,7 @@ SHORTEST = 60  # seconds that have to be left for a run to be started or continu
 
 def read_study(path: Path) -> dict:
     """arms, common, sizes and phases of the YAML file, checked against each other."""
-    study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    study = read_yaml(path, "files of configuration/training/lambda_long/")
     for name, arm in study["arms"].items():
         if (other := arm.get(SCALE_OF)) is not None and other not in LAMBDA_INITS:
             raise ValueError(f"{path}: arm {name!r} has {SCALE_OF} = {other!r}: allowed are {', '.join(LAMBDA_INITS)}")
@@ -121,9 +123,7 @@ def run_all(
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    parser = argparse.ArgumentParser(
-        prog="study_lambda_long.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("study", type=Path, help="a file of configuration/training/lambda_long/")
     parser.add_argument("--text", type=Path, required=True, help="the --output of gather_text.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for runs.jsonl; an old one is continued")
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         text = prepare_shards(study["text"], arguments.text, arguments.state / "tokens", cores())
     except ValueError as error:
-        raise SystemExit(f"study_lambda_long.py: error: {error}") from error
+        spoken.stop(__file__, error)
     print(f"tokens: {text['data']}; {time.time() - start:.0f} s", flush=True)
     if arguments.prepare:
         return
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_settings(_with_settings(study, read_records(path), facts), read_records(path), path)
     except ValueError as error:
-        raise SystemExit(f"study_lambda_long.py: error: {error}") from error
+        spoken.stop(__file__, error)
     failed = run_all(study, path, arguments.state, arguments.devices, deadline, facts, phases)
     records = read_records(path)
     done = sum(is_done(records.get(run["key"])) for run in plan(study, records))

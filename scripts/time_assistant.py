@@ -7,7 +7,6 @@ finds the tokens of greedy decoding, which is checked. Times are the thread's ow
 little: of a generation with its prompt, over its new tokens. Writes OUTPUT.md.
 """
 
-import argparse
 import statistics
 import time
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from unittest import mock
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
-from help_formatter import ShowDefaults
+from command_line import Parser, ShowDefaultsAndLines
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.decode.speculative.verify import VerifyStep
@@ -40,7 +39,7 @@ WAYS = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ShowDefaults)
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("--steps", type=int, default=120, metavar="N", help="of training, for each model")
     parser.add_argument("--output", default="results/generation/assistant_cpu", metavar="OUTPUT", help="no suffix")
     parser.add_argument("--commit", default=None, help="for a copy without its git history")

@@ -9,7 +9,6 @@ disturb little. Also timed is the look at the model that each step of a stream c
 OUTPUT.md.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
-from help_formatter import ShowDefaults
+from command_line import Parser, ShowDefaultsAndLines
 from presets import find_preset
 
 from modeling_griffin import GenerationRequest, GriffinConfig, GriffinForCausalLM
@@ -44,7 +43,7 @@ PROMPTS, ANSWERS = 20, 5  # lengths of each, in turn
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=ShowDefaults)
+    parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("--calls", type=int, default=2000, metavar="N", help="calls that are noted")
     parser.add_argument("--warm_up", type=int, default=300, metavar="N", help="calls before them")
     parser.add_argument("--output", default="results/generation/calls_cpu", metavar="OUTPUT", help="without a suffix")

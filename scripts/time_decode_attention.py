@@ -7,13 +7,13 @@ layers with rings of their own, so that keys come from memory as in a step. Writ
 model and a number of rows, a column for programs that the splits aim at; "now" is what the package takes.
 """
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from benchmark_scan import _time
+from command_line import Parser
 
 from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
 from modeling_griffin.gpu import can_overlap
@@ -28,7 +28,7 @@ LAYERS, ALLOWED = 16, 2e-2  # of the largest output, in bfloat16
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/decode_attention_now"), help="path without suffix")
     arguments = parser.parse_args(argv)
     lines = [f"{torch.cuda.get_device_name()}, bfloat16, us a layer", ""]

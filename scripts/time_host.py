@@ -8,7 +8,6 @@ and wrong, and CUDA's own calls (launches, allocations) are not in it: for compa
 saying how long a step takes. Times are the thread's own, so that other processes disturb little. Writes OUTPUT.md.
 """
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from benchmarks.host_time import host_table, host_time
-from help_formatter import ShowDefaults
+from command_line import Parser
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
 from modeling_griffin.kernels import dispatch, flash_attention
@@ -89,7 +88,7 @@ class Device:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=ShowDefaults, description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=26, help="residual blocks")
     parser.add_argument("--repeats", type=int, default=30, help="timed steps")
     parser.add_argument("--rows", type=int, default=25, help="of a table of operators and functions; 0: none")

@@ -7,7 +7,6 @@ Each design is first compared with the float64 reference (at most twice the torc
 copy ceiling of the same run. Writes OUTPUT.md and prints it.
 """
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 from benchmark_scan import FLOOR, _copy_ceiling, _inputs, _time
+from command_line import Parser
 
 from modeling_griffin import rg_lru_scan_triton as scan
 from modeling_griffin.gpu import can_overlap, multiprocessors, register_limit
@@ -51,7 +51,7 @@ NARROW_WITH_RESETS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/scan_designs_now"), help="path without suffix")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args(argv)

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import spoken
 import torch
-from training.arguments import DataArguments, ModelArguments, Resume, read_arguments
+from training.arguments import TOKEN_IDS, DataArguments, ModelArguments, Resume, read_arguments
 from training.checkpoint import NotSaved, read_manifest, read_state, saving, write_final
 from training.fingerprint import check_same_rows, rows_of, settings_of
 from training.float8 import check_float8, convert
@@ -55,11 +56,13 @@ PLAIN_ERRORS = {*DISK_ERRORS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def check_names(arguments: ModelArguments) -> None:
-    """Raises ValueError, before any text is read, where there is no such model or configuration."""
+    """Raises ValueError, before any text is read, where there is no such model, or no such configuration can be."""
     for field, allowed in (("config_name", ALLOWED_CONFIG), ("model_name_or_path", ALLOWED_MODEL)):
         name = getattr(arguments, field)
         if name is not None and not Path(name).exists():
             require_on_hub(field, name, "model", allowed)
+    if arguments.config_name is not None:
+        read_config(arguments)
 
 
 def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -81,8 +84,8 @@ def make_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     return model
 
 
-def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GriffinConfig:
-    """The configuration file, with the tokenizer's special tokens, with `config_overrides`."""
+def read_config(arguments: ModelArguments) -> dict:
+    """The configuration file with `config_overrides`, checked but for the special tokens, which the tokenizer gives."""
     try:
         settings, _ = GriffinConfig.get_config_dict(arguments.config_name)
     except OSError as error:
@@ -92,6 +95,13 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     if unknown := sorted(set(overrides) - {field.name for field in dataclasses.fields(GriffinConfig)}):
         raise ValueError(f"config_overrides has the unknown fields {unknown}: allowed are those of GriffinConfig")
     settings = {"vocab_size": GriffinConfig.vocab_size, **settings, **overrides}
+    GriffinConfig(**{**settings, **dict.fromkeys(TOKEN_IDS)})
+    return settings
+
+
+def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> GriffinConfig:
+    """The configuration, with the tokenizer's special tokens."""
+    settings = read_config(arguments)
     check_fits(tokenizer, settings["vocab_size"])
     first, last = document_ends(tokenizer)
     ids = {"bos_token_id": first, "eos_token_id": last, "pad_token_id": tokenizer.pad_token_id}
@@ -302,8 +312,7 @@ def stop(error: Exception) -> NoReturn:
     rank, of = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         time.sleep(SECONDS_FOR_RANK_0)  # by then the launcher has ended this process, if rank 0 has failed too
-    line = " ".join(str(error).split())
-    raise SystemExit(f"train.py: error{f' (rank {rank} of {of})' if of > 1 else ''}: {line}") from error
+    spoken.stop(__file__, error, f" (rank {rank} of {of})" if of > 1 else "")
 
 
 def main() -> None:

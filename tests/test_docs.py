@@ -13,9 +13,22 @@ import runpy
 import sys
 from collections import Counter
 
+import command_line
 import pytest
 import torch
-from _docs import PAGES, ROOT, Block, anchors_of, blocks_of, commands_of, links_of, name_of, paths_of
+from _docs import (
+    COMMENT,
+    PAGES,
+    ROOT,
+    Block,
+    anchors_of,
+    blocks_of,
+    commands_of,
+    links_of,
+    name_of,
+    paths_of,
+    prose_of,
+)
 from tokenizers import ByteLevelBPETokenizer
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
@@ -54,6 +67,7 @@ NOT_OURS = {
     "trl",
     "vllm",
 }  # commands whose options are not for us to check
+WIDTH = 160  # of prose, without the comments that say where a figure is from
 STANDS_FOR_ANY = re.compile(r"NAME|FILE|_$")  # a name with a gap in it
 
 TEXT = """The "if" statement is used for conditional execution. It selects exactly one of the suites by evaluating
@@ -180,6 +194,7 @@ def check_script(words: list[str], where: str, run: bool, monkeypatch) -> None:
         return parse
 
     with monkeypatch.context() as patch:
+        patch.setattr(command_line, "device", str)  # a page's machine may have a GPU where this one has none
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(ARGUMENTS))
         if path.name in HANDS_ON:
             patch.setattr(argparse.ArgumentParser, "parse_known_args", stop_after(KNOWN_ARGUMENTS))
@@ -203,6 +218,14 @@ def test_what_does_not_run():
         assert good, f"{name_of(block.page)}, line {block.line}: {block.mark!r} is neither `gpu` nor `not run: reason`"
         print(f"{name_of(block.page)}:{block.line}: {block.mark}")
     assert dict(Counter(name_of(block.page) for block in marked)) == MARKED
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_width(page):
+    """A line of prose is a sentence or a clause, so that a changed figure is a changed line."""
+    prose = ((line, COMMENT.sub("", text).rstrip()) for line, text in prose_of(page))
+    wide = [line for line, text in prose if len(text) > WIDTH and not text.startswith(("|", "!["))]
+    assert not wide, f"{name_of(page)}: wider than {WIDTH} are the lines {wide}"
 
 
 @pytest.mark.parametrize("page", [*PAGES, CONFIGURATION, *RESULTS, *DESIGNS], ids=name_of)

@@ -56,6 +56,7 @@ def read_chunk(
     _, positions, documents = read_rows(config, rows, past_key_values=None, **arguments)
     if before:
         positions, documents = positions + before, documents._replace(start=torch.zeros_like(documents.start))
+    _check_gaps(config, documents)
     chunk = chunk_length(length, ranks.size)
     positions, documents = _filled(positions, documents, ranks.size * chunk - length)
     begin, end = ranks.rank * chunk, (ranks.rank + 1) * chunk
@@ -69,6 +70,21 @@ def read_chunk(
     start = documents.start[:, begin:end]
     real = None if documents.real is None else documents.real[:, begin:end]
     return ChunkLayout(chunk, reach, mask, history, tails), positions[:, begin:end], start, real
+
+
+def _check_gaps(config: GriffinConfig, documents: Documents) -> None:
+    """Raises ValueError where a window of tokens is not one of slots: what is sent to the right is one of slots."""
+    if documents.real is None or "sliding_attention" not in config.layer_types:
+        return
+    real, window = documents.real.bool(), config.attention_window_size
+    slots = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    begin = torch.where(documents.start.bool(), slots, 0).cummax(1).values  # of each token's document
+    skipped = (~real).cumsum(1)
+    if bool((real & (slots - begin >= window) & (skipped > skipped.gather(1, begin))).any()):
+        raise ValueError(
+            "attention_mask has padding between the tokens of a document longer than attention_window_size = "
+            f"{window}: allowed with rows shared over ranks is padding before and behind them"
+        )
 
 
 def _filled(positions: torch.Tensor, documents: Documents, fillers: int) -> tuple[torch.Tensor, Documents]:

@@ -1,19 +1,20 @@
 """The arguments of train.py: one YAML file, overridden by `--key value`, read into dataclasses by HfArgumentParser."""
 
-import argparse
 import dataclasses
 import difflib
 import json
 import os
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import spoken
 import torch
-import yaml
-from help_formatter import ShowDefaultsAndLines
+from command_line import OneLineErrors, Parser, ShowDefaultsAndLines
 from presets import find_preset, preset_names
 from transformers import HfArgumentParser, TrainingArguments
+from yaml_file import read_yaml
 
 from training.fingerprint import ALLOWED, check_allowed
 from training.launch import choose_device, read_request, says_precision
@@ -87,10 +88,21 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length = {self.sequence_length}: allowed are whole numbers from 2")
+        if self.preprocessing_num_proc is not None and self.preprocessing_num_proc < 1:
+            raise ValueError(
+                f"preprocessing_num_proc = {self.preprocessing_num_proc}: allowed are whole numbers from 1"
+            )
 
 
+TRAIN = str(Path(__file__).parents[1] / "train.py")
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+class SettingsParser(HfArgumentParser):
+    """Reads settings of the file and of the command line by the same types."""
+
+    error = OneLineErrors.error
 
 
 @dataclass
@@ -106,9 +118,9 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
 
     The command line wins over the file; `--key=` unsets.
     """
-    command_line = argparse.ArgumentParser(
-        prog="train.py",
-        usage="train.py CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]",
+    command_line = Parser(
+        TRAIN,
+        usage="%(prog)s CONFIG.yaml [--resume [CHECKPOINT]] [--key value ...]",
         description="Trains a Griffin. Every key of the file can be overridden: --learning_rate 1e-3",
         epilog="\n".join(
             [
@@ -139,8 +151,8 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     known, rest = command_line.parse_known_args(argv)
     resume = Resume(known.resume, known.allow_changed)
     _check_resume(resume)
-    known.config = find_preset(known.config, "training")
-    settings = _merge(_read_yaml(known.config), _read_overrides(rest))
+    known.config, names = find_preset(known.config, "training"), ", ".join(preset_names("training"))
+    settings = _merge(read_yaml(Path(known.config), f"YAML files and ready-made ones: {names}"), _read_overrides(rest))
     _check_keys(settings, known.config)
     if settings.get("config_name") is not None:
         settings["config_name"] = find_preset(str(settings["config_name"]), "model")
@@ -155,10 +167,11 @@ def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Trai
     settings = {"ddp_find_unused_parameters": False, **settings}  # every parameter takes part in every step
     if on_cpu:
         join_in_time(settings.get("ddp_backend"), settings.get("ddp_timeout", TrainingArguments.ddp_timeout))
-    parser = HfArgumentParser(ARGUMENT_CLASSES, prog="train.py", usage=command_line.usage)
+    parser = SettingsParser(ARGUMENT_CLASSES, prog=command_line.prog, add_help=False)
     words = [word for key, value in settings.items() for word in _as_words(key, value)]
     model, data, training = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     _check_model(model)
+    _check_training(training)
     _hide_token(training)
     return model, data, training, resume
 
@@ -185,31 +198,6 @@ def _hide_token(training: TrainingArguments) -> None:
     """Where huggingface_hub looks for it; these arguments are saved with the model."""
     if training.hub_token:
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
-
-
-def _read_yaml(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file) or {}
-    except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        names = ", ".join(preset_names("training"))
-        raise ValueError(f"{path} {reason}: allowed are YAML files and ready-made ones: {names}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): allowed is YAML") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}{_place_in_yaml(error)}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}: allowed is one mapping of keys to values")
-    return settings
-
-
-def _place_in_yaml(error: yaml.YAMLError) -> str:
-    """ ", line 3, column 5: mapping values are not allowed here"."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return f" is not YAML: {' '.join(str(error).split())}"
-    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _read_overrides(words: list[str]) -> dict:
@@ -260,7 +248,7 @@ def _check_keys(settings: dict, path: str) -> None:
     for key in settings:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=3, cutoff=0.5)
-            hint = f"the nearest allowed are {', '.join(near)}" if near else "see train.py --help"
+            hint = f"the nearest allowed are {', '.join(near)}" if near else f"see `{spoken.name(TRAIN)} --help`"
             raise ValueError(f"unknown key {key!r} in {path} or on the command line: {hint}")
 
 
@@ -272,6 +260,13 @@ def _check_model(model: ModelArguments) -> None:
         )
     if model.config_overrides is not None and model.config_name is None:
         raise ValueError("config_overrides is given without config_name: weights cannot change their configuration")
+
+
+def _check_training(training: TrainingArguments) -> None:
+    """What TrainingArguments takes, and stumbles over later."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"{name} = {getattr(training, name)}: allowed are whole numbers from 1")
 
 
 def _as_words(key: str, value) -> list[str]:

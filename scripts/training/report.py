@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import accelerate
 import datasets
 import numpy as np
+import spoken
 import tokenizers
 import torch
 import transformers
@@ -85,15 +85,12 @@ def write_metrics(path: Path, log_history: list[dict], **facts: Any) -> dict:
 
 def next_steps(folder: str, data: str | None) -> str:
     """Commands to copy: what to do with the model in `folder`, measured on `data`."""
-    griffin = f"python {os.path.relpath(Path(__file__).parents[1] / 'command.py')}"
-    if Path(__file__).parents[1].name == "griffin_scripts":  # installed: the command is on the path
-        griffin = "griffin"
     model, data = shlex.quote(folder), shlex.quote(data or "OTHER_TEXT")
     commands = {
-        "generate": f"{griffin} generate {model} --prompt 'Once upon a time'",
-        "evaluate": f"{griffin} evaluate {model} {data}",
-        "fine-tune": f"{griffin} train finetune --model_name_or_path {model} --train_data YOUR_TEXT",
-        "publish": f"{griffin} push {model} NAME",
+        "generate": f"{spoken.another('generate')} {model} --prompt 'Once upon a time'",
+        "evaluate": f"{spoken.another('evaluate')} {model} {data}",
+        "fine-tune": f"{spoken.another('train')} finetune --model_name_or_path {model} --train_data YOUR_TEXT",
+        "publish": f"{spoken.another('push')} {model} NAME",
     }
     return "\n".join(["what next:", *(f"  {name:<10} {command}" for name, command in commands.items())])
 

@@ -1,9 +1,9 @@
 """Where a run starts: anew, from a checkpoint, or not at all; what --resume compares before anything is read."""
 
-import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from command_line import check_folder
 from transformers import TrainingArguments
 
 from modeling_griffin import GriffinConfig
@@ -26,7 +26,7 @@ def where_to_start(
 ) -> tuple[str | None, bool]:
     """(the checkpoint to continue from, or None; whether all of that run is done). Before anything is read."""
     checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir)
-    check_output_dir(arguments.output_dir)
+    check_folder("output_dir", Path(arguments.output_dir))
     if checkpoint is None:
         return None, False
     before = read_manifest(checkpoint).get("settings", {})
@@ -37,18 +37,6 @@ def where_to_start(
     if is_trained and not is_over:
         print(f"{checkpoint} is the run's end, the last save is not whole: evaluating and saving again")
     return checkpoint, is_over
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Raises ValueError where the model could not be written there: now, not when the training is over."""
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        path = Path(output_dir)
-        file = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
-        reason = f"{file} is a file" if file else f"it cannot be written ({error.strerror})"
-        raise ValueError(f"output_dir = {output_dir!r}: {reason}; allowed is a folder, new or not") from error
 
 
 def is_complete(checkpoint: str, arguments: TrainingArguments) -> bool:

@@ -80,6 +80,11 @@ CASES = {
     "padded and packed": case(
         rows=1, attention_mask=mask("5- 27+"), position_ids=torch.cat([positions(1) * 0] * 5 + [positions(9, 18)], 1)
     ),
+    "padded documents, side by side": case(
+        rows=1,
+        attention_mask=mask("9+ 3- 12+ 8-"),
+        position_ids=positions(9, 1, 1, 1, 12, *[1] * 8),
+    ),
     "positions that go on": case(rows=1, position_ids=positions(40)[:, 8:]),
     "labels left out": case(labels=labels_without(tokens(2, 32), 0, 7, 8, 9, 16, 31)),
     "no labels on three ranks": case(labels=labels_without(tokens(2, 32), *range(25))),

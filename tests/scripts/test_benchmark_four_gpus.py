@@ -4,6 +4,7 @@ import sys
 
 import benchmark_four_gpus
 import benchmark_sequence
+import command_line
 import pytest
 import torch
 from benchmark_four_gpus import Part, main, parts, run
@@ -12,6 +13,7 @@ from benchmark_four_gpus import Part, main, parts, run
 def test_rows_are_taken(monkeypatch, tmp_path):
     """Every row of a GPU's programme is a multiple of its processes, and every word an argument of the script."""
     monkeypatch.setattr(benchmark_four_gpus, "short_device_name", lambda device: "h200")
+    monkeypatch.setattr(command_line, "device", str)
     rows = [command for part in parts("cuda", tmp_path, "abc") for command in part.commands if "torch" in command[2]]
     assert [row[row.index("--length") + 1] for row in rows[:2]] == ["1048576", "1048576"] and len(rows) > 3
     for row in rows:
@@ -48,6 +50,7 @@ def test_others_run_and_the_end_says_which_failed(monkeypatch, capsys):
 
 def test_too_few_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(command_line, "device", str)
     with pytest.raises(SystemExit):
         main(["--device", "cuda"])
     assert "2 GPUs: allowed are hosts with 4 or more" in capsys.readouterr().err

@@ -68,10 +68,24 @@ def test_mfu():
     assert benchmark_training._speed([], row, None)["seconds"] is None
 
 
-def test_a_cell_that_is_none(capsys):
+@pytest.mark.parametrize("cell", ["8by2048", "1x0"])
+def test_a_cell_that_is_none(cell, capsys):
     with pytest.raises(SystemExit):
-        benchmark_training.main(["--cells", "8by2048"])
-    assert "'8by2048': allowed is BATCHxTOKENS" in capsys.readouterr().err
+        benchmark_training.main(["--cells", cell])
+    assert f"{cell!r}: allowed is BATCHxTOKENS" in capsys.readouterr().err
+
+
+def test_no_repeats(capsys):
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["--repeats", "0"])
+    assert "--repeats 0: allowed are whole numbers from 1" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark_training.main(["--device", "cuda"])
+    assert "--device: 'cuda' is not here: allowed is cpu" in capsys.readouterr().err
 
 
 def test_out_of_memory_leaves_the_others(monkeypatch):

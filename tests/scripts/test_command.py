@@ -1,5 +1,6 @@
 """The console command: its help answers at once and is true, and names of ready-made files are found."""
 
+import argparse
 import importlib
 import re
 import subprocess
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import command
+import command_line
 import presets
 import pytest
 import spoken
+from training.report import next_steps
 
 from modeling_griffin import GriffinConfig
 
@@ -64,7 +67,59 @@ def test_every_option_says_what_it_does(verb):
 @pytest.mark.parametrize("verb", command.VERBS)
 def test_help_is_in_words_of_the_command(verb):
     text = command.help_file(verb).read_text(encoding="utf-8")
-    assert text.startswith(f"usage: griffin {verb} ") and "python scripts/" not in text
+    assert text.startswith(f"usage: griffin {verb} ") and not re.search(r"\b\w+\.py\b", text)
+
+
+@pytest.mark.parametrize("verb", sorted(set(command.VERBS) - {"demo"}))  # which reads its text first
+def test_a_wrong_option_ends_in_one_line(verb, capsys, monkeypatch):
+    """By the name that was called, without the usage, and with argparse's code."""
+    script = command.VERBS[verb][0]
+    for name, called in ((verb, f"griffin {verb}"), (None, script)):
+        monkeypatch.setattr(spoken, "verb", name)
+        monkeypatch.setattr(sys, "argv", [script, "--no_such_option"])
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(script.removesuffix(".py")).main()
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{called}: error: ")
+
+
+def test_what_next_is_said_in_the_words_of_the_call(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(spoken, "verb", None)
+    steps = next_steps("build/a run", "data/x")
+    assert "python scripts/generate.py 'build/a run' --prompt " in steps
+    assert "python scripts/push_to_hub.py 'build/a run' NAME" in steps and "griffin" not in steps
+    monkeypatch.setattr(spoken, "verb", "train")
+    steps = next_steps("build/a run", "data/x")
+    assert "griffin evaluate 'build/a run' data/x" in steps and "griffin train finetune " in steps
+    assert ".py" not in steps
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("a\n  b"), 2), (RuntimeError("a b"), 1)])
+def test_an_end_in_one_line(error, code, capsys, monkeypatch):
+    """2 for what was given and cannot be, as argparse has it; 1 for what went wrong."""
+    monkeypatch.setattr(spoken, "verb", "train")
+    with pytest.raises(SystemExit, match="^griffin train: error: a b$") as end:
+        spoken.stop("train.py", error)
+    assert end.value.code == code and capsys.readouterr().err == "griffin train: error: a b\n"
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(spoken, "verb", None)
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    (tmp_path / "generate.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(SystemExit) as end:
+        command.main(["generate", "m"])
+    assert end.value.code == 130 and capsys.readouterr().err == "\ngriffin generate: interrupted\n"
+
+
+def test_a_device_that_is_not_here():
+    assert command_line.device("cpu") == "cpu"
+    for name in ("nope", "cpu:1", "cuda:99", "meta"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{name}' is not here: allowed is cpu"):
+            command_line.device(name)
 
 
 def test_what_an_extra_brings_is_said(monkeypatch, tmp_path):
@@ -102,6 +157,8 @@ def test_presets_are_readable(capsys):
 def test_an_unknown_command_names_those_that_there_are():
     with pytest.raises(SystemExit, match="'trian' is no command: allowed are train, generate"):
         command.main(["trian"])
+    with pytest.raises(SystemExit, match="presets takes no arguments, not tiny"):
+        command.main(["presets", "tiny"])
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny.json", "model/tiny.json", "configuration/model/tiny.json"])

@@ -211,6 +211,28 @@ def test_bad_input(finished, tmp_path, changes, arguments, message):
         main([config, "--output", str(finished[1]), "--device", "cpu", *arguments])
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "sweep.yaml does not exist: allowed are YAML files and ready-made ones: compare_lambda_inits/cpu"),
+        ("tasks: {\n  a: [1\n", "sweep.yaml, line 3, column 1: "),
+        ("tasks: {}\nseeds: [1]\n", "sweep.yaml lacks arms, reference, tuning_seed"),
+    ],
+)
+def test_a_file_that_is_no_comparison(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        main([str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "out")])
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    """Is said before a run, not after it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--output = '.*file': .*file is a file; allowed is a folder"):
+        main([write_sweep(tmp_path), "--output", str(tmp_path / "file"), "--device", "cpu"])
+
+
 @pytest.mark.parametrize("name", ["h100", "cpu"])
 def test_shipped_sweeps(name):
     """They read, their models build, and they hold what the comparison is about."""

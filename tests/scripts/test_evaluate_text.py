@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -180,5 +181,19 @@ def test_wrong_arguments(model, data, capsys):
     with pytest.raises(SystemExit):
         main([model[1], data, "--length", "1"])
     assert "--length 1: allowed are whole numbers from 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--output = '.*': .* is a file; allowed is a folder"):
+        main([model[1], data, "--output", f"{model[1]}/config.json"])
+    with pytest.raises(SystemExit, match="MODEL = 'no/such/folder' does not exist"):
+        main(["no/such/folder", "not.read"])
     with pytest.raises(SystemExit, match="text_column = 'body'"):
         main([model[1], data, "--text_column", "body"])
+
+
+def test_peft_stays_out():
+    """It brings bitsandbytes, seconds and lines of theirs. Looked at in a new process: other tests import it."""
+    code = "import sys, evaluate_text; print(sorted({'peft', 'bitsandbytes', 'trl'} & sys.modules.keys()))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr

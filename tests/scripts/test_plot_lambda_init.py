@@ -71,6 +71,13 @@ def test_bad_values(arguments, capsys):
     assert "allowed are 0 < LOW < HIGH < 1 and c > 0" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path / "file" / "figure")])
+    assert "file is a file; allowed is a folder" in capsys.readouterr().err
+
+
 def test_bad_checkpoints(tmp_path):
     save_model(tmp_path / "attention", layer_types=["sliding_attention"] * 3)
     for name, message in (("attention", "no recurrent layer"), ("nothing", "nothing' does not exist")):

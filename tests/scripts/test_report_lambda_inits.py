@@ -203,6 +203,9 @@ def test_without_the_reference_it_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(folder)])
     assert "holds no measured run of the reference 'uniform'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "nothing")])
+    assert "nothing does not exist: allowed are folders of" in capsys.readouterr().err
 
 
 def test_a_note_above_the_figures_outlives_a_page_that_is_written_anew(tmp_path):
