@@ -57,6 +57,7 @@ def start_ranks(main, ranks: int, *arguments) -> None:
 def join_group(store: Path, rank: int, size: int) -> None:
     """Makes this process rank `rank` of a new group of `size`; `store` is a file that no group has used before."""
     if dist.is_initialized():
+        dist.barrier()  # so that nobody makes a new group while another is still in this one
         dist.destroy_process_group()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     timeout = datetime.timedelta(seconds=60)

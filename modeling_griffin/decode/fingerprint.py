@@ -59,7 +59,7 @@ def _module(module: nn.Module) -> tuple:
     return id(module), value_of(type(module).forward), tuple((name, value_of(value)) for name, value in held)
 
 
-def value_of(value) -> object:
+def value_of(value: object) -> object:
     if isinstance(value, SCALARS):
         return value
     if isinstance(value, torch.Tensor):

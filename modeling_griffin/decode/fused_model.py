@@ -198,7 +198,7 @@ def _has_a_hook(module: nn.Module) -> bool:
     return not all(changes_nothing(hook) for hook in forward_hooks(module))
 
 
-def changes_nothing(hook) -> bool:
+def changes_nothing(hook: object) -> bool:
     """Hooks of Transformers and PEFT that only look, or ask for the gradient of what they see."""
     module, name = getattr(hook, "__module__", "") or "", getattr(hook, "__name__", "")
     asks = name in ASKS_FOR_GRADIENTS and module.split(".")[0] in ("transformers", "peft")

@@ -132,6 +132,6 @@ def _whole_numbers(name: str, values) -> list[int]:
     return [int(value) for value in values]
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """Its beginning, in one line."""
     return " ".join(repr(value).split())[:80]

@@ -48,11 +48,11 @@ def test_faults(change, fault):
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_what_is_printed(verbose, capsys):
-    """A line for a GPU, a shape and a dtype; with --verbose one for each launch too."""
+    """A line for a GPU, a shape and a dtype, and one for each failure; with --verbose one for each launch too."""
     failures = check_portability._report("sm_89 2B bfloat16", [LAUNCH, {**LAUNCH, "spills": 500}], verbose)
     first, *others = capsys.readouterr().out.splitlines()
     assert first == "sm_89 2B bfloat16: 2 launches, 6 s, at most 2048 bytes, 1 failures" and len(failures) == 1
-    assert len(others) == (2 if verbose else 0)
+    assert others[:1] == failures and len(others) == (3 if verbose else 1)
 
 
 @pytest.mark.parametrize("per_thread, found", [("[1, 2]", False), ("[1, 4]", True)])
