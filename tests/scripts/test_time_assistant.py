@@ -13,7 +13,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "nu
 @pytest.fixture
 def small(monkeypatch):
     fields = {**time_assistant.BYTES, **SMALL, "num_gate_blocks": 2}
-    values = {"TARGET": fields, "ASSISTANT": fields, "PROMPT": 5, "NEW": 6, "PROMPTS": 2, "LENGTH": 16}
+    values = {"TARGET": fields, "ASSISTANT": fields, "PROMPT": 5, "NEW": 6, "PROMPTS": 2, "LENGTH": 16, "ROUNDS": 1}
     for name, value in values.items():
         monkeypatch.setattr(time_assistant, name, value)
 
