@@ -51,11 +51,12 @@ IN_QUERY = re.compile(r"(?P<between>[?&;](?P<name>[\w.-]+)=)[^\s&;#'\"]+")
 IN_HEADER = re.compile(r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?|\bbearer\s+)[^\s\"']{4,}")
 IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?!HIDDEN@)[^\s/?#'\"<>]+@")
 WITHOUT_SCHEME = re.compile(r"(?<![\w.+/:-])([\w.+-]+:)(?!HIDDEN@)[^\s/?#'\"<>:@]+(?=@[\w.-])")  # of a proxy
-# As the Hub, OpenAI, GitHub, GitLab, Slack, AWS, Google and others shape theirs; JSON web tokens; PEM.
+# As the Hub, OpenAI, GitHub, GitLab, Slack, AWS, Google, SendGrid and others shape theirs; JSON web tokens; PEM.
 SHAPES = re.compile(
     r"hf_[A-Za-z0-9]{30,}|\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}"
     r"|nvapi-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,}|gsk_\w{20,}|wandb_v\d_\w{20,}|sk_(?:live|test)_\w{16,}|hvs\.[\w-]{20,}"
     r"|hooks\.slack\.com/services/[\w/-]+|discord(?:app)?\.com/api/webhooks/[\w/-]+"
+    r"|SG\.[\w-]{16,}\.[\w-]{16,}|r8_\w{20,}|rk_(?:live|test)_\w{16,}|dapi[0-9a-f]{32}|do[opr]_v1_\w{32,}|pplx-\w{20,}"
     r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     re.DOTALL,
@@ -71,7 +72,8 @@ def mask_secrets(value: Any) -> Any:
             a secret's.
     """
     if isinstance(value, dict):
-        if is_secret_name(str(value.get("name"))) and "value" in value:  # a variable, as lists of them are written
+        names = (str(value.get(each)) for each in ("name", "key", "variable"))
+        if "value" in value and any(map(is_secret_name, names)):  # a variable, as lists of them are written
             value = {**value, "value": MASK}
         return {mask_text(key): _mask_entry(key, entry) for key, entry in value.items()}
     if isinstance(value, list):

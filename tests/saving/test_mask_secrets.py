@@ -53,6 +53,9 @@ def test_the_name_tells(name):
         ("train.py --hub_token= hunter2", "hunter2"),
         ("key sk-proj-abcdefghijklmnop12345", "sk-proj"),
         ("ghp_abcdefghijklmnopqrst", "ghp_"),
+        ("SG.abcdefghijklmnop12.qrstuvwxyzabcdefgh34", "qrstuv"),
+        ("r8_abcdefghijklmnopqrstuvwxyz012345", "r8_a"),
+        ("dapi0123456789abcdef0123456789abcdef", "dapi0"),
         ("eyJhbGciOiJIUzI1.eyJzdWIiOiIx.c2ln", "eyJ"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\ndef", "abc"),
         ("train.py 'unbalanced --password hunter2", "hunter2"),
@@ -114,7 +117,9 @@ def test_numbers_and_what_is_not_given_stay():
     value = {"tokens": 5, "nats_per_token": 0.5, "hub_token": None, "push_to_hub_token": "", "use_auth": False}
     assert mask_secrets(value) == value
     assert mask_secrets({"password": 1234}) == {"password": MASK}
-    assert mask_secrets([{"name": "HF_TOKEN", "value": "x"}]) == [{"name": "HF_TOKEN", "value": MASK}]
+    for key in ("name", "key", "variable"):
+        assert mask_secrets([{key: "HF_TOKEN", "value": "x"}])[0]["value"] == MASK
+    assert mask_secrets({"variable": "learning_rate", "value": "x"}) == {"variable": "learning_rate", "value": "x"}
 
 
 def test_a_file_is_masked_in_one_step(tmp_path, caplog):
