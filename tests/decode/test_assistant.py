@@ -186,7 +186,7 @@ def test_drafts_are_those_of_transformers(threshold, small_model):
         drafter.accept([ids[0, -1].item()])
         assert drafter.drafts(room) == candidates
         lengths.add(len(candidates))
-    assert lengths == ({1} if threshold == 1 else lengths) and (threshold != 0.1 or len(lengths) > 2)
+    assert len(lengths) == 1 if threshold == 1 else len(lengths) > 1, lengths
 
 
 def test_an_assistant_that_is_never_right_is_asked_no_more(small_model, passes, monkeypatch):  # noqa: F811
