@@ -100,7 +100,14 @@ def timed(target: GriffinForCausalLM, assistant: GriffinForCausalLM, prompts: to
     ]
 
 
-def time_way(way: tuple, target, assistant, prompts, expected: list, sizes: list[int]) -> list[float]:
+def time_way(
+    way: tuple,
+    target: GriffinForCausalLM,
+    assistant: GriffinForCausalLM,
+    prompts: torch.Tensor,
+    expected: list[torch.Tensor],
+    sizes: list[int],
+) -> list[float]:
     """Seconds of each prompt; RuntimeError where the tokens are others than `expected`. sizes: of the passes."""
     name, devices, drafts, threshold = way
     assistant.generation_config.num_assistant_tokens = drafts
