@@ -39,8 +39,10 @@ test-floor:
 test-common: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 -m common tests/common
 
+# GPU_TESTS: how many at a time, spread over the GPUs; most need little of one. 48 take 4 minutes on two H200s.
+GPU_TESTS ?= 1
 test-gpu: $(VENV)/test.done
-	$(BIN)/python -m pytest -m gpu tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(GPU_TESTS) --dist worksteal -m gpu tests
 
 # With lm_eval, ONNX Runtime, ExecuTorch and MLX's build for a CPU, which the other tests do without.
 test-tools: $(VENV)/tools.done

@@ -1,6 +1,7 @@
 """What all tests share: seeds, threads, small models whose every path is audible, and the skipping of GPU tests."""
 
 import contextlib
+import os
 import random
 
 import pytest
@@ -21,6 +22,16 @@ LAYERS = {
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
+    worker, gpus = os.environ.get("PYTEST_XDIST_WORKER"), torch.cuda.device_count()
+    if worker and gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus_of(worker, gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def gpus_of(worker: str, count: int, visible: str | None) -> str:
+    """All of them, for each worker of pytest-xdist ("gw0", "gw1", ...) from another on: most tests take the first."""
+    gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    first = int(worker.removeprefix("gw")) % count
+    return ",".join(gpus[first:] + gpus[:first])
 
 
 def pytest_collection_modifyitems(items):
