@@ -92,12 +92,12 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None, scaling: float, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The attention that returns its weights. query (B, H, T, K), key and value (B, H_kv, S, K) -> (B, T, H, K)."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger()  # Transformers' own, so that several copies say the same thing once
 PACKAGE = "modeling_griffin"
 _FILLED: dict[str, Callable] = {}
 
@@ -62,6 +62,6 @@ def say_what_is_missing() -> None:
 
 def _remedy() -> str:
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is not None and spec.submodule_search_locations:
+    if spec is not None and spec.has_location and spec.submodule_search_locations:  # a mere folder has none
         return f"the package is installed, so `import {PACKAGE}` before loading runs it faster"
     return "`pip install modeling-griffin` adds training kernels, recorded decoding, serving and complete saving"

@@ -40,6 +40,7 @@ from modeling_griffin.saving.saved_files import (
     INDEX,
     LICENCE_FILES,
     TOKENIZER_FILES,
+    is_of_its_folder,
     read_json_object,
     tensor_names,
     weight_files,
@@ -182,16 +183,13 @@ def check_complete(writer: ShardWriter, config: PreTrainedConfig) -> None:
 def companions(source: Path) -> list[Path]:
     """Tokenizer, generation config and licence. Raises ValueError for what could be copied only by half.
 
-    A link that leads out of the folder is refused, because the copy is meant to be given away; the Hub's cache, whose
-    files are links to its own blobs, is one folder.
+    A link that leads out of the folder is refused, because the copy is meant to be given away.
     """
     files = [source / name for name in COPIED if os.path.lexists(source / name)]
-    folder = source.resolve()
-    root = folder.parents[1] if folder.parent.name == "snapshots" else folder
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: a link to nothing, or not a file; put the file there or take it away")
-        if not file.resolve().is_relative_to(root):
+        if not is_of_its_folder(file):
             raise ValueError(f"{file}: a link to {file.resolve()}; allowed are files of the folder itself")
         if file.suffix == ".json":
             read_json_object(file)

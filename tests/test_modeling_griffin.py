@@ -72,6 +72,21 @@ def test_eager_is_sdpa(length, key_value_heads, layout, small_model):
     assert_close("logits", logits[1][real], logits[0][real])
 
 
+def test_eager_in_float64(small_model):
+    """Padding sees nothing: its scores are the lowest numbers there are, which float32 has not."""
+    ids, mask = random_ids(2, 21), torch.ones(2, 21, dtype=torch.long)
+    mask[1, :4], mask[0, 17:] = 0, 0
+    losses = {}
+    for name in ("eager", "sdpa"):
+        model = small_model(attention=name).double()
+        logits = model(ids, attention_mask=mask).logits
+        assert logits.isfinite().all()
+        losses[name] = logits[mask.bool()].square().sum()
+        losses[name].backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert abs(losses["eager"] - losses["sdpa"]) <= 1e-5 * losses["sdpa"]
+
+
 @torch.no_grad()
 def test_flex_is_eager(small_model):
     """Padded and packed at once, longer than the window. (On a CPU flex attention has no backward pass.)"""

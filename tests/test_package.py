@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import modeling_griffin
+from modeling_griffin import slots
 from modeling_griffin.saving.save import code_files
 
 
@@ -101,6 +102,15 @@ def test_no_text_looks_like_an_import(name):
     for number, line in enumerate(lines, 1):
         if re.match(r"\s*(from\s+\.\S+\s+import\b|import\s+\.)", line):
             assert number in real, f"{name}:{number}: {line}"
+
+
+def test_a_folder_of_the_packages_name_is_not_the_package(tmp_path, monkeypatch):
+    """A clone of a model repository, perhaps, in the folder where Python starts: importing it would bring nothing."""
+    assert "import modeling_griffin" in slots._remedy()
+    (tmp_path / "clone_of_a_model").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(slots, "PACKAGE", "clone_of_a_model")
+    assert slots._remedy().startswith("`pip install")
 
 
 def run(arguments, **kwargs):

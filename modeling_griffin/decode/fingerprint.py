@@ -29,7 +29,7 @@ FIELDS = (
     "conv1d_width",
     "_attn_implementation",
 )
-SETTINGS = ("eps", "theta", "dim", "scaling", "sliding_window", "c", "embedding_scale", "layer_idx")
+SETTINGS = ("eps", "theta", "dim", "head_dim", "scaling", "sliding_window", "c", "embedding_scale", "layer_idx")
 IGNORED = {GriffinAttention: ("num_key_value_groups",)}  # what a forward pass itself leaves there
 SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 

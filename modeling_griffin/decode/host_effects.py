@@ -19,7 +19,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..kernels.hooks import forward_hooks, global_forward_hooks
-from .original import OF_CLASSES, own_function
+from .original import OF_CLASSES, as_it_is, own_function
 
 
 TRUSTED = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "torchao", "liger_kernel")
@@ -35,10 +35,10 @@ def host_effect(module: nn.Module) -> str | None:
     for hook in forward_hooks(module):
         if (effect := effect_of(hook, type(module))) is not None:
             return f"a hook {effect}"
-    if own_function(module) not in (None, "forward"):
-        return "it has a __call__ of its own"
+    if (name := own_function(module)) not in (None, "forward"):
+        return f"it has a {name} of its own"
     forward = vars(module).get("forward", type(module).forward)
-    if forward is OF_CLASSES.get(type(module), {}).get("forward"):
+    if as_it_is(forward) == OF_CLASSES.get(type(module), {}).get("forward"):
         return None
     effect = effect_of(forward, type(module))
     return None if effect is None else f"the forward of a {type(module).__name__} {effect}"

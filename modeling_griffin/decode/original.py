@@ -21,6 +21,7 @@ SOURCES = (causal_conv1d, documents, elementwise, local_attention, modeling_grif
 # Of PyTorch, what modules call for a token: libraries put attention or products of their own there.
 FUNCTIONALS = ("linear", "embedding", "gelu", "scaled_dot_product_attention", "softmax", "softplus")
 NOT_COMPUTED = ("__init__", "extra_repr")  # torchao gives a layer a description of its own
+CALLED: dict[type, tuple[str, ...]] = {rg_lru.RGLRU: ("scan",)}  # takes the place of a function; none at import
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of every module
 CLASSES = (
     modeling_griffin.GriffinForCausalLM,
@@ -42,27 +43,33 @@ CLASSES = (
 )
 
 
-def _functions_of(cls: type) -> dict[str, object]:
+def as_it_is(value: object) -> tuple[object, object]:
+    """A function and what it runs: tools that reload edited files put new code into the functions that are there."""
+    return value, getattr(value, "__code__", None)
+
+
+def _functions_of(cls: type) -> dict[str, tuple]:
     own = [name for name, value in vars(cls).items() if isinstance(value, FunctionType) and name not in NOT_COMPUTED]
     if cls is modeling_griffin.GriffinForCausalLM:
         own = []  # a subclass may save, or prepare a batch, as it likes
-    return {name: inspect.getattr_static(cls, name, None) for name in (*own, *CALLS)}
+    names = (*own, *CALLS, *CALLED.get(cls, ()))
+    return {name: as_it_is(inspect.getattr_static(cls, name, None)) for name in names}
 
 
-def _functions_in(module) -> dict[str, object]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+def _functions_in(module) -> dict[str, tuple]:
+    return {name: as_it_is(value) for name, value in vars(module).items() if isinstance(value, FunctionType)}
 
 
 OF_CLASSES = {cls: _functions_of(cls) for cls in CLASSES}
 IN_SOURCES = {module: _functions_in(module) for module in SOURCES}
-IN_SOURCES[nn.functional] = {name: getattr(nn.functional, name) for name in FUNCTIONALS}
+IN_SOURCES[nn.functional] = {name: as_it_is(getattr(nn.functional, name)) for name in FUNCTIONALS}
 ATTENTIONS = {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS if "|" not in name}
 
 
 def patched_class(cls: type, expected: type) -> str | None:
     """The name of a function that the class does not have any more as `expected` had it at import."""
     for name, function in OF_CLASSES[expected].items():
-        if inspect.getattr_static(cls, name, None) is not function:
+        if as_it_is(inspect.getattr_static(cls, name, None)) != function:
             return name
     return None
 
@@ -71,7 +78,7 @@ def patched_function() -> str | None:
     """The name of a function of the package that was replaced, in its module, in a slot, or as an attention."""
     for module, functions in IN_SOURCES.items():
         for name, function in functions.items():
-            if vars(module).get(name) is not function:
+            if as_it_is(vars(module).get(name)) != function:
                 return f"{module.__name__.rpartition('.')[2]}.{name}"
     for name, function in SLOTS.items():
         if slots.find_slot(name) not in (None, function):
@@ -85,10 +92,10 @@ def patched_function() -> str | None:
 def functions_now() -> tuple:
     """What stands now where `patched_function` and `patched_class` look: a recording holds what stood there then."""
     return (
-        *(vars(module).get(name) for module, functions in IN_SOURCES.items() for name in functions),
+        *(as_it_is(vars(module).get(name)) for module, functions in IN_SOURCES.items() for name in functions),
         *(slots.find_slot(name) for name in SLOTS),
         *(ALL_ATTENTION_FUNCTIONS.get(name) for name in ATTENTIONS),
-        *(inspect.getattr_static(cls, name, None) for cls, functions in OF_CLASSES.items() for name in functions),
+        *(as_it_is(inspect.getattr_static(cls, name, None)) for cls, found in OF_CLASSES.items() for name in found),
     )
 
 

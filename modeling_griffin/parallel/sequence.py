@@ -73,6 +73,7 @@ class SequenceParallel:
         self.ranks = Ranks(group, dist.get_rank(group), dist.get_world_size(group))
         self.layers: list[RecurrentLayer | AttentionLayer] = []
         self.before = 0  # tokens read before the rows, whose state the layers have
+        self.rows: torch.Size | None = None  # (B, T) of those that the model has read last
         self._hook = None
         self.install()
 
@@ -91,14 +92,15 @@ class SequenceParallel:
             return
         if any(isinstance(getattr(hook, "__self__", None), SequenceParallel) for hook in forward_pre_hooks(self.base)):
             raise ValueError("the model is shared over ranks already: allowed is once, or after remove()")
+        blocks = [layer.temporal_block for layer in self.base.layers]
+        _check_scans(blocks)
         if self.head is not None:
             if hasattr(self.head, "_loss_function"):
                 raise ValueError("model.loss_function was set: allowed is the model's own, of which chunks add up")
             self.head.loss_function = self._loss
         self._hook = self.base.register_forward_pre_hook(self._take_chunk, with_kwargs=True)
-        blocks = [layer.temporal_block for layer in self.base.layers]
         self.layers = [
-            RecurrentLayer(self.ranks, block) if hasattr(block, "rg_lru") else AttentionLayer(self.ranks, block)
+            RecurrentLayer(self.ranks, block) if _recurs(block) else AttentionLayer(self.ranks, block)
             for block in blocks
         ]
 
@@ -147,7 +149,7 @@ class SequenceParallel:
             logits = self._logits(hidden)
             return causal_lm_loss(logits, None, logits.shape[-1], 1, shift_labels=labels)
 
-        mine, count = self._labels(labels, **kwargs)
+        mine, count = self._labels(labels, hidden, **kwargs)
         pieces = zip(hidden.split(piece, dim=1), mine.split(piece, dim=1))
         return self._whole(sum(checkpoint(total, *each, use_reentrant=False) for each in pieces) / count)
 
@@ -157,15 +159,21 @@ class SequenceParallel:
 
         Arguments as of `loss_in_pieces`. For the loss by position of rows that one GPU cannot hold.
         """
-        mine = self._labels(labels)[0]
+        mine = self._labels(labels, hidden)[0]
         parts = [
             cross_entropy(self._logits(part).float().transpose(1, 2), expected, reduction="none")
             for part, expected in zip(hidden.split(piece, dim=1), mine.split(piece, dim=1))
         ]
         return self.gather(torch.cat(parts, dim=1), labels.shape[1])[:, :-1]
 
+    def language_model(self) -> nn.Module:
+        """The model with its head. Raises ValueError where there is none."""
+        if self.head is None:
+            raise ValueError("the model has no language-model head: allowed is GriffinForCausalLM")
+        return self.head
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits, cap = self.head.lm_head(hidden), self.base.config.final_logit_softcapping
+        logits, cap = self.language_model().lm_head(hidden), self.base.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.compiler.disable
@@ -183,6 +191,7 @@ class SequenceParallel:
         rows = ids if embeds is None else embeds
         if rows.dim() != (2 if embeds is None else 3) or rows.shape[1] == 0:
             raise ValueError(f"rows have shape {tuple(rows.shape)}: allowed is (batch, time) with time >= 1")
+        self.rows = rows.shape[:2]
         chunk = self.chunk(rows)
         chunk = base.embed_tokens(chunk) if embeds is None else chunk
         described = {n: given[n] for n in ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx")}
@@ -199,18 +208,26 @@ class SequenceParallel:
 
     def _loss(self, logits, labels, vocab_size, ignore_index=-100, **kwargs) -> torch.Tensor:
         """`causal_lm_loss` of the whole rows from the chunk's logits (B, L, V) and the rows' labels (B, T)."""
-        mine, count = self._labels(labels, ignore_index=ignore_index, **kwargs)
-        if mine.shape != logits.shape[:2]:
-            raise ValueError(f"labels has {mine.shape[1]} tokens a rank, logits {logits.shape[1]}: allowed are as many")
+        given = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        if given.shape != self.rows:
+            raise ValueError(f"labels has shape {tuple(given.shape)}: allowed is {tuple(self.rows)}, that of the rows")
+        mine, count = self._labels(labels, logits, ignore_index=ignore_index, **kwargs)
         return self._whole(causal_lm_loss(logits, None, vocab_size, count, ignore_index, mine))
 
-    def _labels(self, labels, num_items_in_batch=None, shift_labels=None, ignore_index=-100, **kwargs):
-        """What each token of the chunk predicts (B, L), and how many labels of all rows the loss is a mean over."""
+    def _labels(self, labels, output, num_items_in_batch=None, shift_labels=None, ignore_index=-100, **kwargs):
+        """What each token of the chunk predicts (B, L), and how many labels of all rows the loss is a mean over.
+
+        output (B, L, ...): of the chunk, what is to predict them.
+        """
         if shift_labels is None:
             shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != ignore_index).sum()
-        return self.chunk(shift_labels, ignore_index), num_items_in_batch
+        mine = self.chunk(shift_labels, ignore_index)
+        if mine.shape != output.shape[:2]:
+            found, wanted = tuple(mine.shape), tuple(output.shape[:2])
+            raise ValueError(f"labels has {found} tokens of a rank: allowed is {wanted}, those of the model's output")
+        return mine, num_items_in_batch
 
     def _whole(self, share: torch.Tensor) -> torch.Tensor:
         if self.ranks.size == 1:
@@ -241,6 +258,18 @@ def _find(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
         found = ", ".join(sorted(others)) or type(model).__name__
         raise ValueError(f"model is a {found}: allowed are GriffinForCausalLM and GriffinModel")
     return bases[0], heads[0] if heads else None
+
+
+def _check_scans(blocks: list[nn.Module]) -> None:
+    """Raises ValueError where another scan than the model's own runs, or none can be put in: states would not pass."""
+    for number, block in enumerate(blocks):
+        scan = getattr(block.rg_lru, "scan", "not there, as in code of an older release") if _recurs(block) else None
+        if scan is not None:
+            raise ValueError(f"model.layers[{number}]: rg_lru.scan is {scan}: allowed is None, the model's own scan")
+
+
+def _recurs(block: nn.Module) -> bool:
+    return hasattr(block, "rg_lru")
 
 
 def _names(module: nn.Module) -> set[str]:

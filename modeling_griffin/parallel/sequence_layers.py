@@ -7,6 +7,8 @@ Legend: B batch, L tokens of a chunk, D hidden size, C RG-LRU channels, W attent
 head dimension.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class RecurrentLayer:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.block.rg_lru.scan = None
+        vars(self.block.rg_lru).pop("scan", None)  # of a layer that stands twice in the model, gone already
 
     @torch.compiler.disable
     def _start(self, block: nn.Module, args, kwargs) -> None:
@@ -102,6 +104,7 @@ class AttentionLayer:
         self.before, self.collect = None, False
         self.collected: tuple[torch.Tensor, ...] | None = None
         self._keys: Pending | None = None
+        _attentions_of(block)[ChunkLayout] = _attention
         self._hook = block.register_forward_pre_hook(self._start, with_kwargs=True)
 
     def remove(self) -> None:
@@ -155,4 +158,7 @@ def _attention(module: nn.Module, query, key, value, layout: ChunkLayout, scalin
     return layout.layers.pop(module.layer_idx).attend(module, query, key, value, layout, scaling, **kwargs)
 
 
-OWN_ATTENTION[ChunkLayout] = _attention
+def _attentions_of(block: nn.Module) -> dict[type, Callable]:
+    """Where the block looks for what reads its mask: code of a repository has a table of its own."""
+    files = (vars(sys.modules[cls.__module__]) for cls in type(block).__mro__)
+    return next(file["OWN_ATTENTION"] for file in files if "OWN_ATTENTION" in file)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
+from ..serving.cached_rows import check_prefill
 from ..serving.state import GenerationState
 from .neighbours import Ranks
 from .sequence_layers import AttentionLayer
@@ -24,17 +25,12 @@ def prefill(
     parallel: "SequenceParallel", input_ids: torch.Tensor, state: GenerationState | None, chunk_size: int
 ) -> GenerationState:
     """See `SequenceParallel.prefill`."""
-    model, ranks = parallel.head, parallel.ranks
-    if model is None:
-        raise ValueError("the model has no language-model head: allowed is GriffinForCausalLM")
-    if ranks.size == 1 or input_ids.dim() != 2:
+    model, ranks = parallel.language_model(), parallel.ranks
+    if ranks.size == 1:
         return model.prefill(input_ids, state, chunk_size)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size = {chunk_size}: allowed are whole numbers from 1")
-    if state is not None:
-        state.check(model)
-        if len(set(state.lengths)) > 1:
-            raise ValueError(f"state has rows of {state.lengths} tokens: allowed are rows of one length")
+    check_prefill(model, input_ids, state, chunk_size)
+    if state is not None and len(set(state.lengths)) > 1:
+        raise ValueError(f"state has rows of {state.lengths} tokens: allowed are rows of one length")
     length = input_ids.shape[1]
     least = ranks.size * model.config.conv1d_width  # in fewer tokens a rank would not see its left neighbour's end
     done = 0

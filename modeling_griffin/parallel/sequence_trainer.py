@@ -24,7 +24,8 @@ def parallelize_trainer(trainer: Trainer, size: int) -> SequenceParallel:
     rank's chunk of each row: evaluate losses (`prediction_loss_only`), or join the chunks by `gather` of the result.
 
     Raises:
-        ValueError: for a size that does not divide the number of processes; data without a length.
+        ValueError: for a size that does not divide the number of processes; data without a length; smoothed labels,
+            whose loss is Trainer's own.
     """
     world = trainer.args.world_size
     if size < 1 or world % size:
@@ -33,6 +34,11 @@ def parallelize_trainer(trainer: Trainer, size: int) -> SequenceParallel:
         )
     if isinstance(trainer.train_dataset, IterableDataset) or isinstance(trainer.eval_dataset, IterableDataset):
         raise ValueError("the data set has no length: allowed with rows shared over ranks are data sets that have one")
+    if size > 1 and trainer.label_smoother is not None:
+        raise ValueError(
+            f"label_smoothing_factor = {trainer.args.label_smoothing_factor}: allowed with rows shared over ranks is "
+            "0.0, the model's own loss, of which chunks add up"
+        )
     mesh = init_device_mesh(trainer.args.device.type, (world // size, size), mesh_dim_names=("data", "sequence"))
     shared = parallelize_sequence(trainer.model, mesh["sequence"])
     if size > 1:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from ..configuration_griffin import AUTO_MAP, OUR_CLASSES, GriffinConfig
 from .card import card_for_hub, refresh_card
-from .saved_files import TOKENIZER_FILES
+from .saved_files import TOKENIZER_FILES, is_of_its_folder
 from .sharded import all_ranks_or_none, gather, is_sharded
 
 
@@ -146,7 +146,7 @@ def _beside_the_weights(config: GriffinConfig, name: str) -> Path | None:
     """
     source = Path(config._name_or_path)
     if (source / "config.json").exists():
-        return source / name if (source / name).is_file() and not (source / name).is_symlink() else None
+        return source / name if is_of_its_folder(source / name) else None
     if len(source.parts) != 2 or source.exists():
         return None
     found = try_to_load_from_cache(config._name_or_path, name)

@@ -31,6 +31,16 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
+def is_of_its_folder(file: Path) -> bool:
+    """Whether there is a file, and no link leads out of its folder: what others are given holds nothing else.
+
+    The Hub's cache, whose files are links to its own blobs, is one folder.
+    """
+    folder = file.parent.resolve()
+    root = folder.parents[1] if folder.parent.name == "snapshots" else folder
+    return file.is_file() and file.resolve().is_relative_to(root)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that Transformers' loader takes: `model.safetensors`, or where it is not there those of the index.
 

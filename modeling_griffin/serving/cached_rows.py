@@ -122,21 +122,29 @@ def prefill(
 
 def _prefill_passes(model, input_ids, state, chunk_size: int) -> Iterator[GenerationState | None]:
     """None behind each pass but the last, then the state."""
-    _check_prompt(input_ids, model.config.vocab_size)
-    check_whole("chunk_size", chunk_size)
-    check_places(model)
+    check_prefill(model, input_ids, state, chunk_size)
     batch = RunningBatch(model)
     if state is not None:
-        check_is_state("state", state)
-        state.check(model)
-        if len(state) != input_ids.shape[0]:
-            raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
         batch.start(state)
     *chunks, last = input_ids.to(model.device, torch.long).split(chunk_size, dim=1)
     for chunk in chunks:
         batch.read_tokens(chunk)
         yield None
     yield batch.state(batch.read_tokens(last))
+
+
+def check_prefill(
+    model: torch.nn.Module, input_ids: torch.Tensor, state: GenerationState | None, chunk_size: int
+) -> None:
+    """Raises ValueError for arguments of `prefill` that cannot be honoured."""
+    _check_prompt(input_ids, model.config.vocab_size)
+    check_whole("chunk_size", chunk_size)
+    check_places(model)
+    if state is not None:
+        check_is_state("state", state)
+        state.check(model)
+        if len(state) != input_ids.shape[0]:
+            raise ValueError(f"input_ids has {input_ids.shape[0]} rows: allowed are {len(state)}, the state's")
 
 
 def read_request(

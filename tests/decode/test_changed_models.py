@@ -101,6 +101,28 @@ def scan_of_a_module(model, patch):
 
 
 @change
+def scan_of_a_class(model, patch):
+    scan = rg_lru.rg_lru_scan
+    patch.setattr(rg_lru.RGLRU, "scan", staticmethod(lambda x, r, i, d, **k: scan(x, r, i, 20 * d, **k)))
+
+
+@change
+def scan_of_one_module(model, patch):
+    scan = rg_lru.rg_lru_scan
+    model.model.layers[0].temporal_block.rg_lru.scan = lambda x, r, i, d, **k: scan(x, r, i, 20 * d, **k)
+
+
+@change
+def code_of_a_method(model, patch):
+    """As tools put it there that reload a file when it is edited."""
+
+    def whole(self, hidden_states):
+        return -self.down_proj(hidden_states[..., :1] * self.gate_proj(hidden_states))
+
+    patch.setattr(modeling_griffin.GriffinMLP.whole, "__code__", whole.__code__)
+
+
+@change
 def product_of_pytorch(model, patch):
     linear = nn.functional.linear
     patch.setattr(nn.functional, "linear", lambda x, weight, bias=None: linear(x, weight, bias) * 1.3)
@@ -335,6 +357,11 @@ def window_of_the_base(model, patch):
 @change
 def scale_of_attention(model, patch):
     model.model.layers[2].temporal_block.scaling *= 3
+
+
+@change
+def head_dim_of_a_block(model, patch):
+    model.model.layers[2].temporal_block.head_dim = 4
 
 
 @change

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_griffin import GriffinForCausalLM, GriffinForSequenceClassification, GriffinModel, keep_lambda_float32
 from modeling_griffin.parallel import parallelize_sequence
 from modeling_griffin.training.pieces import mlp_in_pieces
-from tests.conftest import make_audible, make_config
+from tests.conftest import VOCABULARY, make_audible, make_config
 from tests.parallel.sequence_program import tokens
-from tests.ranks import gradients, join_group, start_ranks
+from tests.ranks import gradients, join_group, save_for_all, start_ranks
 
 
 TOKENS = tokens(2, 26)
@@ -136,12 +137,50 @@ def hidden_states() -> dict:
             return {"alone": {"logits": expected}, "parallel": {"logits": shared.gather(chunk, TOKENS.shape[1])}}
 
 
+def by_code_of_a_repository(folder: Path) -> dict:
+    """A model whose classes are not the package's."""
+    model = make_model()
+    expected = {"loss": step(model, TOKENS), **gradients_of(model)}
+    save_for_all(model, folder)
+    for rank in range(4):
+        if dist.get_rank() == rank:  # in turn, since all copy the code to one place
+            own = get_class_from_dynamic_module("modeling_griffin.GriffinForCausalLM", folder)
+        dist.barrier()
+    assert own.__module__.startswith("transformers_modules")
+    copy = own.from_pretrained(folder).train()
+    parallelize_sequence(copy)
+    loss = step(copy, TOKENS)
+    for parameter in copy.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= 4
+    return {"alone": expected, "parallel": {"loss": loss, **gradients_of(copy)}}
+
+
+def layer_twice() -> dict:
+    """A layer that stands twice in the model; alone again, it is what it was."""
+    model = make_model()
+    model.model.layers.insert(1, model.model.layers[0])
+    expected = {"loss": step(model, TOKENS), **gradients_of(model)}
+    with parallelize_sequence(model):
+        loss = step(model, TOKENS)
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 4
+        shared = {"loss": loss, **gradients_of(model)}
+    assert torch.equal(step(model, TOKENS), expected["loss"])
+    return {"alone": expected, "parallel": shared}
+
+
 def refusals(mesh) -> dict[str, str]:
     """What is said to arguments that cannot be honoured; all before anything is sent."""
     model = make_model()
     with_loss = make_model()
     with_loss.loss_function = lambda **arguments: None
-    shared = parallelize_sequence(model)
+    with_scan, older = make_model(), make_model()
+    with_scan.model.layers[1].temporal_block.rg_lru.scan = "mine"
+    older.model.layers[1].temporal_block.rg_lru = torch.nn.Identity()  # of code that asks for no other scan
+    state = model.prefill(TOKENS)
+    shared, without_head = parallelize_sequence(model), parallelize_sequence(GriffinModel(make_config("griffin")))
     calls = {
         "classifier": lambda: parallelize_sequence(GriffinForSequenceClassification(make_config("griffin"))),
         "mesh": lambda: parallelize_sequence(make_model(), mesh),
@@ -151,7 +190,18 @@ def refusals(mesh) -> dict[str, str]:
         "both": lambda: model(TOKENS, inputs_embeds=model.model.embed_tokens(TOKENS)),
         "chunk_size": lambda: shared.prefill(TOKENS, chunk_size=0),
         "logits_to_keep": lambda: model(TOKENS, labels=TOKENS, logits_to_keep=1),
+        "labels": lambda: model(TOKENS, labels=TOKENS[:, :25]),
+        "labels of a row": lambda: model(TOKENS, labels=TOKENS[:1]),
+        "shift_labels": lambda: model(TOKENS, labels=TOKENS, shift_labels=TOKENS[:, 1:]),
+        "labels in pieces": lambda: shared.loss_in_pieces(torch.zeros(2, 7, 16), TOKENS[:, :20]),
+        "labels of losses": lambda: shared.token_losses(torch.zeros(2, 7, 16), TOKENS[:, :20]),
+        "no head": lambda: without_head.token_losses(torch.zeros(2, 7, 16), TOKENS),
+        "prompt": lambda: shared.prefill(TOKENS + VOCABULARY),
+        "prompt of other rows": lambda: shared.prefill(tokens(1, 60), state),
+        "state": lambda: shared.prefill(tokens(1, 60), "state"),
         "twice": lambda: parallelize_sequence(model),
+        "scan": lambda: parallelize_sequence(with_scan),
+        "older scan": lambda: parallelize_sequence(older),
     }
     found = {}
     for name, call in calls.items():
@@ -177,6 +227,8 @@ def main(rank: int, folder: Path) -> None:
     }
     results = {name: {"alone": expected, "parallel": found} for name, found in runs.items()}
     results["hidden states"] = hidden_states()
+    results["code of a repository"] = by_code_of_a_repository(folder / "repository")
+    results["layer twice"] = layer_twice()
     results["prefill"] = read_prompts()
     results["refusals"] = refusals(mesh)
     join_group(folder / f"store2.{rank // 2}", rank % 2, 2)

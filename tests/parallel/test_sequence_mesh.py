@@ -7,7 +7,7 @@ from tests.tolerances import assert_close
 
 
 EXACT = ["DDP", "FSDP2", "FSDP2, checkpointing", "compiled", "hidden states"]
-EXACT += ["DDP, MLPs in pieces", "FSDP2, checkpointing, MLPs in pieces"]
+EXACT += ["DDP, MLPs in pieces", "FSDP2, checkpointing, MLPs in pieces", "code of a repository", "layer twice"]
 STATES = ["state", "one pass", "a short prompt", "behind a state"]
 REFUSED = {
     "classifier": "model is a GriffinForSequenceClassification: allowed are GriffinForCausalLM and GriffinModel",
@@ -17,7 +17,18 @@ REFUSED = {
     "time": "rows have shape (2, 0): allowed is (batch, time) with time >= 1",
     "both": "input_ids and inputs_embeds: allowed is exactly one of them",
     "chunk_size": "chunk_size = 0: allowed are whole numbers from 1",
-    "logits_to_keep": "labels has 7 tokens a rank, logits 1: allowed are as many",
+    "logits_to_keep": "labels has (2, 7) tokens of a rank: allowed is (2, 1), those of the model's output",
+    "labels": "labels has shape (2, 25): allowed is (2, 26), that of the rows",
+    "labels of a row": "labels has shape (1, 26): allowed is (2, 26)",
+    "shift_labels": "labels has shape (2, 25): allowed is (2, 26)",
+    "labels in pieces": "labels has (2, 5) tokens of a rank: allowed is (2, 7)",
+    "labels of losses": "labels has (2, 5) tokens of a rank: allowed is (2, 7)",
+    "no head": "the model has no language-model head: allowed is GriffinForCausalLM",
+    "prompt": "input_ids has ids from 30 to 57: allowed are 0 to vocab_size - 1 = 28",
+    "prompt of other rows": "input_ids has 1 rows: allowed are 2, the state's",
+    "state": "state is a str: allowed is a GenerationState",
+    "scan": "model.layers[1]: rg_lru.scan is mine: allowed is None, the model's own scan",
+    "older scan": "model.layers[1]: rg_lru.scan is not there, as in code of an older release: allowed is None",
     "twice": "the model is shared over ranks already: allowed is once, or after remove()",
 }
 

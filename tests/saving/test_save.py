@@ -235,6 +235,23 @@ def test_peft_adapters(tmp_path, model):
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == "mine"
 
 
+@pytest.mark.parametrize("where", ["snapshots", "elsewhere"])
+def test_the_tokenizer_of_a_folder_of_links(tmp_path, model, where):
+    """The Hub's cache, whose files are links to its own blobs, is one folder; what lies elsewhere is not given away."""
+    model.save_pretrained(tmp_path / "source")
+    blobs = tmp_path / ("cache/blobs" if where == "snapshots" else "private")
+    snapshot = tmp_path / "cache" / where / "abc"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    for file in (tmp_path / "source").iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    GriffinForCausalLM.from_pretrained(snapshot).save_pretrained(tmp_path / "again")
+    saved = tmp_path / "again" / "tokenizer.json"
+    assert saved.exists() == (where == "snapshots") and not saved.is_symlink()
+
+
 def test_adapter_of_transformers(tmp_path, model, monkeypatch):
     """Transformers 5.24 asks here for PEFT 0.22, which came after it: what we save is the same with older ones."""
     peft = pytest.importorskip("peft")

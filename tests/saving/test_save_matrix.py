@@ -6,6 +6,7 @@ each model with the logits that it had when it was saved, and saves it again; an
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -197,6 +198,13 @@ def test_a_configuration_alone_has_the_code_of_its_class(folder, way):
 def test_one_line_says_what_is_missing(folder, way, lines):
     said = [line for line in (folder / way / "log").read_text().splitlines() if "not at full speed" in line]
     assert len(said) == lines and all("pip install" in line for line in said)
+
+
+def test_several_copies_say_it_once(folder, hub):
+    for name in ("one", "two"):
+        shutil.copytree(folder / "source", folder / name)
+    said = run(folder, "assert difference('one', load('two')) == 0.0", hub.url)
+    assert said.count("not at full speed") == 1
 
 
 def test_beside_the_installed_package(folder, hub):

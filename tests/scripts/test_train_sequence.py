@@ -44,6 +44,11 @@ def test_a_size_that_does_not_divide(runs):
     assert "sequence_parallel_size = 3: allowed are the divisors of 2" in runs[1]["refused"]
 
 
+def test_smoothed_labels_are_refused(runs):
+    """Their loss is Trainer's, from logits of whole rows."""
+    assert "label_smoothing_factor = 0.1: allowed with rows shared over ranks is 0.0" in runs[1]["smoothed"]
+
+
 def test_stock_trainer(runs):
     """`parallelize_trainer` alone, with accumulated gradients: the run of one process."""
     found, expected = runs[1]["stock"], runs[1]["stock alone"]

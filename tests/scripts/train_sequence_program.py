@@ -65,13 +65,14 @@ def main(rank: int, folder: Path) -> None:
     if rank < 2:
         train(folder / f"two {rank}", 3, 2, "--output_dir", str(folder / "two"))
         refused = refusal(folder / f"refused {rank}", 3)
+        smoothed = refusal(folder / f"smoothed {rank}", 2, "--label_smoothing_factor", "0.1")
     else:
         train(folder / f"pair {rank}", 2, 1, "--output_dir", str(folder / "pair"))
         stock = train_stock(folder / "stock", 2)
     join_group(folder / f"store1.{rank}", 0, 1)
     if rank == 0:
         train(folder / "alone", 3)
-        torch.save({"refused": refused}, folder / "refused.pt")
+        torch.save({"refused": refused, "smoothed": smoothed}, folder / "refused.pt")
     elif rank == 2:
         torch.save({"stock": stock, "stock alone": train_stock(folder / "stock", 1)}, folder / "stock.pt")
     elif rank == 1:
@@ -89,9 +90,9 @@ def main(rank: int, folder: Path) -> None:
         )
 
 
-def refusal(folder: Path, sequence: int) -> str:
+def refusal(folder: Path, sequence: int, *words: str) -> str:
     try:
-        train(folder, 3, sequence)
+        train(folder, 3, sequence, *words)
     except SystemExit as error:
         return str(error)
     return "nothing"
