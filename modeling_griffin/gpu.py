@@ -31,12 +31,12 @@ class GPU(NamedTuple):
 OLDEST_FOR_TRITON = (7, 5)  # below, Triton's code does not assemble
 OLDEST_FOR_FLASH = (8, 0)
 AMD_SWITCH = "GRIFFIN_TRITON_ON_AMD"
+COMPILED_ON_AMD = ("gfx90a", "gfx942", "gfx1100")  # there the words of the scan's look-back are visible
 ON_AMD = (
     "on AMD GPUs everything is in plain PyTorch (scan, convolution, gates, norms, rotation, activation, loss, local "
     f"attention, and generate in Transformers' loop); the environment variable {AMD_SWITCH}=1 turns the Triton kernels "
-    "on, which compile for gfx90a and gfx942 but were never run there"
+    f"on, which compile for {', '.join(COMPILED_ON_AMD)} but were never run there"
 )
-AMD_THAT_WAITS = "gfx9"  # CDNA: for others the compiler drops what makes the words of the scan's look-back visible
 OLDEST_TRITON = (3, 5)  # before, programmatic dependent launch is missing; PyTorch 2.9 brings 3.5
 FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too
 
@@ -133,8 +133,8 @@ def triton_refusal(gpu: GPU) -> str | None:
         return f"{gpu.name} has compute capability {_dotted(gpu.capability)}, Triton's kernels need 7.5"
     if gpu.vendor == "amd" and not wanted_on_amd():
         return ON_AMD
-    if gpu.vendor == "amd" and not gpu.architecture.startswith(AMD_THAT_WAITS):
-        return f"{gpu.name} is {gpu.architecture}, the kernels are compiled for gfx90a and gfx942: the scan could hang"
+    if gpu.vendor == "amd" and gpu.architecture not in COMPILED_ON_AMD:
+        return f"{gpu.name} is {gpu.architecture}, the kernels were compiled for {', '.join(COMPILED_ON_AMD)} alone"
     return None
 
 

@@ -78,22 +78,22 @@ def _pack(a, b):
 
 
 @triton.jit
+def _address(p_words):
+    """Of no known tensor: in one of less than 2 GB AMD's compiler leaves out what `.wt` and `.cv` ask for."""
+    return p_words.to(tl.int64).to(tl.pointer_type(tl.int64)) if AMD else p_words
+
+
+@triton.jit
 def _publish(p_word, a, b, mask):
     """The word is read soon, and written again: it should not give way to the tiles that pass through the cache."""
-    if AMD:  # written through: on MI300 the chip's parts have caches of their own
-        tl.store(p_word, _pack(a, b), mask=mask, cache_modifier=".wt")
-    else:
-        tl.store(p_word, _pack(a, b), mask=mask, eviction_policy="evict_last")
+    through: tl.constexpr = ".wt" if AMD else ""  # on MI300 the chip's parts have caches of their own
+    tl.store(p_word, _pack(a, b), mask, cache_modifier=through, eviction_policy="" if AMD else "evict_last")
 
 
 @triton.jit
 def _poll(p_words, mask, other):
     """Past every cache that other programs do not write to; for AMD the compiler drops `volatile`."""
-    if AMD:
-        words = tl.load(p_words, mask=mask, other=other, cache_modifier=".cv")
-    else:
-        words = tl.load(p_words, mask=mask, other=other, volatile=True)
-    return words
+    return tl.load(p_words, mask, other, cache_modifier=".cv" if AMD else "", volatile=not AMD)
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS: tl.constexpr, CHA
     state = tl.full([CHANNELS], 0.0, tl.float32)
     waiting = n_before > 0
     while waiting:
-        words = _poll(p_words + offset, is_word & (i_tile >= 0), other)
+        words = _poll(_address(p_words) + offset, is_word & (i_tile >= 0), other)
         high = (words >> 32).to(tl.int32)
         waiting = _is_waiting(high, i_word, is_word, WORDS)
         if not waiting:
@@ -255,7 +255,7 @@ def forward_kernel(
         if i_t == 0:
             carry = tl.load(p_initial_state + i_b * C + c, mask=m_c, other=0.0)
     if CHAINED:
-        p_word = p_words + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[None, :] + i_s * 0
+        p_word = _address(p_words) + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)[None, :] + i_s * 0
         if i_t > 0:
             _publish(p_word, a_end, b_end, m_end)
         carry += _look_back(p_words, i_chain, n_chains, i_t, SEGMENTS, CHANNELS)[None, :]
@@ -339,7 +339,7 @@ def backward_kernel(
         if n_before == 0:
             carry = tl.load(p_d_last_state + i_b * C + c, mask=m_c, other=0.0)
     if CHAINED:
-        p_word = p_words + tile.to(tl.int64) * CHANNELS + i_c[None, :] + i_s * 0
+        p_word = _address(p_words) + tile.to(tl.int64) * CHANNELS + i_c[None, :] + i_s * 0
         if n_before > 0:
             _publish(p_word, a_end, b_end, m_end)
         carry += _look_back(p_words, i_chain, n_chains, n_before, SEGMENTS, CHANNELS)[None, :]

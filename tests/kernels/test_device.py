@@ -102,8 +102,10 @@ def test_the_switch_for_amd(monkeypatch):
     assert "plain PyTorch" in reason and gpu.AMD_SWITCH in reason and "never run" in reason
     monkeypatch.setenv(gpu.AMD_SWITCH, "1")
     assert decode.decode_refusal(KNOWN["gfx942"]) is None and not decode.decode_gemm_fits(KNOWN["gfx942"])
-    assert gpu.triton_refusal(KNOWN["gfx942"]) is None and gpu.triton_refusal(KNOWN["gfx90a"]) is None
-    assert "could hang" in gpu.triton_refusal(KNOWN["gfx1100"])
+    assert all(gpu.triton_refusal(KNOWN[name]) is None for name in ("gfx90a", "gfx942", "gfx1100"))
+    for name in ("gfx908", "gfx1030", "gfx1201"):  # of other families; Triton's bits for them were not looked at
+        reason = gpu.triton_refusal(KNOWN["gfx1100"]._replace(architecture=name))
+        assert f"is {name}, the kernels were compiled for gfx90a, gfx942, gfx1100 alone" in reason
     with gpu.pretending(KNOWN["gfx942"]):
         assert gpu.register_limit(96, torch.device("meta")) == {}
     with gpu.pretending(KNOWN["sm_90"]):
