@@ -148,7 +148,7 @@ class GriffinAttention(nn.Module):
         fixed = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
         output, weights = attention(self, query, key, value, attention_mask, **fixed, **kwargs)
         output = output if order is None else order.back(output)
-        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+        return linears(output.reshape(*input_shape, -1).contiguous(), self.o_proj)[0], weights
 
 
 class GriffinRecurrentBlock(nn.Module):
@@ -177,7 +177,7 @@ class GriffinRecurrentBlock(nn.Module):
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(state, self.layer_idx)
-        return self.linear_out(gated(self.act_fn, y, x)), None
+        return linears(gated(self.act_fn, y, x), self.linear_out)[0], None
 
     def _read_states(self, past_key_values: Cache | None, shape: tuple[int, int, int]):
         """Convolution state (B, C, conv1d_width) = `shape` and recurrent state (B, C); None before the first token."""
@@ -208,7 +208,7 @@ class GriffinMLP(nn.Module):
         return self.whole(hidden_states) if in_pieces is None else in_pieces
 
     def whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated_linears(self.act_fn, hidden_states, self.gate_proj, self.up_proj))
+        return linears(gated_linears(self.act_fn, hidden_states, self.gate_proj, self.up_proj), self.down_proj)[0]
 
 
 def residual_output(in_features: int, config: GriffinConfig) -> nn.Linear:

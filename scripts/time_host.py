@@ -1,25 +1,34 @@
 """Times what a training step costs the host, on a machine without a GPU: Python, PyTorch's dispatch, Triton's launches.
 
     PYTHONPATH=. python scripts/time_host.py                       26 layers; needs Triton, of which nothing is compiled
+    PYTHONPATH=. python scripts/time_host.py --models Griffin      one model without its peers
 
 Tensors of a few numbers on a CPU are taken for a GPU's, so that the step makes the calls that it makes there; Triton
 chooses and binds kernels as it does there, and what it would start does nothing. So the arithmetic is next to nothing
 and wrong, and CUDA's own calls (launches, allocations) are not in it: for comparing two commits on one machine, not for
-saying how long a step takes. Times are the thread's own, so that other processes disturb little. Writes OUTPUT.md.
+saying how long a step takes. Times are the thread's own, so that other processes disturb little, and the models' steps
+take turns. Llama is Transformers', with multi-query attention; adapters are PEFT's, of rank 16 on every linear layer,
+and "by modules" has their modules called, as where PEFT does more than one plain adapter. Writes OUTPUT.md.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
 
 import torch
+from benchmark_training import _with_lora
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from benchmarks.host_time import host_table, host_time
 from command_line import Parser
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
 from modeling_griffin.kernels import dispatch, flash_attention
+from modeling_griffin.kernels.adapters import read_adapter
 from modeling_griffin.kernels.device.known import known_gpu
 
 
@@ -34,7 +43,7 @@ except ImportError:
 
 H200 = known_gpu("sm_90")
 TOKENS = (1, 16)
-SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4, head_dim=8, lru_width=32)
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4, head_dim=8)
 
 
 def stand_in() -> list[str]:
@@ -87,66 +96,118 @@ class Device:
         pass
 
 
+def griffin(layers: int) -> PreTrainedModel:
+    own = dict(lru_width=32, num_gate_blocks=4, attention_window_size=32)
+    return GriffinForCausalLM(GriffinConfig(**SIZES, **own, num_hidden_layers=layers))
+
+
+def llama(layers: int) -> PreTrainedModel:
+    own = dict(num_key_value_heads=1, tie_word_embeddings=True)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **own, num_hidden_layers=layers))
+
+
+class Way(NamedTuple):
+    """make: of layers. adapted: with LoRA. by_modules: adapters are not looked into."""
+
+    make: Callable[[int], PreTrainedModel]
+    adapted: bool = False
+    by_modules: bool = False
+
+
+MODELS = {
+    "Griffin": Way(griffin),
+    "Griffin with LoRA": Way(griffin, adapted=True),
+    "Griffin with LoRA by modules": Way(griffin, adapted=True, by_modules=True),
+    "Llama": Way(llama),
+    "Llama with LoRA": Way(llama, adapted=True),
+}
+
+
+def make_model(name: str, layers: int) -> PreTrainedModel:
+    model = MODELS[name].make(layers).to(torch.bfloat16)
+    return (_with_lora(model) if MODELS[name].adapted else model).train()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__file__, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}"
+    )
     parser.add_argument("--layers", type=int, default=26, help="residual blocks")
-    parser.add_argument("--repeats", type=int, default=30, help="timed steps")
-    parser.add_argument("--rows", type=int, default=25, help="of a table of operators and functions; 0: none")
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each model")
+    parser.add_argument("--rows", type=int, default=25, help="of a model's table of operators and functions; 0: none")
     parser.add_argument("--output", type=Path, default=Path("results/training/host_time_cpu"), help="without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
+    parser.check_least(arguments, layers=1, repeats=1, rows=0)
     if triton is None:
         parser.error("Triton is not installed: pip install triton")
     torch.set_num_threads(1)
     launched = stand_in()
-    config = GriffinConfig(**SIZES, num_hidden_layers=arguments.layers, num_gate_blocks=4, attention_window_size=32)
     with gpu.pretending(H200):
-        model = GriffinForCausalLM(config).to(torch.bfloat16).train()
-        tokens = torch.randint(0, config.vocab_size, TOKENS)
+        models = {name: make_model(name, arguments.layers) for name in arguments.models}
+        times = time_in_turns(models, arguments.repeats)
+        found = {name: look_at(name, model, launched) for name, model in models.items()}
+    text = "\n".join(page(arguments, times, found)) + "\n"
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".md").write_text(text)
+    print(text, end="")
 
-        def step() -> tuple[float, float]:
-            """Seconds forward and backward."""
-            model.zero_grad()
-            start = time.thread_time()
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            middle = time.thread_time()
-            loss.backward()
-            return middle - start, time.thread_time() - middle
 
-        for _ in range(3):
-            step()
-        times = [step() for _ in range(arguments.repeats)]
-        launched.clear()
-        step()
-        launches, found = len(launched), host_time(step, rows=10**6)
+def step(name: str, model: torch.nn.Module) -> tuple[float, float]:
+    """Seconds of the thread, forward and backward."""
+    tokens = torch.randint(0, SIZES["vocab_size"], TOKENS)
+    model.zero_grad()
+    read = (lambda module: None) if MODELS[name].by_modules else read_adapter
+    with mock.patch.object(dispatch, "read_adapter", read):
+        start = time.thread_time()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        middle = time.thread_time()
+        loss.backward()
+        return middle - start, time.thread_time() - middle
+
+
+def time_in_turns(models: dict[str, torch.nn.Module], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Of each model, behind three steps that are not timed."""
+    times = {name: [] for name in models}
+    for repeat in range(repeats + 3):
+        for name, model in models.items():
+            seconds = step(name, model)
+            if repeat >= 3:
+                times[name].append(seconds)
+    return times
+
+
+def look_at(name: str, model: torch.nn.Module, launched: list[str]) -> tuple[int, list[dict]]:
+    """How many kernels of ours one step launches, and where its time goes, by `host_time`."""
+    launched.clear()
+    step(name, model)
+    return len(launched), host_time(lambda: step(name, model), rows=10**6)
+
+
+def page(arguments, times: dict[str, list[tuple[float, float]]], found: dict[str, tuple[int, list[dict]]]) -> list[str]:
     lines = ["# What a training step costs the host", "", *birth_lines(birth_certificate("cpu", arguments.commit)), ""]
     lines += [
         f"Triton {triton.__version__}, {arguments.layers} layers; the GPU and what Triton starts are stand-ins",
         "(`scripts/time_host.py` says how), so that only Python, dispatch and binding are timed. Milliseconds of the",
-        f"thread's own time in {arguments.repeats} steps:",
+        f"thread's own time, medians of {arguments.repeats} steps, the fewest in brackets; the models take turns.",
+        "Operators are PyTorch's, inner ones counted; launches are of this project's kernels; halves, forward or",
+        "backward, of its autograd functions.",
         "",
-        "| | fewest | median |",
-        "|---|---|---|",
+        "| | forward | backward | both | operators | launches | halves |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, values in zip(("forward", "backward"), zip(*times)):
-        lines.append(f"| {name} | {min(values) * 1e3:.1f} | {statistics.median(values) * 1e3:.1f} |")
-    operators = sum(each["calls"] for each in found if each["name"].startswith("aten::"))
-    halves = sum(each["calls"] for each in found if each["name"].startswith("_"))
-    lines += [
-        "",
-        f"A step launches {launches} kernels of this project and calls {operators} operators of PyTorch, inner",
-    ]
-    lines += [f"ones counted, and {halves} halves of autograd functions of this project."]
-    if arguments.rows:
-        lines += [
-            "One step under PyTorch's profiler, which takes time itself:",
-            "",
-            *host_table(found[: arguments.rows]),
-        ]
-    text = "\n".join(lines) + "\n"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text, end="")
+    for name, seconds in times.items():
+        launches, table = found[name]
+        parts = [*zip(*seconds), [sum(each) for each in seconds]]
+        cells = [f"{statistics.median(part) * 1e3:.1f} ({min(part) * 1e3:.1f})" for part in parts]
+        operators = sum(each["calls"] for each in table if each["name"].startswith("aten::"))
+        halves = sum(each["calls"] for each in table if each["name"].startswith("_"))
+        lines.append(f"| {name} | {' | '.join(cells)} | {operators} | {launches} | {halves} |")
+    for name, (_, table) in found.items() if arguments.rows else ():
+        lines += ["", f"## {name}: one step under PyTorch's profiler, which takes time itself", ""]
+        lines += host_table(table[: arguments.rows])
+    return lines
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .. import elementwise as definitions
 from ..rg_lru import BlockDiagonalLinear
 from ..rg_lru_scan_triton import triton_unavailable_reason
+from .adapters import adapted_linears, read_adapter
 from .block_diagonal import BlockDiagonalProduct
 from .convolution import convolve_on_gpu
 from .elementwise import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm, triton_rotate
 from .fallback import or_definition
 from .flash_attention import attention_runs
 from .gates import gates_unavailable_reason, rg_lru_gates
-from .hooks import has_hooks
+from .hooks import is_plain
 from .linears import gelu_gated_linears, joined_linears
 from .loss import KernelRowLosses
 
@@ -42,15 +44,6 @@ def pays(first: torch.Tensor, *others: object, least: int | None = None) -> bool
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (first, *others) if isinstance(x, torch.Tensor))
         and torch._C._functorch.peek_interpreter_stack() is None
     )
-
-
-def is_plain(module: nn.Module, cls: type) -> bool:
-    """Whether calling the module does no more than the forward of its class.
-
-    Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
-    offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
-    """
-    return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
 
 
 def as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -84,11 +77,29 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...] | None:
-    inputs = _plain_inputs(x, modules)
+    if type(modules[0]) is not nn.Linear:
+        return _with_adapters(x, modules)
+    inputs = _plain_inputs(x, modules) if len(modules) > 1 else None  # alone, its own call is the fastest
     return None if inputs is None else joined_linears(*inputs)
 
 
+def _with_adapters(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.Tensor, ...] | None:
+    """Of layers that PEFT has put adapters of one dtype on; autocast would choose others for their products."""
+    if not pays(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    layers = []
+    for module in modules:
+        layer = read_adapter(module)
+        if layer is None or layers and layer.down.dtype != layers[0].down.dtype:
+            return None
+        layers.append(layer)
+    return adapted_linears(x, layers)
+
+
 def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor | None:
+    if type(gate) is not nn.Linear:
+        pair = _with_adapters(x, (gate, up))
+        return None if pair is None else definitions.gated(act_fn, *pair)
     inputs = _plain_inputs(x, (gate, up)) if isinstance(act_fn, GELU_TANH) else None
     if inputs is None or gate.bias is None or up.bias is None:
         return None

@@ -21,6 +21,15 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_plain(module: nn.Module, cls: type) -> bool:
+    """Whether calling the module does no more than the forward of its class.
+
+    Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
+    offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
+    """
+    return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
+
+
 def has_global_hooks() -> bool:
     return nn.modules.module._has_any_global_hook()
 
