@@ -1,4 +1,4 @@
-"""What a cache says of itself: how many tokens it has seen, in which order its keys stand, and whether it is ours."""
+"""What a cache says of itself: tokens seen, order of keys, if it is ours."""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache

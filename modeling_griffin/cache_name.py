@@ -2,7 +2,7 @@
 
 Griffin's arguments are `past_key_values`, and `cache` is taken as the same one, with every version of Transformers. Its
 outputs are Transformers' own, so that there the cache has the name of the installed version.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Callable
 from dataclasses import fields

@@ -1,7 +1,7 @@
 """The depthwise convolution over time: a whole sequence, a continued one, packed documents, padded rows.
 
 Legend: B batch, T time, C channels, W taps.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 from torch import nn

@@ -6,7 +6,7 @@ model's output holds anyway, and the labels. The log-sum-exp is not kept: its so
 fused operator, where with it there would be three passes over each chunk.
 
 Legend: B batch, T time, V vocabulary, N = B T rows.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 from typing import Any
 

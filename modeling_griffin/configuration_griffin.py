@@ -1,4 +1,4 @@
-"""The configuration of a Griffin or Hawk model."""
+"""The configuration of a Griffin or Hawk model."""  # SPDX-License-Identifier: Apache-2.0
 
 from os import PathLike
 from typing import Any

@@ -4,7 +4,7 @@ A document starts at a token that is not padding and has position 0, or is the f
 starts nothing. The recurrence forgets its state there, the convolution does not look behind it, the attention neither.
 
 Legend: B batch, T time (the tokens of this forward pass), S tokens that the cache has seen, W attention window.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """Operations of the layers that kernels can take over: their definitions in plain PyTorch.
 
 Legend: B batch, T time, D width, H heads, K head dimension, R rotated dimensions.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 

@@ -1,7 +1,7 @@
 """What a GPU is: the one file that asks PyTorch for a device's properties. What follows from them: `kernels.device`.
 
 It ships, because the scan and flash attention do, which have to know whether a device can run them.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
 import functools

@@ -13,7 +13,7 @@ rounded) with Λ itself evenly spaced, so that half of the channels have a^c > 0
 scale-free variant and a control, because no published comparison says which is best.
 
 Units: `c` multiplies softplus(Λ); `low` and `high` bound a^c (for `recurrent_gemma`: a); memory is counted in tokens.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import math
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Stock attention builds a mask of T x S pairs, 16 GiB at T = 131072, and most of 
 
 Legend: B batch, H heads, H_kv key-value heads, T queries, S keys (the last T of them are the queries' own), K head
 dimension, W window.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -4,7 +4,7 @@ Names follow Transformers at the surface and the paper inside the layers. Where 
 follows DeepMind's released RecurrentGemma; each such place is marked `Differs:`.
 
 Legend: B batch, T time, D hidden size, C RG-LRU channels, H heads, K head dimension, W attention window, V vocabulary.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import copy
 from collections.abc import Callable, Iterable, Iterator

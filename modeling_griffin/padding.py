@@ -5,7 +5,7 @@ sees. So keys are put in order, padding first and real tokens behind it: then W 
 growing layers keeps is always in this order; static caches have an order of their own and stay as they are.
 
 Legend: B batch, H heads, T tokens of this forward pass, S tokens that the cache has seen, n keys, K head dimension.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 from typing import Any, NamedTuple
 

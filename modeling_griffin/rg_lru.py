@@ -1,7 +1,7 @@
 """The Real-Gated Linear Recurrent Unit: two block-diagonal gates, the learnt decay, the recurrence.
 
 Legend: B batch, T time, C channels, N gate blocks.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 from collections.abc import Callable
 

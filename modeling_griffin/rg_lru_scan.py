@@ -1,4 +1,4 @@
-"""`rg_lru_scan`: the one entry to the recurrence. Checks its arguments and chooses the implementation."""
+"""`rg_lru_scan`: the one entry to the recurrence, which chooses how it runs."""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""The definition of the RG-LRU recurrence: one step after the other. Slow, and the judge of every fast version."""
+"""The RG-LRU recurrence by definition, step by step: the judge of the others."""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 

@@ -1,7 +1,7 @@
 """The RG-LRU recurrence in plain PyTorch: any device, linear in time, with its own backward pass.
 
 Legend: B batch, T time, C channels. dX stands for the gradient of the loss with respect to X.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 

@@ -4,7 +4,7 @@ Forward moves 4 tensors of (B, T, C), backward 8: each is read or written once, 
 recurrence happen in registers. Kept for the backward pass: x, both gates and hidden. How they work is said in
 `rg_lru_scan_triton_kernels`; a single step has a kernel of its own, in `rg_lru_scan_triton_step`. This file chooses
 tiles, launches, and registers forward and backward as PyTorch operators.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import hashlib
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 PDL: a kernel may start while the one before it ends (programmatic dependent launch, compute capability 9), and waits
 for its end before it touches anything.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 try:
     import triton

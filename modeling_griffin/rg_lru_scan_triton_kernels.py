@@ -21,7 +21,7 @@ VARLEN: one row holds sequences end to end, and states have a row each. `lay_out
 one, a reset, a last one; states are loaded and stored at these alone, so where none is, nothing is added to memory.
 
 PDL: the kernel may start while the one that clears the words ends, and waits for that before it touches anything.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 try:
     import triton

@@ -1,7 +1,7 @@
 """What the scan's Triton kernels do to each element: load, convert, gates, decay, store.
 
 EXACT (float32 in or out) means correctly rounded functions; else the hardware's, whose error 16 bits do not show.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 

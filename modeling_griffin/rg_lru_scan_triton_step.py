@@ -2,7 +2,7 @@
 
 A decode step is as long as its launch and one trip to memory. So every load comes first, none waits for another, and
 the grid gives batch and channels without a division.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 try:
     import triton

@@ -8,7 +8,7 @@ A Griffin's cache is made of stock layers otherwise. In a cache that records its
 replaces each recurrent layer by a `RollbackLayer`, because a stock layer has no place for these states.
 
 Legend: B batch, N recent tokens, C RG-LRU channels, W taps of the convolution.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer

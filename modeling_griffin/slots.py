@@ -5,7 +5,7 @@ faster (kernels, recorded decoding) or handier (serving, saving) is found here b
 none of it. `modeling_griffin/__init__.py`, which does not go to a repository, fills the slots.
 
 Each copy of this file has slots of its own: the installed package and copies from the Hub do not see each other's.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import functools
 import importlib.util

@@ -3,7 +3,7 @@
 Heads, gate blocks, channels and MLP features are independent of each other between the projections into a block and
 the one out of it: each rank takes its share of them, and only the block's output is summed over ranks. A rank's
 channels are whole gate blocks, so that the gates need no other rank.
-"""
+"""  # SPDX-License-Identifier: Apache-2.0
 
 import torch
 from torch import nn

@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     birth = birth_certificate(arguments.device, arguments.commit)
     name = f"distributed_{short_device_name(arguments.device)}_{Path(arguments.config).stem}"
     output = arguments.output or Path("results") / "distributed" / name
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     run = base | {"config": config, "layers": None}
     for found in benchmark(run, processes, arguments.engines, arguments.largest):
         report = {"birth": birth, **found, "run": run | {"config": arguments.config}}

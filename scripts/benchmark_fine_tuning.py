@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = arguments.output or Path("results") / "training" / f"fine_tuning_{short_device_name(device)}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     asked = {key: value for key, value in vars(arguments).items() if key not in ("output", "commit")}
     report: dict[str, Any] = {"birth": birth_certificate(device, arguments.commit), "asked": asked}
     report |= {"rows": [], "left_out": []}

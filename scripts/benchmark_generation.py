@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.check_least(arguments, turns=1, threads=1)
     torch.set_num_threads(arguments.threads)
     output = arguments.output or Path("results") / "generation" / f"generation_{short_device_name(arguments.device)}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     settings = {**SETTINGS[arguments.device], "device": arguments.device, "compile": arguments.compile}
     settings |= {"decode": arguments.cells or settings["decode"], "turns": arguments.turns or settings["turns"]}
     if arguments.model in SIZES:

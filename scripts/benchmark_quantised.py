@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     output = arguments.output or Path("results") / "quantisation" / f"quantised_{short_device_name(arguments.device)}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     birth = birth_certificate(arguments.device, arguments.commit, ["bitsandbytes", "torchao", "peft", "accelerate"])
     report = {"birth": birth, "size": arguments.size, **{part: [] for part in arguments.parts}}
     for part in arguments.parts:

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.part == "varlen" and arguments.device != "cuda":
         parser.error("--part varlen: allowed on --device cuda only")
     output = arguments.output or Path("results") / "scan" / f"{arguments.part}_{name}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     birth = birth_certificate(arguments.device, arguments.commit, ["flash-linear-attention", "accelerated-scan"])
     if arguments.part == "varlen":
         from benchmarks.scan_varlen import benchmark_varlen, varlen_text  # which imports this file

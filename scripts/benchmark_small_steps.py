@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         spoken.stop(__file__, ValueError("a GPU is needed: CUDA graphs are what is timed"))
     name = short_device_name("cuda")
     output = arguments.output or Path("results") / "training" / f"small_steps_{name}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     report = {"birth": birth_certificate("cuda", arguments.commit, []), "size": arguments.size, "rows": []}
     for model_name in arguments.models:
         for adapted, cells in ((False, arguments.cells), (True, arguments.lora)):

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     size = arguments.size or {"cpu": "10m", "cuda": "2b"}[device]
     dtype = getattr(torch, arguments.dtype or {"cpu": "float32", "cuda": "bfloat16"}[device])
     output = arguments.output or Path("results") / "training" / f"training_{name}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parser.make_folder_of(output)
     birth = birth_certificate(device, arguments.commit, ["flash-linear-attention"])
     errors = check(device, dtype)
     report = {"birth": birth, "device": device, "size": size, "dtype": str(dtype).removeprefix("torch.")}

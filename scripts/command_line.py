@@ -48,6 +48,13 @@ class Parser(OneLineErrors):
         usual = "cuda" if torch.cuda.is_available() else "cpu"
         self.add_argument("--device", type=device, choices=["cuda", "cpu"], default=usual, help="where it runs")
 
+    def make_folder_of(self, output: Path) -> None:
+        """Of `--output`, a path without suffix. Ends with one line where nothing could be written there."""
+        try:
+            check_folder("folder of --output", output.parent)
+        except ValueError as error:
+            self.error(str(error))
+
     def check_least(self, arguments: argparse.Namespace, **least: int) -> None:
         """Ends with one line where an option that is set is smaller than `least` has it."""
         for name, smallest in least.items():

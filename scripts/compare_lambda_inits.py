@@ -11,6 +11,7 @@ OUTPUT/runs.jsonl and is not repeated: the same command continues a sweep, on an
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -25,13 +26,16 @@ import spoken
 import torch
 from benchmarks.birth_certificate import birth_certificate, now
 from command_line import Parser, ShowDefaultsAndLines, check_folder, device
-from lambda_study.run import run_one
-from lambda_study.tasks import prepare_text
+from lambda_study.run import make_config, run_one
+from lambda_study.tasks import SYNTHETIC_TASKS, prepare_text
 from presets import find_preset
 from tqdm import tqdm
 from yaml_file import read_yaml
 
+from modeling_griffin import GriffinConfig
 
+
+TEXT = "language_modelling"  # the kind of task that needs text
 SLACK = 1.2  # a run is started when this many times its expected length is left
 
 
@@ -40,18 +44,45 @@ def read_sweep(path: Path, text: list[str]) -> dict:
     sweep = read_yaml(path, "YAML files and ready-made ones: compare_lambda_inits/cpu, compare_lambda_inits/h100")
     if missing := [key for key in ("tasks", "arms", "reference", "seeds", "tuning_seed") if key not in sweep]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it describes no comparison")
+    check_mappings(path, sweep)
     for name, task in sweep["tasks"].items():
         task = {**sweep.get("common", {}), **task}
         if unknown := set(task.get("arms", [])) - set(sweep["arms"]):
             raise ValueError(f"{path}: task {name!r} has the arms {sorted(unknown)}: allowed are {list(sweep['arms'])}")
-        if task["kind"] == "language_modelling":
+        if task.get("kind") == TEXT:
             task["text"] = [*task.get("text", []), *text]
         sweep["tasks"][name] = task
     if sweep["reference"] not in sweep["arms"]:
         raise ValueError(f"{path}: reference = {sweep['reference']!r}: allowed are {list(sweep['arms'])}")
     if sweep["tuning_seed"] in sweep["seeds"]:
         raise ValueError(f"{path}: tuning_seed = {sweep['tuning_seed']} is one of seeds: allowed is any other")
+    check_models(path, sweep)
     return sweep
+
+
+def check_mappings(path: Path, sweep: dict) -> None:
+    """Raises ValueError where tasks or arms are anything but names with settings of their own."""
+    for key in ("tasks", "arms"):
+        if not isinstance(sweep[key], dict) or not all(isinstance(each, dict) for each in sweep[key].values()):
+            raise ValueError(
+                f"{path}: {key} = {str(sweep[key])[:60]}: allowed are names, each with a mapping of settings"
+            )
+
+
+def check_models(path: Path, sweep: dict) -> None:
+    """Raises ValueError for a task of no kind and an arm that is no configuration: now, not when its turn comes."""
+    allowed, kinds = {field.name for field in dataclasses.fields(GriffinConfig)} | {"layout"}, [*SYNTHETIC_TASKS, TEXT]
+    for name, task in sweep["tasks"].items():
+        if (kind := task.get("kind")) not in kinds:
+            raise ValueError(f"{path}: kind = {kind!r} of task {name!r}: allowed are {', '.join(kinds)}")
+        for arm in task.get("arms", sweep["arms"]):
+            try:
+                if unknown := sorted({**task["model"], **sweep["arms"][arm]}.keys() - allowed):
+                    raise ValueError(f"the unknown fields {unknown}: allowed are those of GriffinConfig")
+                make_config(task["model"], sweep["arms"][arm], vocab_size=2)
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path}: arm {arm!r} of task {name!r}: {reason}") from error
 
 
 def select_tasks(sweep: dict, only: list[str]) -> dict:
@@ -105,9 +136,19 @@ def chosen_rate(task: str, arm: str, rates: list, tuning_seed: int, records: dic
 
 
 def read_records(path: Path) -> dict[str, dict]:
-    """Finished runs by key. A last line that was cut off while it was written, or is being written, is left out."""
+    """Finished runs by key. A last line that was cut off while it was written, or is being written, is left out.
+
+    Raises ValueError, with the file and the line, where another one is no record.
+    """
     whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-    return {record["key"]: record for record in map(json.loads, whole.splitlines())}
+    records = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: {line[:60]!r} is no record of a run") from error
+    return records
 
 
 def drop_unfinished_line(path: Path) -> None:
@@ -245,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
             read_sweep(Path(find_preset(arguments.config, "training")), arguments.text), arguments.only
         )
         for name, task in sweep["tasks"].items():
-            if task["kind"] == "language_modelling":
+            if task["kind"] == TEXT:
                 sweep["tasks"][name] = prepare_text(task, Path("build/compare_lambda_inits") / name)
         records = read_records(path)
         check_settings(plan(sweep, records, arguments.device), records, path)
@@ -262,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     finished = sum(run["key"] in records for run in runs)
     print(f"{finished} of {len(runs)} runs are in {path}; {time.time() - start:.0f} s")
     if failed:
-        raise SystemExit("compare_lambda_inits.py: error: these runs failed:\n" + "\n".join(failed))
+        raise SystemExit(f"{spoken.name(__file__)}: error: these runs failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

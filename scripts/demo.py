@@ -123,7 +123,11 @@ def demo(overrides: list[str]) -> None:
 
 
 def main() -> None:
-    parser = Parser(__file__, description="Trains, generates, saves and reloads a tiny Griffin.")
+    parser = Parser(
+        __file__,
+        description="Trains, generates, saves and reloads a tiny Griffin.",
+        epilog="All other options are those of train.py: --max_steps, --seed, --use_cpu, ...",
+    )
     parser.add_argument("--logits_of", type=Path, help=argparse.SUPPRESS)  # what the new process is asked for
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()

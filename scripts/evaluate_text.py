@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         check_folder("--output", arguments.output)
         require_model("MODEL", arguments.model)  # before the text is read, and the text before the model is
-        documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset)
+        documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset, "DATA")
         model, tokenizer = load(arguments.model, arguments.trust_remote_code, join_processes(arguments.device))
     except ValueError as error:
         spoken.stop(__file__, error)

@@ -12,10 +12,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import spoken
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
-from command_line import Parser, ShowDefaultsAndLines, check_folder
+from command_line import Parser, ShowDefaultsAndLines
 from training.hub_ids import require_model
 
 from modeling_griffin import LAMBDA_INITS
@@ -145,8 +146,6 @@ def caption(rows: list[Row], low: float, high: float) -> str:
 
 def draw(rows: list[Row], text: str, output: Path) -> list[Path]:
     """One line of three histograms for each row, and the page with their figures; returns the files written."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -241,10 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     (low, high), c = arguments.bounds, arguments.c
     if not (0 < low < high < 1 and c > 0):
         parser.error(f"--bounds {low} {high} --c {c}: allowed are 0 < LOW < HIGH < 1 and c > 0")
-    try:
-        check_folder("folder of --output", arguments.output.parent)
-    except ValueError as error:
-        parser.error(str(error))
+    parser.make_folder_of(arguments.output)
     rows = [*initialisation_rows(c, low, high), mamba_row()]
     text = caption(rows, low, high)
     if arguments.checkpoint is not None:

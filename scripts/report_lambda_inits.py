@@ -335,7 +335,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} does not exist: allowed are folders of `{spoken.another('compare-lambda')}`")
-    records = list(read_records(arguments.folder / "runs.jsonl").values())
+    try:
+        records = list(read_records(arguments.folder / "runs.jsonl").values())
+    except ValueError as error:
+        parser.error(str(error))
     if not any(record["measured"] and record["arm"] == arguments.reference for record in records):
         parser.error(
             f"{arguments.folder}/runs.jsonl holds no measured run of the reference {arguments.reference!r}: allowed "

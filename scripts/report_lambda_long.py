@@ -331,7 +331,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="the --output of study_lambda_long.py")
     parser.add_argument("--reference", default="uniform", help="the arm that others are compared with")
     arguments = parser.parse_args(argv)
-    records = [record for record in read_records(arguments.folder / "runs.jsonl").values() if len(record["curve"]) > 1]
+    try:
+        records = read_records(arguments.folder / "runs.jsonl").values()
+    except ValueError as error:
+        parser.error(str(error))
+    records = [record for record in records if len(record["curve"]) > 1]
     if not any(record["arm"] == arguments.reference for record in records):
         parser.error(f"{arguments.folder}/runs.jsonl holds no run of the reference {arguments.reference!r}")
     folder = arguments.folder

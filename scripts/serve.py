@@ -4,10 +4,14 @@ The server is Transformers' own (`pip install '.[serve]'`); requests run side by
 """
 
 import argparse
+import importlib
 
 import spoken
 from command_line import Parser
 from training.hub_ids import require_model
+
+
+NEEDED = ("fastapi", "openai", "uvicorn")  # of the extra [serve]; Transformers would end in an error of its own
 
 
 def read_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -31,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         require_model("MODEL", arguments.model)
     except ValueError as error:
         spoken.stop(__file__, error)
+    for needed in NEEDED:
+        importlib.import_module(needed)
     from modeling_griffin.serving.server import serve
 
     serve(arguments.model, others, arguments.max_rows)

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     done = sum(is_done(records.get(run["key"])) for run in plan(study, records))
     print(f"{done} of {len(plan(study, records))} runs are done in {path}; {time.time() - start:.0f} s")
     if failed:
-        raise SystemExit("study_lambda_long.py: error: these runs failed:\n" + "\n".join(failed))
+        raise SystemExit(f"{spoken.name(__file__)}: error: these runs failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

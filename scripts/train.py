@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import spoken
 import torch
+from presets import preset_names
 from training.arguments import TOKEN_IDS, DataArguments, ModelArguments, Resume, read_arguments
 from training.checkpoint import NotSaved, read_manifest, read_state, saving, write_final
 from training.fingerprint import check_same_rows, rows_of, settings_of
@@ -50,7 +51,9 @@ from modeling_griffin.training.pieces import mlp_in_pieces
 
 SECONDS_FOR_RANK_0 = 2
 ALLOWED_MODEL = "a folder or Hub id with weights in safetensors"
-ALLOWED_CONFIG = "a JSON file, a folder with config.json, or a Hub id"
+ALLOWED_CONFIG = (
+    f"a JSON file, a folder with config.json, a ready-made one ({', '.join(preset_names('model'))}), or a Hub id"
+)
 # Of an OSError anywhere: the disk's fault or the user's, and no one's who would read a traceback.
 PLAIN_ERRORS = {*DISK_ERRORS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -131,10 +134,12 @@ def make_tokenizer(
 def make_documents(arguments: DataArguments) -> tuple:
     """(training, held-out) documents."""
     column, subset = arguments.text_column, arguments.dataset_subset
-    train = load_documents(arguments.train_data, column, arguments.train_split, subset)
     if arguments.eval_data is None:
+        train = load_documents(arguments.train_data, column, arguments.train_split, subset)
         return hold_out(train, arguments.eval_fraction, arguments.split_seed)
-    return train, load_documents(arguments.eval_data, column, arguments.eval_split, subset)
+    # The shorter one first: what is wrong with it is not said after minutes of reading the other.
+    held_out = load_documents(arguments.eval_data, column, arguments.eval_split, subset, "eval_data")
+    return load_documents(arguments.train_data, column, arguments.train_split, subset), held_out
 
 
 def make_rows(

@@ -7,6 +7,7 @@ import yaml
 from _docs import ROOT
 
 import modeling_griffin
+from modeling_griffin.saving.save import code_files
 
 
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -24,6 +25,13 @@ def test_licence():
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text and len(text) > 11_000
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert declared("license") == citation["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("path", code_files(), ids=lambda path: path.name)
+def test_what_ships_names_its_licence(path):
+    """In the head of each file, since a copy in a model repository has no LICENSE beside it."""
+    head = path.read_text(encoding="utf-8").splitlines()[:30]
+    assert any(line.endswith(f"# SPDX-License-Identifier: {declared('license')}") for line in head)
 
 
 def test_citation():

@@ -27,6 +27,10 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", IN
 
 def list_files(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[str]]:
     """(what is uploaded, what is left out). Raises ValueError for a folder that the Hub could not load."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} {'is a file' if folder.exists() else 'does not exist'}: allowed are folders of a model"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: allowed are folders that save_pretrained wrote")
     check_config(folder)

@@ -25,7 +25,7 @@ BATCH = 250  # documents that are tokenised together
 
 
 def load_documents(
-    source: str, text_column: str = "text", split: str = "train", subset: str | None = None
+    source: str, text_column: str = "text", split: str = "train", subset: str | None = None, field: str = "train_data"
 ) -> datasets.Dataset:
     """The documents of `source` as a data set with the one column "text".
 
@@ -34,6 +34,7 @@ def load_documents(
             text or source files (or of nothing but jsonl or nothing but parquet), or the id of a Hub data set.
         text_column: the column of a record that holds its text.
         split, subset: of a Hub data set.
+        field: the argument that holds `source`, for the message where there is none.
     """
     path = Path(source).expanduser()
     check_link(path)
@@ -46,7 +47,7 @@ def load_documents(
     if files:
         documents = _read_files(source, files, text_column, strict=not path.is_dir())
     else:
-        documents = _select_text(source, _load_from_hub(source, split, subset), text_column)
+        documents = _select_text(source, _load_from_hub(field, source, split, subset), text_column)
     documents = documents.filter(_has_text, desc="Dropping empty documents") if len(documents) else documents
     if len(documents) == 0:
         raise ValueError(f"{source!r} holds no text: allowed are sources with at least one document that is not empty")
@@ -220,8 +221,8 @@ def _read_text(file: Path, strict: bool) -> str | None:
     return None if "\0" in text and not strict else text
 
 
-def _load_from_hub(source: str, split: str, subset: str | None) -> datasets.Dataset:
-    require_on_hub("data", source, "dataset", "a file, a folder, a glob pattern, or a Hub data set's id")
+def _load_from_hub(field: str, source: str, split: str, subset: str | None) -> datasets.Dataset:
+    require_on_hub(field, source, "dataset", "a file, a folder, a glob pattern, or a Hub data set's id")
     try:
         return datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # the Hub client's errors have no common class

@@ -1,6 +1,7 @@
 """The console command: its help answers at once and is true, and names of ready-made files are found."""
 
 import argparse
+import ast
 import importlib
 import re
 import subprocess
@@ -84,6 +85,34 @@ def test_a_wrong_option_ends_in_one_line(verb, capsys, monkeypatch):
         assert line.startswith(f"{called}: error: ")
 
 
+BENCHMARKS = [verb for verb in command.VERBS if verb.startswith("benchmark") and verb != "benchmark-small-steps"]
+
+
+@pytest.mark.parametrize("verb", [*BENCHMARKS, "plot-lambda"])  # but the one that asks for a GPU first
+def test_an_output_that_cannot_be_written_is_said_before_the_work(verb, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(spoken, "verb", verb)
+    few = ["--processes", "1"] if verb == "benchmark-distributed" else []
+    monkeypatch.setattr(sys, "argv", [verb, "--output", str(tmp_path / "file" / "x"), *few])
+    with pytest.raises(SystemExit):
+        importlib.import_module(command.VERBS[verb][0].removesuffix(".py")).main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"griffin {verb}: error: folder of --output = ") and "file is a file" in line
+
+
+def test_a_server_without_its_extra(tmp_path, monkeypatch):
+    """As `griffin` says it, before Transformers raises an error of its own."""
+    monkeypatch.setattr(spoken, "verb", None)
+    for name in ("fastapi", "openai", "uvicorn"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            patch.setattr(sys, "argv", [])
+            with pytest.raises(
+                SystemExit, match=rf"griffin serve: error: {name} .*pip install 'modeling-griffin\[serve\]'"
+            ):
+                command.main(["serve", str(tmp_path)])
+
+
 def test_what_next_is_said_in_the_words_of_the_call(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(spoken, "verb", None)
@@ -103,6 +132,14 @@ def test_an_end_in_one_line(error, code, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="^griffin train: error: a b$") as end:
         spoken.stop("train.py", error)
     assert end.value.code == code and capsys.readouterr().err == "griffin train: error: a b\n"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_no_message_begins_with_a_file(path):
+    """But with the name that was called: `spoken` knows it."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert not [text for text in texts if re.match(r"\w+\.py: ", text)]
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch, tmp_path, capsys):

@@ -217,6 +217,12 @@ def test_bad_input(finished, tmp_path, changes, arguments, message):
         (None, "sweep.yaml does not exist: allowed are YAML files and ready-made ones: compare_lambda_inits/cpu"),
         ("tasks: {\n  a: [1\n", "sweep.yaml, line 3, column 1: "),
         ("tasks: {}\nseeds: [1]\n", "sweep.yaml lacks arms, reference, tuning_seed"),
+        (yaml.safe_dump({**SWEEP, "tasks": [1]}), r"tasks = \[1\]: allowed are names"),
+        (yaml.safe_dump({**SWEEP, "arms": {"uniform": 3}}), "arms = {'uniform': 3}: allowed are names"),
+        (
+            yaml.safe_dump({**SWEEP, "tasks": {"a": {**RECALL, "kind": "x"}}}),
+            "kind = 'x' of task 'a': allowed are .*recall",
+        ),
     ],
 )
 def test_a_file_that_is_no_comparison(tmp_path, text, message):
@@ -224,6 +230,30 @@ def test_a_file_that_is_no_comparison(tmp_path, text, message):
         (tmp_path / "sweep.yaml").write_text(text)
     with pytest.raises(SystemExit, match=message):
         main([str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "arm, task, message",
+    [
+        ({"lambda_init": "nonsense"}, RECALL, "arm 'odd' of task 'recall': lambda_init = 'nonsense': allowed are"),
+        ({"no_such": 1}, RECALL, r"arm 'odd' of task 'recall': the unknown fields \['no_such'\]"),
+        ({"lambda_init": "uniform"}, {**RECALL, "model": {**HAWK, "layout": "eagle"}}, "arm 'odd' .*: no 'eagle'"),
+    ],
+)
+def test_an_arm_that_is_no_configuration_is_refused_before_any_run(tmp_path, arm, task, message):
+    config = write_sweep(tmp_path, arms={"odd": arm}, reference="odd", tasks={"recall": task})
+    with pytest.raises(SystemExit, match=message):
+        main([config, "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"key": "a"}\n{"key": 3\n')
+    with pytest.raises(ValueError, match="runs.jsonl, line 2: .* is no record of a run"):
+        read_records(tmp_path / "runs.jsonl")
+    with pytest.raises(SystemExit) as end:
+        report([str(tmp_path)])
+    assert end.value.code == 2
 
 
 def test_an_output_that_cannot_be_written(tmp_path):

@@ -185,6 +185,8 @@ def test_wrong_arguments(model, data, capsys):
         main([model[1], data, "--output", f"{model[1]}/config.json"])
     with pytest.raises(SystemExit, match="MODEL = 'no/such/folder' does not exist"):
         main(["no/such/folder", "not.read"])
+    with pytest.raises(SystemExit, match="error: DATA = 'no/such/text' does not exist"):
+        main([model[1], "no/such/text"])
     with pytest.raises(SystemExit, match="text_column = 'body'"):
         main([model[1], data, "--text_column", "body"])
 

@@ -1,7 +1,10 @@
 """plot_lambda_init.py: what is drawn are the distributions of the initialisations and of a checkpoint's layers."""
 
 import math
+import runpy
+import sys
 
+import plot_lambda_init
 import pytest
 import torch
 from _script_helpers import save_model
@@ -34,6 +37,13 @@ def test_quantiles_are_those_of_the_definitions(rows):
         assert start == pytest.approx(math.sqrt(median), rel=3e-3)
         assert memory == pytest.approx(1 / (1 - math.sqrt(median)), rel=0.03)
     assert values(rows["hippogriff"])[0].min().item() == pytest.approx(0.9, abs=1e-5)
+
+
+def test_without_matplotlib_nothing_is_computed(monkeypatch):
+    """The missing extra is said before the work."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+        runpy.run_path(plot_lambda_init.__file__)
 
 
 def test_mamba():

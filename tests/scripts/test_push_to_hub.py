@@ -160,6 +160,13 @@ def test_another_model(hub, client, folder, field, value):
     assert refusal(client, folder, "me/other").startswith("me/other holds other files (weights.gguf)")
 
 
+def test_a_folder_that_is_not_there(client, folder, tmp_path):
+    assert "gone does not exist: allowed are folders of a model" in refusal(
+        client, tmp_path / "gone", "me/x", "--dry-run"
+    )
+    assert "config.json is a file: allowed are" in refusal(client, folder / "config.json", "me/x", "--dry-run")
+
+
 def test_a_name_that_the_hub_does_not_allow(client, folder):
     assert "me/a b" in refusal(client, folder, "me/a b")
 

@@ -75,8 +75,10 @@ def test_wrong_sources_name_what_is_allowed(tmp_path):
         load_documents(str(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match="text_column = 'number'.*int64.*allowed is text"):
         load_documents(str(tmp_path / "a.jsonl"), text_column="number")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="^train_data = '.*' does not exist"):
         load_documents(str(tmp_path / "missing.txt"))
+    with pytest.raises(ValueError, match="^eval_data = '.*' does not exist"):
+        load_documents(str(tmp_path / "missing.txt"), field="eval_data")
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8 text"):
         load_documents(str(tmp_path / "binary.bin"))

@@ -176,6 +176,12 @@ def test_bad_yaml_has_a_file_and_a_line(tmp_path):
         read_arguments([str(tmp_path / "missing.yaml")])
 
 
+def test_a_configuration_that_is_not_there_names_those_that_are(tmp_path):
+    said = r"config_name = './nothing' does not exist .* a ready-made one \(griffin-100m, .*, tiny\), or a Hub id"
+    with pytest.raises(SystemExit, match=said):
+        run([write_run(tmp_path, config_name="./nothing")])
+
+
 def test_an_output_dir_that_cannot_be_written_is_refused_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr("train.make_trainer", lambda *_: pytest.fail("the data were read"))
     path = write_run(tmp_path)
