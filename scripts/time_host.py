@@ -11,6 +11,7 @@ take turns. Llama is Transformers', with multi-query attention; adapters are PEF
 and "by modules" has their modules called, as where PEFT does more than one plain adapter. Writes OUTPUT.md.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -185,7 +186,11 @@ def look_at(name: str, model: torch.nn.Module, launched: list[str]) -> tuple[int
     return len(launched), host_time(lambda: step(name, model), rows=10**6)
 
 
-def page(arguments, times: dict[str, list[tuple[float, float]]], found: dict[str, tuple[int, list[dict]]]) -> list[str]:
+def page(
+    arguments: argparse.Namespace,
+    times: dict[str, list[tuple[float, float]]],
+    found: dict[str, tuple[int, list[dict]]],
+) -> list[str]:
     lines = ["# What a training step costs the host", "", *birth_lines(birth_certificate("cpu", arguments.commit)), ""]
     lines += [
         f"Triton {triton.__version__}, {arguments.layers} layers; the GPU and what Triton starts are stand-ins",

@@ -22,9 +22,9 @@ def paying(monkeypatch):
     monkeypatch.setattr(dispatch, "pays", lambda *x: True)
 
 
-def adapted(count=2, dtype=torch.float64, bias=True, outputs=(4, 9, 5), **options) -> nn.ModuleList:
-    """Frozen layers of 6 inputs with adapters whose products are not zero."""
-    layers = nn.ModuleList(nn.Linear(6, outputs[i], bias=bias) for i in range(count)).to(dtype)
+def adapted(count=2, dtype=torch.float64, bias=True, inputs=6, outputs=(4, 9, 5), **options) -> nn.ModuleList:
+    """Frozen layers of one input with adapters whose products are not zero."""
+    layers = nn.ModuleList(nn.Linear(inputs, outputs[i], bias=bias) for i in range(count)).to(dtype)
     options = {"r": 2, "lora_alpha": 3, "target_modules": [str(i) for i in range(count)], **options}
     holder = nn.ModuleDict({"layers": layers})
     wide = get_peft_model(holder, LoraConfig(**options), autocast_adapter_dtype=dtype != torch.float64)
@@ -64,18 +64,32 @@ def test_input_that_is_not_contiguous(paying):
         assert_close("scan float64", f, e)
 
 
-def test_dtypes_are_those_of_the_modules(paying):
-    """Adapters in float32 on a base of bfloat16: the same numbers forward, and gradients no worse than the modules'."""
-    layers = adapted(3, torch.bfloat16, r=4, lora_alpha=2)
-    x = torch.randn(2, 50, 6).bfloat16().requires_grad_()
+def check_beside_modules(x, layers) -> None:
+    """One node, with outputs and gradients in the modules' dtypes, and no further from float64 than the modules'."""
     found, modules = linears(x, *layers), [layer(x) for layer in layers]
-    assert is_one_node(found) and all(torch.equal(f, m) for f, m in zip(found, modules))
+    assert is_one_node(found)
     wide = copy.deepcopy(layers).double()
     x_wide = x.detach().double().requires_grad_()
     right = outcome([layer(x_wide) for layer in wide], x_wide, wide)
     for f, m, r in zip(outcome(found, x, layers), outcome(modules, x, layers), right, strict=True):
         assert f.dtype == m.dtype
         assert (f - r).norm() <= 1.1 * (m - r).norm() + 1e-6 * r.norm()
+
+
+def test_dtypes_are_those_of_the_modules(paying):
+    """Adapters in float32 on a base of bfloat16: the same numbers forward."""
+    layers = adapted(3, torch.bfloat16, r=4, lora_alpha=2)
+    x = torch.randn(2, 50, 6).bfloat16().requires_grad_()
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(linears(x, *layers), layers))
+    check_beside_modules(x, layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 3])
+def test_on_a_gpu(count):
+    """Without being told that it pays."""
+    layers = adapted(count, torch.bfloat16, inputs=1024, outputs=(1024, 256, 3072), r=16).cuda()
+    check_beside_modules(torch.randn(1, 2048, 1024, device="cuda").bfloat16().requires_grad_(), layers)
 
 
 @pytest.mark.parametrize("act_fn", [dispatch.GELU_TANH(), nn.ReLU()])
