@@ -27,7 +27,16 @@ from ..modeling_griffin import (
 from ..rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from . import packed
 from .host_effects import watching_mode
-from .original import ATTENTIONS, CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_class, patched_function
+from .original import (
+    ATTENTIONS,
+    CLASSES,
+    GELU_TANH,
+    is_gelu_tanh,
+    own_function,
+    patched_cache,
+    patched_class,
+    patched_function,
+)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,8 +53,9 @@ def fused_obstacles(model: nn.Module) -> Iterator[str]:
         yield f"model.model is a {type(model.model).__name__}, not a GriffinModel"
         return
     yield from _around_the_model(model)
-    if (name := patched_function()) is not None:
-        yield f"{name} was replaced"
+    for name in (patched_function(), patched_cache()):
+        if name is not None:
+            yield f"{name} was replaced"
     for cls in CLASSES:
         if cls is not GriffinForCausalLM and (name := patched_class(cls, cls)) is not None:
             yield f"{cls.__name__}.{name} was replaced"
@@ -161,6 +171,8 @@ def _in_module(module: nn.Module, cls: type | None, shapes: tuple | None, like: 
         return "is another activation"
     if cls is nn.Embedding and module.max_norm is not None:
         return "has a max_norm"
+    if cls is RGLRU and module.scan is not None:
+        return "has a scan of its own"
     if cls is GriffinAttention and module.sliding_window != module.config.attention_window_size:
         return f"has sliding_window = {module.sliding_window}, not config.attention_window_size"
     if shapes is None:
