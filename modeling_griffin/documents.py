@@ -79,9 +79,8 @@ def read_rows(
         documents = Documents(attention_mask["document_start"], attention_mask["linear_attention"], packed)
         return attention_mask, position_ids, documents
     if attention_mask is not None:
-        known = past_length == 0 or counts_tokens(config, past_key_values)
+        attention_mask, known = read_mask(attention_mask), past_length == 0 or counts_tokens(config, past_key_values)
         _check_attention_mask(attention_mask, position_ids, past_length if known else None, shape)
-    attention_mask = None if attention_mask is None else read_mask(attention_mask)
     one_document = attention_mask is None and position_ids is None and boundaries is None
     position_ids = read_position_ids(attention_mask, position_ids, boundaries, past_length, shape, device)
     if one_document:  # known without reading values, which would stall a GPU
@@ -137,11 +136,8 @@ def read_documents(
 ) -> Documents:
     """Finds starts and padding of the current T tokens.
 
-    Args:
-        attention_mask: (B, S + T), 0 for padding; or None.
-        position_ids: (B, T), positions within the document.
-        past_length: S; of a Hawk's cache only whether it is above 0 counts.
-        length: T.
+    attention_mask: (B, S + T), 0 for padding; or None. position_ids: (B, T), positions within the document.
+    past_length: S; of a Hawk's cache only whether it is above 0 counts. length: T.
     """
     if attention_mask is None:
         real = None
@@ -214,9 +210,8 @@ def packing_boundaries(
 ) -> torch.Tensor | None:
     """(B, T) bool, True at the first token of each packed document; None when neither argument is given.
 
-    Args:
-        cu_seq_lens_q: (documents + 1,) int, where each document of the one row starts, and the end.
-        seq_idx: (B, T) int, the number of the document each token belongs to.
+    cu_seq_lens_q: (documents + 1,) int, where each document of the one row starts, and the end. seq_idx: (B, T) int,
+    the number of the document each token belongs to.
     """
     if seq_idx is not None:
         if seq_idx.shape != shape:
@@ -322,11 +317,6 @@ def _numbers(attention_mask, position_ids, documents, slots: int, first_query: i
 
 def _check_attention_mask(attention_mask, position_ids, past_length: int | None, shape: tuple[int, int]) -> None:
     """past_length: tokens in the cache; None for some that it does not count."""
-    if attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is (batch, past + current tokens); a "
-            "recurrence cannot follow a mask of query-key pairs. For packed documents pass position_ids"
-        )
     width, past = attention_mask.shape[1], "the" if past_length is None else past_length
     if past_length is None:
         fits = width > shape[1] or width == shape[1] and _begins_anew(attention_mask, position_ids)
@@ -343,5 +333,5 @@ def _begins_anew(attention_mask, position_ids) -> bool:
     """Whether each row's first real token has position 0, as where `generate` reads a Hawk's conversation again."""
     if position_ids is None or is_tracing(position_ids):
         return position_ids is not None
-    first = (attention_mask != 0).long().argmax(dim=1, keepdim=True)
+    first = attention_mask.argmax(dim=1, keepdim=True)
     return not bool(position_ids.expand(attention_mask.shape[0], -1).gather(1, first).any())

@@ -569,8 +569,7 @@ class GriffinForCausalLM(GriffinPreTrainedModel, GenerationMixin):
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """With a mask of ones and zeros, whichever numbers it was given in: `generate` adds up its values."""
-        mask = model_kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if not isinstance(mask := model_kwargs.get("attention_mask"), dict | None):
             model_kwargs["attention_mask"] = read_mask(mask)
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 

@@ -13,6 +13,10 @@ import torch
 from transformers.utils.import_utils import is_tracing
 
 
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MASK_DTYPES += (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others have no maximum in PyTorch
+
+
 class Order(NamedTuple):
     """Where keys come from so that padding stands first: (B, n), the last T of them this forward pass's own.
 
@@ -44,10 +48,18 @@ class Order(NamedTuple):
 def read_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """(B, S + T) int64, 0 for padding and 1 for real tokens, of a mask that has any one number above 0 for these.
 
-    Raises ValueError for several numbers in one mask: some packing tools number documents so, and Transformers' models
-    would silently see across them; and for negative numbers, 0 for real in some masks. While PyTorch traces, values
-    cannot be read, and what is not 0 is real.
+    Raises ValueError for what is no tensor of MASK_DTYPES in two dimensions; for several numbers in one mask: some
+    packing tools number documents so, and Transformers' models would silently see across them; and for negative
+    numbers, 0 for real in some masks. While PyTorch traces, values cannot be read, and what is not 0 is real.
     """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype not in MASK_DTYPES:
+        found = f"attention_mask is a {type(attention_mask).__name__} of {getattr(attention_mask, 'dtype', 'no dtype')}"
+        raise ValueError(f"{found}: allowed are tensors of bool, uint8, int8 to int64, or floats from 16 bits")
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is (batch, past + current tokens); a "
+            "recurrence cannot follow a mask of query-key pairs. For packed documents pass position_ids"
+        )
     real = attention_mask != 0
     if attention_mask.dtype != torch.bool and attention_mask.numel() and not is_tracing(attention_mask):
         largest = attention_mask.max()

@@ -14,8 +14,7 @@ def linear_scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Pairs of steps are themselves steps, (a', b') = (a2 a1, a2 b1 + b2), so the odd positions are a scan of half the
     length (Blelloch 1990); the even positions then need one step each. Only products of a's occur, never quotients.
 
-    Args:
-        a, b: (B, T, C), T >= 1, same floating dtype.
+    a, b: (B, T, C), T >= 1, same floating dtype.
     """
     length = a.shape[1]
     if length == 1:

@@ -18,7 +18,7 @@ import torch
 from presets import preset_names
 from training.arguments import TOKEN_IDS, DataArguments, ModelArguments, Resume, read_arguments
 from training.checkpoint import NotSaved, read_manifest, read_state, saving, write_final
-from training.fingerprint import check_same_rows, rows_of, settings_of
+from training.fingerprint import check_same_rows, rows_of, settings_of, settings_together
 from training.float8 import check_float8, convert
 from training.hub_ids import require_on_hub
 from training.launch import check_checkpoint, check_launch, check_processes, describe, read_request
@@ -171,7 +171,7 @@ def make_trainer(
     checkpoint = resume.checkpoint
     shared_by, float8 = model_arguments.sequence_parallel_size, model_arguments.float8
     settings = settings_of(data_arguments, training_arguments, shared_by, float8)
-    check_same_on_all_ranks({"settings": settings})
+    check_same_on_all_ranks({"settings": {**settings, **settings_together(training_arguments)}})
     name = model_arguments.model_name_or_path
     tokenizer, rows, (train, held_out) = make_rows(name, data_arguments, training_arguments, checkpoint)
     sources = {"train_data": data_arguments.train_data, "eval_data": data_arguments.eval_data}

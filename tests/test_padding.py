@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling_griffin import GriffinForSequenceClassification
 from modeling_griffin.documents import masks_for_generate
 from modeling_griffin.padding import inverse_of, zeros_first
 from tests.tolerances import assert_close
@@ -187,3 +188,31 @@ def test_the_order_is_that_of_a_stable_sort(length):
     number[:2] = torch.tensor([[0], [1]])
     order = zeros_first(number)
     assert torch.equal(order, number.argsort(dim=1, stable=True)) and torch.equal(inverse_of(order), order.argsort(1))
+
+
+OTHERS = {
+    "list of no dtype": lambda mask: mask.tolist(),
+    "ndarray of int64": lambda mask: mask.numpy(),
+    "Tensor of torch.uint16": lambda mask: mask.to(torch.uint16),
+    "Tensor of torch.complex64": lambda mask: mask.to(torch.complex64),
+    "Tensor of torch.float8_e4m3fn": lambda mask: mask.float().to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("found", OTHERS)
+@torch.no_grad()
+def test_what_is_no_mask_is_named(found, small_model):
+    """By what it is, before anything is computed; for classes with a head of their own too."""
+    mask = OTHERS[found](torch.ones(2, 6, dtype=torch.long))
+    model, classifier = small_model(), small_model(cls=GriffinForSequenceClassification)
+    for call in (model, lambda ids, **arguments: model.generate(ids, max_new_tokens=1, **arguments), classifier):
+        with pytest.raises(ValueError, match=f"attention_mask is a {found}: allowed are tensors of bool, uint8"):
+            call(random_ids(2, 6), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_a_mask_of_pairs_is_refused(small_model):
+    model, mask = small_model(), torch.zeros(2, 1, 6, 6)
+    for call in (model, lambda ids, **arguments: model.generate(ids, max_new_tokens=1, **arguments)):
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 6, 6\): allowed is \(batch, past"):
+            call(random_ids(2, 6), attention_mask=mask)

@@ -22,6 +22,7 @@ from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingC
 from ..modeling_griffin import GriffinAttention, GriffinRecurrentBlock
 from .fused_model import drops_attention, fused_obstacles
 from .host_effects import global_effect, host_effect, watching_mode
+from .original import PREFILL, patched_cache, patched_loop
 
 
 # Without a state and without reading values on the host, so that they can be called for a step that is then dropped.
@@ -199,6 +200,10 @@ def _in_request(model, generation_config, synced_gpus, kwargs) -> Iterator[Obsta
     for name, value in kwargs.items():
         if name not in ARGUMENTS and value is not None:
             yield Obstacle(name, LEAVE_OUT)
+    if (name := patched_loop()) is not None:
+        yield Obstacle(f"{name} was replaced", "put it back")
+    if type(model)._prefill is not PREFILL or "_prefill" in vars(model):
+        yield Obstacle("_prefill is the model's own", "put into forward what it adds")
     for name in STOCK_PREPARATION:
         if getattr(type(model), name) is not getattr(generation.GenerationMixin, name) or name in vars(model):
             yield Obstacle(f"{name} is the model's own", "put into forward what it adds")
@@ -233,6 +238,8 @@ def forward_obstacles(model: nn.Module) -> Iterator[Obstacle]:
     dropouts = (module for module in model.modules() if isinstance(module, nn.Dropout))
     if drops_attention(model) or any(module.training and module.p > 0 for module in dropouts):
         yield Obstacle("dropout in training mode", "call model.eval() before")
+    if (name := patched_cache()) is not None:
+        yield Obstacle(f"{name} was replaced", "put it back")
     yield from _elsewhere(model)
     if model.device.type == "cpu":
         return  # where nothing is recorded, and everything runs at each token

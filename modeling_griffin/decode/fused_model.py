@@ -27,7 +27,16 @@ from ..modeling_griffin import (
 from ..rg_lru import RGLRU, BlockDiagonalLinear, Decay
 from . import packed
 from .host_effects import watching_mode
-from .original import ATTENTIONS, CLASSES, GELU_TANH, is_gelu_tanh, own_function, patched_class, patched_function
+from .original import (
+    ATTENTIONS,
+    CLASSES,
+    GELU_TANH,
+    is_gelu_tanh,
+    own_function,
+    patched_cache,
+    patched_class,
+    patched_function,
+)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,8 +53,9 @@ def fused_obstacles(model: nn.Module) -> Iterator[str]:
         yield f"model.model is a {type(model.model).__name__}, not a GriffinModel"
         return
     yield from _around_the_model(model)
-    if (name := patched_function()) is not None:
-        yield f"{name} was replaced"
+    for name in (patched_function(), patched_cache()):
+        if name is not None:
+            yield f"{name} was replaced"
     for cls in CLASSES:
         if cls is not GriffinForCausalLM and (name := patched_class(cls, cls)) is not None:
             yield f"{cls.__name__}.{name} was replaced"

@@ -9,7 +9,9 @@ from functools import partial
 from types import FunctionType
 
 from torch import nn
+from transformers import cache_utils
 from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import causal_conv1d, documents, elementwise, local_attention, modeling_griffin, rg_lru, rg_lru_scan, slots
@@ -23,6 +25,19 @@ FUNCTIONALS = ("linear", "embedding", "gelu", "scaled_dot_product_attention", "s
 NOT_COMPUTED = ("__init__", "extra_repr")  # torchao gives a layer a description of its own
 CALLED: dict[type, tuple[str, ...]] = {rg_lru.RGLRU: ("scan",)}  # takes the place of a function; none at import
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of every module
+# A cache that forgets or rounds: a step keeps the same in buffers of its own.
+CACHES = (
+    cache_utils.Cache,
+    cache_utils.DynamicCache,
+    cache_utils.CacheLayerMixin,
+    cache_utils.DynamicLayer,
+    cache_utils.DynamicSlidingWindowLayer,
+    cache_utils.LinearAttentionCacheLayerMixin,
+    cache_utils.LinearAttentionLayer,
+)
+# Of `generate`, what a step stands for: its loops, and what they do before and behind a token.
+LOOPS = ("_sample", "_beam_search", "_assisted_decoding", "_prefill")
+LOOPS += ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 CLASSES = (
     modeling_griffin.GriffinForCausalLM,
     modeling_griffin.GriffinModel,
@@ -60,7 +75,9 @@ def _functions_in(module) -> dict[str, tuple]:
     return {name: as_it_is(value) for name, value in vars(module).items() if isinstance(value, FunctionType)}
 
 
-OF_CLASSES = {cls: _functions_of(cls) for cls in CLASSES}
+OF_CLASSES = {cls: _functions_of(cls) for cls in (*CLASSES, *CACHES)}
+OF_LOOPS = {name: as_it_is(getattr(GenerationMixin, name)) for name in LOOPS}
+PREFILL = modeling_griffin.GriffinForCausalLM._prefill
 IN_SOURCES = {module: _functions_in(module) for module in SOURCES}
 IN_SOURCES[nn.functional] = {name: as_it_is(getattr(nn.functional, name)) for name in FUNCTIONALS}
 ATTENTIONS = {name: ALL_ATTENTION_FUNCTIONS[name] for name in ALL_ATTENTION_FUNCTIONS if "|" not in name}
@@ -87,6 +104,17 @@ def patched_function() -> str | None:
         if ALL_ATTENTION_FUNCTIONS.get(name) is not function:
             return f"the attention {name}"
     return None
+
+
+def patched_cache() -> str | None:
+    """The name of a function of Transformers' caches that was replaced."""
+    return next((f"{cls.__name__}.{name}" for cls in CACHES if (name := patched_class(cls, cls)) is not None), None)
+
+
+def patched_loop() -> str | None:
+    """The name of a function of Transformers' `generate` that was replaced, in its class."""
+    now = ((name, as_it_is(getattr(GenerationMixin, name))) for name in LOOPS)
+    return next((f"GenerationMixin.{name}" for name, function in now if function != OF_LOOPS[name]), None)
 
 
 def functions_now() -> tuple:

@@ -64,9 +64,9 @@ def take_step(
         return None
 
 
-def take_kept_step(model: torch.nn.Module, rows: int, stream: bool = False) -> Any:
-    """As `take_step` of any number of tokens, only where an earlier call has left such a step and nobody uses it."""
-    key, fingerprint = ("fused", rows, ring_slots(model.config, None, model.device), False), fused_fingerprint(model)
+def take_kept_step(model: torch.nn.Module, rows: int, slots: int, stream: bool = False) -> Any:
+    """As `take_step`, of so many slots, only where an earlier call has left such a step and nobody uses it."""
+    key, fingerprint = ("fused", rows, slots, False), fused_fingerprint(model)
     with _FINDING:
         for step in STEPS.get(model, OrderedDict()).get(key, []):
             if step.checked and step.fingerprint == fingerprint and step.failed is None and step.acquire(wait=False):

@@ -23,11 +23,23 @@ logger = logging.get_logger(__name__)
 
 MASK = "HIDDEN"  # needs no quotes in a shell and no escapes in a card
 SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
-SECRET_WORDS |= {"authorization", "signature", "sig", "passwords", "cred", "creds"}
+SECRET_WORDS |= {"authorization", "signature", "sig", "passwords", "cred", "creds", "cookies", "webhook"}
 SECRET_LAST_WORDS = {"key", "auth", "bearer", "cookie", "pat", "pass", "pwd", "pw", "psw", "pswd", "tok", "jwt", "otp"}
 SECRET_LAST_WORDS |= {"sas", "oauth"}
 SECRET_ENDINGS = ("token", "apikey", "accesskey", "secretkey", "password", "secret")  # words written as one
-SECRET_ENDINGS += ("passkey", "passcode", "privatekey", "sshkey", "authkey")
+SECRET_ENDINGS += (
+    "passkey",
+    "passcode",
+    "privatekey",
+    "sshkey",
+    "authkey",
+    "apikeys",
+    "passphrase",
+    "passwd",
+    "dbpass",
+)
+# Of many tokens only these are secrets: `max_new_tokens` and `train_tokens` are numbers.
+OF_TOKENS = {"access", "api", "auth", "bot", "hf", "hub", "refresh", "secret"}
 # As argparse takes them, cut off anywhere: --hub_toke. Of train.py's options, --hub_t is one already.
 ABBREVIATED = ("token", "password", "passphrase", "secret", "credential")
 SHORTEST_ABBREVIATION = 4
@@ -43,8 +55,8 @@ SETTINGS |= {"text", "label", "column", "sort", "metric"}
 VALUE = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\,])+"""
 HIDDEN = rf"""["']?{MASK}(?:[\s"'&;,}}\])]|$)"""  # masked already
 NAMED = re.compile(
-    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|ps?wd?|secr|cred|auth|bearer|cookie|pat|sig|jwt|otp|sas|oauth|hub[_-]t))[a-z_][\w.-]*)"
-    rf"""(?P<between>["'\]]*\s*[=:]\s*|(?<=\w)\s+)(?!--|{HIDDEN})(?P<value>{VALUE})""",
+    r"(?<![\w?&;.-])(?P<name>-{0,2}(?=[\w.-]*(?:tok|key|pass|ps?wd?|secr|cred|auth|bearer|cookie|pat|sig|jwt|otp|sas|oauth|hook|hub[_-]t))[a-z_][\w.-]*)"
+    rf"""(?P<between>[\\"'\]]*\s*[=:]\s*|(?<=\w)\s+)(?!--|{HIDDEN})(?P<value>{VALUE})""",
     re.IGNORECASE,
 )
 IN_QUERY = re.compile(r"(?P<between>[?&;](?P<name>[\w.-]+)=)[^\s&;#'\"]+")
@@ -53,12 +65,17 @@ IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)(?!HIDDEN@)[^\s/?#'\"<>]+@")
 WITHOUT_SCHEME = re.compile(r"(?<![\w.+/:-])([\w.+-]+:)(?!HIDDEN@)[^\s/?#'\"<>:@]+(?=@[\w.-])")  # of a proxy
 # As the Hub, OpenAI, GitHub, GitLab, Slack, AWS, Google, SendGrid and others shape theirs; JSON web tokens; PEM.
 SHAPES = re.compile(
-    r"hf_[A-Za-z0-9]{30,}|\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}|gh[opsur]_\w{16,}|github_pat_\w{16,}"
+    r"hf_[A-Za-z0-9]{30,}|\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-(?:\w+-)*\w{16,}[\w-]*|gh[opsur]_\w{16,}|github_pat_\w{16,}"
     r"|nvapi-[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{40,}|gsk_\w{20,}|wandb_v\d_\w{20,}|sk_(?:live|test)_\w{16,}|hvs\.[\w-]{20,}"
+    r"|xai-\w{40,}|fw_[A-Za-z0-9]{20,}|tgp_v1_[\w-]{20,}|rpa_[A-Za-z0-9]{30,}|dckr_[op]at_[\w-]{20,}|GOCSPX-[\w-]{20,}"
+    r"|gl(?:dt|rt|ft|cbt|ptt|soat|imt|agent|oas|ffct)-[\w-]{16,}|xapp-\d-[\w-]{16,}|whsec_\w{20,}|shp(?:at|ca|pa|ss)_\w{20,}"
+    r"|ATATT3[\w=-]{20,}|ntn_\w{20,}|lin_api_\w{20,}|nfp_\w{20,}|pscale_tkn_[\w-]{20,}|sntry[su]_[\w=-]{20,}"
+    r"|AGE-SECRET-KEY-1[A-Z0-9]{20,}|(?:bot)?\d{8,10}:[\w-]{35}|\w+\.webhook\.office\.com/webhookb2/[\w/@-]+"
     r"|hooks\.slack\.com/services/[\w/-]+|discord(?:app)?\.com/api/webhooks/[\w/-]+"
     r"|SG\.[\w-]{16,}\.[\w-]{16,}|r8_\w{20,}|rk_(?:live|test)_\w{16,}|dapi[0-9a-f]{32}|do[opr]_v1_\w{32,}|pplx-\w{20,}"
     r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)",
     re.DOTALL,
 )
 
@@ -122,7 +139,7 @@ def _mask_short(words: list[str], index: int) -> str | None:
         return word if password.startswith(MASK) else f"{user}:{MASK}"
     if (found := USER_IN_WORD.fullmatch(word)) is not None:
         return word if found[3].startswith(MASK) else f"{found[1]}{found[2]}:{MASK}"
-    if words[max(0, index - 2) : index] == ["wandb", "login"] and not word.startswith("-"):
+    if _is_key_of_wandb(words, index):
         return MASK
     attached = re.match(r"-p[^=]", word)
     if not attached and (before != "-p" or word.startswith("-")):
@@ -131,6 +148,13 @@ def _mask_short(words: list[str], index: int) -> str | None:
     if not programs & TAKE_PASSWORD or programs & {"python", "python3"}:  # whose own options come then
         return None
     return f"-p{MASK}" if attached else MASK
+
+
+def _is_key_of_wandb(words: list[str], index: int) -> bool:
+    """The first word behind `wandb login` that is no option."""
+    options = [*reversed(words[:index])]
+    number = next((n for n, word in enumerate(options) if not word.startswith("-")), len(options))
+    return options[number : number + 2] == ["login", "wandb"] and not words[index].startswith("-")
 
 
 @functools.lru_cache(maxsize=10000)
@@ -168,11 +192,13 @@ def is_secret_name(name: str) -> bool:
         return True
     if len(words) > 1 and words[-2] in SETTINGS:
         return False
+    if words[-1] == "tokens" and words[-2:-1] and words[-2] in OF_TOKENS:
+        return True
     if OF_HUB_TOKEN.fullmatch(name):
         return True
     if len(words[-1]) >= SHORTEST_ABBREVIATION and any(each.startswith(words[-1]) for each in ABBREVIATED):
         return True
-    return words[-1] in SECRET_LAST_WORDS or words[-1].endswith(SECRET_ENDINGS)
+    return words[-1] in SECRET_LAST_WORDS or "".join(words).endswith(SECRET_ENDINGS)
 
 
 def mask_file(path: Path) -> None:

@@ -5,7 +5,7 @@ ends, and no step is spent on a row that has ended. Each row finds the tokens th
 recorded step (`recorded_rows`), and where there is none behind a cache (`cached_rows`); `engine` has the loop.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..decode.eligibility import check_places
 from .cached_rows import RunningBatch, check_whole
 from .engine import Arrivals, Engine, GeneratedToken, Queue
 from .recorded_rows import recorded_batch
-from .request import GenerationRequest
+from .request import GenerationRequest, as_request
 from .transformers_call import as_transformers, is_of_transformers
 from .watch import Watch
 
@@ -96,11 +96,25 @@ def collect(
 
 def _run(model, queue, max_rows, chunk_size, tokenizer, stream: bool) -> Iterator[GeneratedToken]:
     check_whole("max_rows", max_rows)
-    if isinstance(queue, torch.Tensor) or not isinstance(queue, Iterable):
+    if isinstance(queue, torch.Tensor | Mapping | str | bytes) or not isinstance(queue, Iterable):
         raise ValueError(f"queue is a {type(queue).__name__}: allowed are iterables of GenerationRequest")
     if isinstance(queue, Sequence):
         max_rows = min(max_rows, max(1, len(queue)))
-    yield from run_arrivals(model, Queue(queue), max_rows, chunk_size, tokenizer, stream)
+    tokens = most_tokens(queue) if isinstance(queue, list | tuple) else None
+    yield from run_arrivals(model, Queue(queue), max_rows, chunk_size, tokenizer, stream, tokens)
+
+
+def most_tokens(requests: Sequence) -> int:
+    """That a row of these requests will hold at most, so that no step is larger; at least 1."""
+    most = 1
+    for entry in requests:
+        try:
+            request = as_request(entry)
+        except Exception:  # it will end with an error
+            continue
+        read = 0 if request.state is None else request.state.lengths[0]
+        most = max(most, read + len(request.prompt) + request.max_new_tokens)
+    return most
 
 
 def run_arrivals(
@@ -110,11 +124,12 @@ def run_arrivals(
     chunk_size: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stream: bool = True,
+    tokens: int | None = None,
 ) -> Iterator[GeneratedToken]:
-    """`stream_batch` of requests that come while others run."""
+    """`stream_batch` of requests that come while others run. tokens: that each holds at most; None: any number."""
     check_whole("prefill_chunk_size", chunk_size)
     check_places(model)
-    batch, watch = recorded_batch(model, max_rows, stream) or RunningBatch(model, max_rows), None
+    batch, watch = recorded_batch(model, max_rows, stream, tokens) or RunningBatch(model, max_rows), None
     try:
         watch = Watch(model) if stream else None
         yield from Engine(model, batch, chunk_size, tokenizer, watch).run(arrivals)

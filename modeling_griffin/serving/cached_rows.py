@@ -13,6 +13,9 @@ from .request import GenerationRequest, shown
 from .state import GenerationState, check_is_state
 
 
+ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 class RunningBatch:
     """Rows behind one cache, to an `Engine` what `RecordedBatch` is: the host waits for each step.
 
@@ -159,12 +162,12 @@ def read_request(
 
 
 def check_whole(name: str, number: object) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**63:
         raise ValueError(f"{name} = {shown(number)}: allowed are whole numbers from 1")
 
 
 def _check_prompt(input_ids, vocab_size: int) -> None:
-    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in ID_DTYPES:
         found = f"{input_ids.dtype}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids is {found}: allowed is a tensor of token ids")
     if input_ids.dim() != 2 or 0 in input_ids.shape:

@@ -32,15 +32,17 @@ FEWER = 4  # times fewer rows has the next smaller step, which a batch goes on o
 RECORDED_ON = ("cuda",)  # where the model's own forward over fixed buffers is faster than a cache, being recorded
 
 
-def recorded_batch(model: torch.nn.Module, max_rows: int, stream: bool) -> "RecordedBatch | None":
+def recorded_batch(
+    model: torch.nn.Module, max_rows: int, stream: bool, tokens: int | None = None
+) -> "RecordedBatch | None":
     """Room for max_rows rows on one of the model's steps; None, and one warning why, where there is none.
 
-    stream: see `take_step`.
+    tokens: that a row will hold at most; None: any number. stream: see `take_step`.
     """
     if model.device.type not in model._fast_generation_devices:
         return None
     rows, reason = 1 << (max_rows - 1).bit_length(), next(ineligible_model_reasons(model), None)
-    if reason is None and (step := take_step(model, rows, stream=stream)) is not None:
+    if reason is None and (step := take_step(model, rows, tokens, stream=stream)) is not None:
         # Prompts end to end were checked with the attentions that take a mask of slots.
         made = PackedBatch if model.config._attn_implementation in MASKS else RecordedBatch
         return made(model, step, max_rows)
@@ -48,7 +50,7 @@ def recorded_batch(model: torch.nn.Module, max_rows: int, stream: bool) -> "Reco
         return None
     reason = reason or "its fused step cannot be used, see above"
     obstacle = next(forward_obstacles(model), None)
-    if obstacle is None and (step := take_step(model, rows, kind="forward", stream=stream)) is not None:
+    if obstacle is None and (step := take_step(model, rows, tokens, "forward", stream=stream)) is not None:
         logger.info_once(f"generate_batch runs the model's own forward pass over fixed buffers: {reason}")
         return RecordedBatch(model, step, max_rows)
     reason, remedy = obstacle or Obstacle(reason, "none")
@@ -161,7 +163,7 @@ class PackedBatch(RecordedBatch):
 
     def _go_on_with(self, rows: Sequence, size: int) -> None:
         """On a smaller step, where an earlier call has left one: it takes less time."""
-        smaller = take_kept_step(self.model, size, stream=self.current.stream)
+        smaller = take_kept_step(self.model, size, self.current.slots, stream=self.current.stream)
         if smaller is None:
             return
         seats = [row.seat for row in rows]

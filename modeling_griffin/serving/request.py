@@ -10,6 +10,9 @@ import torch
 from .state import GenerationState, check_is_state
 
 
+LARGEST = torch.finfo(torch.float32).max  # of settings, which the sampler holds so
+
+
 @dataclass
 class GenerationRequest:
     """One generation.
@@ -55,11 +58,11 @@ class GenerationRequest:
             setattr(self, name, _plain(getattr(self, name)))
         for name, allowed, holds in (
             ("max_new_tokens", "whole numbers from 0", _is_whole(self.max_new_tokens) and self.max_new_tokens >= 0),
-            ("temperature", "numbers from 0", _is_number(self.temperature) and 0 <= self.temperature < float("inf")),
+            ("temperature", f"numbers from 0 to {LARGEST:.1e}", _is_number(self.temperature) and self.temperature >= 0),
             ("top_k", "whole numbers from 0", _is_whole(self.top_k) and self.top_k >= 0),
             ("top_p", "numbers above 0 up to 1", _is_number(self.top_p) and 0 < self.top_p <= 1),
             ("min_p", "numbers from 0 to 1", _is_number(self.min_p) and 0 <= self.min_p <= 1),
-            ("repetition_penalty", "numbers above 0", _is_positive(self.repetition_penalty)),
+            ("repetition_penalty", f"numbers above 0 up to {LARGEST:.1e}", _is_positive(self.repetition_penalty)),
             ("seed", "whole numbers", _is_whole(self.seed)),
             ("stop", "strings that are not empty", _are_strings(self.stop)),
         ):
@@ -103,11 +106,11 @@ def _is_whole(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_positive(value) -> bool:
-    return _is_number(value) and 0 < value < float("inf")
+    return _is_number(value) and value > 0
 
 
 def _are_strings(value) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..decode.upload import upload
+from .request import LARGEST
 
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -35,9 +36,9 @@ class Sampler:
         index = upload(list(seats), self.device)
         for seat, request in zip(seats, requests):
             self.asked[seat] = request
-        self.settings[:, index] = upload(
-            [[float(getattr(request, name)) for request in requests] for name in SETTINGS], self.device
-        )
+        most = {"top_k": self.vocabulary}  # which keeps all, as any larger number does
+        settings = [[float(min(getattr(each, n), most.get(n, LARGEST))) for each in requests] for n in SETTINGS]
+        self.settings[:, index] = upload(settings, self.device)
         self.key[index] = _mix(upload([_signed(request.seed) for request in requests], self.device))
         self.drawn.index_fill_(0, index, 0)
         if any(request.repetition_penalty != 1 for request in requests):

@@ -154,7 +154,7 @@ def save_state(state: GenerationState, model: torch.nn.Module, path: str | os.Pa
     """Writes the state to one safetensors file, all or nothing."""
     check_is_state("state", state)
     state.check(model)
-    tensors = {"logits": state.logits, "lengths": torch.tensor(state.lengths)}
+    tensors = {"logits": state.logits, "lengths": torch.tensor(state.lengths, dtype=torch.long)}
     for index, (first, second) in enumerate(state.layers):
         tensors |= {f"layers.{index}.0": first, f"layers.{index}.1": second}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -182,7 +182,9 @@ def load_state(model: torch.nn.Module, path: str | os.PathLike) -> GenerationSta
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:  # of a folder or a device, without its name
         raise ValueError(f"{path}: not a readable state file ({error})") from error
     for field, expected in {"format": FORMAT, **_description(model)}.items():
         if metadata.get(field) != expected:

@@ -15,5 +15,5 @@ def name_compiled(wrapper: nn.Module, name: str, model: nn.Module) -> None:
     """A hook of PyTorch's, called for each module that gets a child: that of `torch.compile(model)` is the model."""
     if name == "_orig_mod":
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
-        if isinstance(inner._get_name(), CausalLMName):
+        if type(inner._get_name()).__name__ == CausalLMName.__name__:  # a copy from the Hub has a class of its own
             wrapper._get_name = functools.partial(CausalLMName, type(wrapper).__name__)

@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_griffin.configuration_griffin import AUTO_MAP
-from modeling_griffin.saving.mask_secrets import holds_token, mask_secrets
+from modeling_griffin.saving.mask_secrets import MASK, holds_token, is_secret_name, mask_secrets
 from modeling_griffin.saving.save import code_files
 from modeling_griffin.saving.saved_files import (
     INDEX,
@@ -23,6 +24,9 @@ from modeling_griffin.saving.saved_files import (
 UPLOADED = ("config.json", "generation_config.json", "metrics.json", "loss_curve.png", *TOKENIZER_FILES, *LICENCE_FILES)
 # Some tools write what they were called with into these, a token of the Hub among it.
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", INDEX, *LICENCE_FILES)
+SETTINGS += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+OF_SERVICES = re.compile(r"^(token|.*(hf|hub|api|auth|access|bearer|refresh|secret|session).*token)$", re.IGNORECASE)
 
 
 def list_files(folder: Path, trust_remote_code: bool) -> tuple[list[str], list[str]]:
@@ -90,6 +94,8 @@ def list_code(folder: Path, auto_map: dict) -> list[str]:
             path.stat()
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} is missing: save the model again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the code in {folder} is not UTF-8 text ({error}): save the model again") from error
     if outside := sorted(str(path) for path in paths if path.parent != folder):
         raise ValueError(f"the code in {folder} imports {', '.join(outside)}: allowed are files beside it")
     return sorted(path.name for path in paths)
@@ -109,12 +115,32 @@ def check_own_files(folder: Path, names: list[str]) -> None:
             raise ValueError(f"{path} is {what}: allowed are files of the folder itself; `cp -rL` makes such a folder")
         if name in SETTINGS or name.endswith(".py"):
             check_no_token(path)
+        if name in SETTINGS and name.endswith(".json") and (field := secret_field(read_json_object(path))):
+            raise ValueError(f"{path} holds a secret by its name, {field}: take it out first")
 
 
 def check_no_token(path: Path) -> None:
     """Raises ValueError where a token stands in a text that is sent as it is."""
     if holds_token(path.read_text(encoding="utf-8", errors="replace")):
         raise ValueError(f"{path} holds a token, a private key or a URL with credentials: take it out first")
+
+
+def secret_field(value: Any) -> str | None:
+    """The first field, at any depth, that holds a text and is called as secrets are.
+
+    A tokenizer's fields are called `..._token` and hold none: such names count only where they are of a service.
+    """
+    if isinstance(value, list):
+        return next(filter(None, map(secret_field, value)), None)
+    if not isinstance(value, dict):
+        return None
+    for name, entry in value.items():
+        is_token = name.lower().endswith("token") and not OF_SERVICES.search(name)
+        if isinstance(entry, str) and entry not in ("", MASK) and is_secret_name(name) and not is_token:
+            return name
+        if (found := secret_field(entry)) is not None:
+            return found
+    return None
 
 
 def content(folder: Path, name: str) -> Path | bytes:

@@ -27,6 +27,11 @@ FREE_BEGINNINGS = (
     *("logging_", "log_", "eval_", "save_", "hub_", "push_", "report_to", "trackio_", "ddp_", "fsdp", "torch_compile"),
     *("activation_checkpointing", "gradient_checkpointing"),
 )
+# Of these, what all processes of one run do together, or not at all: another run may do it otherwise.
+TOGETHER = ("save_", "eval_", "logging_", "ddp_")
+TOGETHER += ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size")
+TOGETHER += ("batch_eval_metrics", "prediction_loss_only", "include_num_input_tokens_seen")
+ALONE = {"save_total_limit", "logging_dir", "ddp_timeout"}  # what each may do as it likes
 # Texts are compared by their tokens, wherever they lie.
 DATA_SETTINGS = ("text_column", "dataset_subset", "train_split", "eval_split", "eval_fraction", "split_seed")
 TOKEN_SETTINGS = ("tokenizer", "tokenizer_vocab_size", "sequence_length")
@@ -66,6 +71,13 @@ def settings_of(
     processes = training_arguments.world_size
     rows = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps * processes // shared_by
     settings = {**data, **training, "float8": float8, "processes": processes, "rows of a step": rows}
+    return mask_values(json.loads(json.dumps(settings, default=str)))
+
+
+def settings_together(training_arguments: TrainingArguments) -> dict:
+    """{name: value} of what processes do together: one that saves, evaluates or logs alone waits for the others."""
+    given = training_arguments.to_dict().items()
+    settings = {name: value for name, value in given if name.startswith(TOGETHER) and name not in ALONE}
     return mask_values(json.loads(json.dumps(settings, default=str)))
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from training.hub_ids import require_on_hub
-from training.text_files import check_link, files_of, first_bad_line, in_file, read_bytes, read_records
+from training.text_files import check_columns, check_link, files_of, first_bad_line, in_file, read_bytes, read_records
 from training.text_tokenizer import document_ends, encode
 
 
@@ -48,10 +48,15 @@ def load_documents(
         documents = _read_files(source, files, text_column, strict=not path.is_dir())
     else:
         documents = _select_text(source, _load_from_hub(field, source, split, subset), text_column)
-    documents = documents.filter(_has_text, desc="Dropping empty documents") if len(documents) else documents
-    if len(documents) == 0:
+    try:
+        full = documents.filter(_has_text, desc="Dropping empty documents") if len(documents) else documents
+    except UnicodeDecodeError as error:  # readers of records do not look
+        raise ValueError(f"{first_bad_line(files, text_column) or source} is not UTF-8 text ({error})") from error
+    if len(full) == 0:
         raise ValueError(f"{source!r} holds no text: allowed are sources with at least one document that is not empty")
-    return documents
+    if empty := len(documents) - len(full):
+        print(f"left out of {source}: {empty:,} of {len(documents):,} documents, which are empty")
+    return full
 
 
 def hold_out(documents: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -236,6 +241,8 @@ def _select_text(
     if text_column not in records.column_names:
         raise ValueError(f"text_column = {text_column!r}: {source!r} has the columns {sorted(records.column_names)}")
     records = records.select_columns([text_column])
+    if files and RECORD_FORMATS[files[0].suffix.lower()] == "json" and records.data.column(text_column).null_count:
+        check_columns(files, text_column)
     dtype = getattr(records.features[text_column], "dtype", None)
     if dtype == "null":  # of records that are all empty, or of none
         return datasets.Dataset.from_dict({"text": []})

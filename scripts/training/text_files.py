@@ -14,6 +14,7 @@ from datasets.utils import logging
 
 
 LONG_READ_BYTES = 200_000_000  # from here on reading takes seconds, and shows how far it is
+BEGINNING_BYTES = 4096  # of a file, blank lines included
 SNIPPET_BYTES = 60  # of a line that cannot be read
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 
@@ -79,6 +80,8 @@ def read_records(format: str, files: list[Path], text_column: str) -> datasets.D
     files = [file for file in files if file.stat().st_size]  # an empty file has no records, and the reader fails on it
     if not files:
         return _no_records(text_column)
+    if format == "json":
+        _check_first_records(files)
     try:
         return _load(format, files)
     except Exception as error:  # the readers' errors have no common class
@@ -91,6 +94,14 @@ def read_records(format: str, files: list[Path], text_column: str) -> datasets.D
             names = f"{files[0]} to {files[-1]}" if len(files) > 1 else files[0]
             raise ValueError(f"{names} cannot be read together as {format}: {cause}") from error
         raise ValueError(f"{place} cannot be read as {format}: {cause}") from error
+
+
+def _check_first_records(files: list[Path]) -> None:
+    """Raises ValueError for a file that begins with null: the reader ends the process, without a word."""
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(BEGINNING_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"null"):
+                raise ValueError(f"{file} begins with null: allowed are JSON records")
 
 
 def _no_records(text_column: str) -> datasets.Dataset:
@@ -108,10 +119,32 @@ def first_bad_line(files: list[Path], text_column: str) -> str | None:
     return None
 
 
+def check_columns(files: list[Path], text_column: str) -> None:
+    """Raises ValueError for the first record of JSON files without this column, where the reader puts null."""
+    for file in files:
+        for place, record in _records(file):
+            if text_column not in record:
+                raise ValueError(
+                    f"{place} has no {text_column!r}: allowed are records that all have it, empty or null where there "
+                    "is no text"
+                )
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict]]:
+    """(where it lies, the record), of a JSON file that the reader has read."""
+    content = read_bytes(file)
+    if content.lstrip().startswith(b"["):
+        yield from ((f"{file}, record {number}", each) for number, each in enumerate(json.loads(content), 1))
+        return
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            yield f"{file}, line {number}", json.loads(line)
+
+
 def _is_record(line: bytes, text_column: str) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and isinstance(record.get(text_column, ""), str | None)
 

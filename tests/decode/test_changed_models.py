@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
+from transformers import GenerationMixin, cache_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -495,6 +496,63 @@ def test_blocks_of_several_attentions(kinds, length, small_model):
     for options in ({}, static, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
         rows = ids[:1] if "prompt_lookup_num_tokens" in options else ids
         assert torch.equal(run(model, rows, **options), run(plain, rows, **options))
+
+
+def flipped(function):
+    return lambda self, *args, **kwargs: function(self, *args, **kwargs).flip(-1)
+
+
+def negated(function):
+    """Of keys and values, or of states: what a cache keeps is another thing."""
+    return lambda self, first, second, *args, **kwargs: function(
+        self, -first, -second if isinstance(second, torch.Tensor) else second, *args, **kwargs
+    )
+
+
+def with_other_logits(function):
+    def turned(self, *args, **kwargs):
+        found = function(self, *args, **kwargs)
+        outputs = next(each for each in (found, *args, *kwargs.values()) if hasattr(each, "logits"))
+        outputs.logits = -outputs.logits
+        return found
+
+    return turned
+
+
+def with_other_ids(function):
+    def shifted(self, *args, **kwargs):
+        inputs = function(self, *args, **kwargs)
+        return {**inputs, "input_ids": (inputs["input_ids"] + 1) % 29}
+
+    return shifted
+
+
+@pytest.mark.parametrize(
+    "place, name, change",
+    [
+        (GenerationMixin, "_sample", flipped),
+        (GenerationMixin, "_assisted_decoding", flipped),
+        (GenerationMixin, "_prefill", with_other_logits),
+        (GenerationMixin, "prepare_inputs_for_generation", with_other_ids),
+        (GriffinForCausalLM, "_prefill", with_other_logits),
+        (cache_utils.Cache, "update", negated),
+        (cache_utils.DynamicSlidingWindowLayer, "update", negated),
+        (cache_utils.LinearAttentionLayer, "update_recurrent_state", negated),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_transformers_functions_that_were_replaced(place, name, change, small_model, monkeypatch):
+    """By tools that put loops or caches of their own there: what `generate` computes is theirs, as of a Llama."""
+    model, ids = small_model(layer_types=SIX), torch.randint(5, 29, (1, 11))
+    lookup = {"prompt_lookup_num_tokens": 3}
+    ways = [lookup] if name == "_assisted_decoding" else [{}] if name == "_sample" else [{}, lookup]
+    before = [run(model, ids, **way) for way in ways]
+    monkeypatch.setattr(place, name, change(getattr(place, name)), raising=False)
+    found = [run(model, ids, **way) for way in ways]
+    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ())
+    assert not torch.equal(found[0], before[0]), "the change changes nothing"
+    for each, way in zip(found, ways):
+        assert torch.equal(each, run(model, ids, **way))
 
 
 def test_a_recording_holds_what_stood_there(small_model, monkeypatch):

@@ -17,6 +17,7 @@ TOKEN = "hf_" + "a1B2" * 8
     ["hub_token", "push-to-hub-token", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "password"]
     + ["db.password", "hftoken", "wandb_apikey", "client_secret", "encryption_key", "credentials", "basic_auth"]
     + ["creds", "auth_header", "token_string", "passwords", "smtp_pw", "passkey", "pswd", "id_jwt", "sas"]
+    + ["hub_tokens", "access_tokens", "apikeys", "cookies", "slack_webhook", "pass_phrase", "dbpasswd"]
     + ["hub_toke", "hub-tok", "passw", "client_secr"],  # cut off, as argparse takes them
 )
 def test_the_name_tells(name):
@@ -58,6 +59,18 @@ def test_the_name_tells(name):
         ("dapi0123456789abcdef0123456789abcdef", "dapi0"),
         ("eyJhbGciOiJIUzI1.eyJzdWIiOiIx.c2ln", "eyJ"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\ndef", "abc"),
+        (f"sk-ant-api03-AbCdEfGhIjKlMnOpQrSt-{'x' * 20}-short_tail", "short_tail"),
+        (f"xai-{'a1B2' * 20}", "a1B2"),
+        (f"rpa_{'AB12' * 8}", "AB12"),
+        (f"dckr_pat_{'abc-D_' * 5}", "abc-D_"),
+        (f"GOCSPX-{'abc-D_' * 5}", "abc-D_"),
+        (f"glrt-{'abcdef12' * 3}", "abcdef12"),
+        (f"xapp-1-A01-23-{'abcdef12' * 3}", "abcdef12"),
+        (f"whsec_{'abcdef12' * 3}", "abcdef12"),
+        (f"https://api.telegram.org/bot123456789:{'AAbc-_f' * 5}/sendMessage", "AAbc-_f"),
+        ("https://x.webhook.office.com/webhookb2/a1@b2/IncomingWebhook/hunter2/c3", "hunter2"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\nabc\ndef", "abc"),
+        (json.dumps(json.dumps({"token": "hunter2"})), "hunter2"),
         ("train.py 'unbalanced --password hunter2", "hunter2"),
     ],
 )
@@ -81,6 +94,7 @@ def test_the_shape_tells(text, secret):
         ("/usr/bin/mysqldump -phunter2 -u me db", f"/usr/bin/mysqldump -p{MASK} -u me db"),
         ("docker login -u me -p hunter2 host", f"docker login -u me -p {MASK} host"),
         ("wandb login 0123456789abcdef", f"wandb login {MASK}"),
+        ("wandb login --relogin 0123456789abcdef && x", f"wandb login --relogin {MASK} '&&' x"),
         ("curl https://hooks.slack.com/services/T0/B0/hunter2", f"curl https://{MASK}"),
     ],
 )

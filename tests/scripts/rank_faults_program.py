@@ -42,6 +42,7 @@ def main(config: str, folder: Path) -> None:
     read = train.read_arguments
     for name, words in {
         "other_seed": ["--split_seed", "5"],
+        "other_saves": ["--save_steps", "3", "--per_device_eval_batch_size", "3"],
         "other_data": ["--train_data", str(folder / "other.jsonl")],
     }.items():
         with_other_words_on_rank_1(words)

@@ -391,6 +391,29 @@ def test_a_token_in_settings_or_code_is_refused(client, folder, tmp_path, name):
     assert said.startswith(f"{mine / name} holds a token")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_a_secret_is_known_by_its_name_too(client, folder, tmp_path, name):
+    mine = copy_of(folder, tmp_path)
+    path = mine / name
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    for field in ("wandb_api_key", "hub_token", "password"):
+        path.write_text(json.dumps({**settings, "deep": [{field: "hunter2"}]}))
+        said = refusal(client, mine, "me/x", "--dry-run")
+        assert said == f"{path} holds a secret by its name, {field}: take it out first"
+    tokens = {"image_token": "<image>", "fim_prefix_token": "<fim>", "token": None, "extra": {"eot_token": "<eot>"}}
+    path.write_text(json.dumps({**settings, **tokens}))
+    assert f"  {name}\n" in client.printed(LISTING, folder=mine)
+
+
+def test_code_that_is_no_text(client, folder, tmp_path):
+    mine = copy_of(folder, tmp_path)
+    (mine / "padding.py").write_bytes(b"\xff\xfe\x00")
+    said = refusal(client, mine, "me/x", "--dry-run", "--trust-remote-code")
+    assert said.startswith(f"the code in {mine} is not UTF-8 text (")
+
+
 @pytest.mark.parametrize("change, message", [("more", "hold what is not the model's: spy"), ("less", "lack model.")])
 def test_weights_that_are_not_the_models(client, folder, tmp_path, change, message):
     mine = copy_of(folder, tmp_path)

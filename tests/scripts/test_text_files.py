@@ -92,6 +92,37 @@ def test_a_line_whose_text_is_none(tmp_path, second, capfd):
     assert capfd.readouterr() == ("", "")  # neither a bar that stops half-way nor the reader's own words
 
 
+def test_a_record_without_the_column(tmp_path, capsys):
+    """The reader would put null there, and the document would be gone without a word."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"body": "two"}\n')
+    one_line(tmp_path / "a.jsonl", r"a\.jsonl, line 3 has no 'text': allowed are records that all have it")
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"body": "two"}]')
+    one_line(tmp_path / "a.json", r"a\.json, record 2 has no 'text'")
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}\n{"text": "one"}\n')
+    one_line(tmp_path / "b.jsonl", r"b\.jsonl, line 1 has no 'text'")
+    (tmp_path / "b.jsonl").write_text('{"body": "two", "text": "one"}\n{"text": null}\n{"text": ""}\n')
+    assert load_documents(str(tmp_path / "b.jsonl"))["text"][:] == ["one"]
+    assert "b.jsonl: 2 of 3 documents, which are empty\n" in capsys.readouterr().out
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xe9"}\n')
+    one_line(tmp_path / "a.jsonl", r"a\.jsonl, line 2: .* is not UTF-8 text")
+
+
+@pytest.mark.parametrize("content", ["null", " null\n", '\n\nnull\n{"text": "a"}\n'])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_null_for_a_record(tmp_path, name, content):
+    """At a file's beginning, where the reader ends the process."""
+    (tmp_path / name).write_text(content)
+    one_line(tmp_path / name, f"{name} begins with null: allowed are JSON records")
+
+
+def test_a_record_that_is_nested_too_deep(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "more": ' + "[" * 2000 + "]" * 2000 + "}\n")
+    one_line(tmp_path / "a.jsonl", r"a\.jsonl, line 2: .* cannot be read as json")
+
+
 def test_links_to_nothing(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").symlink_to("../gone.txt")

@@ -44,7 +44,11 @@ def test_a_rank_that_is_silent_is_named_after_ddp_timeout(jobs):
 
 @pytest.mark.parametrize(
     "name, said",
-    [("other_seed", "rank 1 has split_seed = 5, rank 0 has 0"), ("other_data", "train_data = '2,")],
+    [
+        ("other_seed", "rank 1 has split_seed = 5, rank 0 has 0"),
+        ("other_saves", "per_device_eval_batch_size = 3, rank 0 has 8; save_steps = 3"),
+        ("other_data", "train_data = '2,"),
+    ],
 )
 def test_ranks_compare_before_the_first_step(jobs, name, said):
     assert jobs[name]["failed"] is not None and said in jobs[name]["printed"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState, GriffinForCausalLM
 from modeling_griffin.decode.state import DecodeStep
+from modeling_griffin.decode.steps import STEPS
 from modeling_griffin.serving.recorded_rows import _of_similar_lengths, of_bounded_length
 from tests.tolerances import assert_close
 
@@ -260,6 +262,23 @@ def test_rows_that_join_a_recorded_step_late(kind, small_model, steps, monkeypat
         assert result.tokens == greedy_alone(model, whole, new)
 
 
+def test_a_window_longer_than_the_requests_takes_no_memory(small_model):
+    """Rings hold what the longest request needs; of requests that nobody knows yet, the window."""
+    model, prompt = small_model(attention="sdpa", attention_window_size=500), random_ids(1, 9)[0]
+    state = model.prefill(random_ids(1, 80))
+    slots = lambda: {step.slots for found in STEPS[model].values() for step in found}  # noqa: E731
+    for fields, expected in (
+        ({"max_new_tokens": 50}, 64),
+        ({"max_new_tokens": 60}, 128),
+        ({"max_new_tokens": 50, "state": state}, 256),
+    ):
+        STEPS.pop(model, None)
+        results = model.generate_batch([GenerationRequest(prompt, **fields), None])
+        assert slots() == {expected} and results[1].finish_reason.startswith("error")
+        alone = model.generate_batch(GenerationRequest(prompt, **fields) for _ in range(1))
+        assert slots() == {expected, 500} and alone == results[:1]
+
+
 def test_a_recorded_step_is_free_again(small_model, steps, monkeypatch):
     """After a stream that was left in the middle; a second one meanwhile has a step of its own."""
     monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", ("cpu",))
@@ -325,6 +344,8 @@ def test_bad_arguments(way, small_model):
         (lambda: GenerationRequest([5, 6.5]), "prompt has 6.5"),
         (lambda: GenerationRequest("text"), "prompt = 'text'"),
         (lambda: model.generate_batch(torch.ones(2, 3)), "queue is a Tensor"),
+        (lambda: model.generate_batch({"prompt": [5]}), "queue is a dict"),
+        (lambda: model.generate_batch("text"), "queue is a str"),
         (lambda: GenerationRequest([5], min_p=1.5), "min_p = 1.5"),
         (lambda: GenerationRequest([5], repetition_penalty=0), "repetition_penalty = 0"),
         (lambda: GenerationRequest([5], state=states[0], repetition_penalty=2), "repetition_penalty = 2 with a state"),
@@ -351,6 +372,9 @@ def test_a_bad_request_leaves_the_others_alone(way, small_model):
         "only with a tokenizer": {"prompt": [5], "stop": ["x"]},
         "attention_window_size = 12": {"state": other.prefill(random_ids(1, 3))},
         "temperature = -1": {"prompt": [5], "temperature": -1},
+        "temperature = 1000": {"prompt": [5], "temperature": 10**400},  # more than any float
+        "temperature = Fraction(1000": {"prompt": [5], "temperature": Fraction(10**400, 3)},
+        "repetition_penalty = 1000": {"prompt": [5], "repetition_penalty": 10**400},
         "'new_tokens'": {"prompt": [5], "new_tokens": 3},
         "prompt = 7": 7,
         "prompt = None": None,
@@ -363,6 +387,9 @@ def test_a_bad_request_leaves_the_others_alone(way, small_model):
             assert results[1].tokens == [] and results[1].finish_reason.startswith("error: ValueError: ")
             assert message in results[1].finish_reason
             assert [results[0], results[2], results[3]] == [alone] * 3
+    sampled = {"prompt": [5, 6], "temperature": 1.0, "seed": 3}
+    found = model.generate_batch([good, {**sampled, "top_k": 10**400}, {**sampled, "top_k": 29}])
+    assert found[0] == alone and found[1] == found[2]
 
 
 def test_stop_strings_that_raise_end_their_own_generation(way, small_model, monkeypatch):

@@ -185,6 +185,19 @@ def test_a_state_of_other_layers_is_refused(saved, small_model):
         small_model("hawk").load_state(path)
 
 
+def test_a_folder_is_no_file_of_a_state(small_model, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: not a readable state file"):
+        small_model().load_state(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        small_model().load_state(tmp_path / "nothing")
+
+
+def test_a_state_of_no_rows_is_saved_too(small_model, tmp_path):
+    model = small_model()
+    model.save_state(model.prefill(random_ids(1, 4))[[]], tmp_path / "state")
+    assert len(model.load_state(tmp_path / "state")) == 0
+
+
 def test_another_dtype_is_refused(saved):
     model, path = saved
     with pytest.raises(ValueError, match="dtype = float32: allowed is this model's, bfloat16"):
@@ -249,6 +262,9 @@ def test_bad_arguments(small_model):
         (lambda: model.prefill(random_ids(1, 4)[0]), r"input_ids has shape \(4,\)"),
         (lambda: model.prefill(random_ids(1, 0)), r"input_ids has shape \(1, 0\)"),
         (lambda: model.prefill(random_ids(1, 4), chunk_size=0), "chunk_size = 0"),
+        (lambda: model.prefill(random_ids(1, 4), chunk_size=10**30), "chunk_size = 1000"),
+        (lambda: model.prefill(random_ids(1, 4).to(torch.uint16)), "input_ids is torch.uint16"),
+        (lambda: model.prefill(random_ids(1, 4).to(torch.complex64)), "input_ids is torch.complex64"),
         (lambda: model.prefill(random_ids(2, 4), state), "input_ids has 2 rows: allowed are 1"),
         (lambda: other.prefill(random_ids(1, 4), state), "attention_window_size = 8: allowed is this model's, 12"),
         (lambda: other.save_state(state, "x"), "attention_window_size = 8"),

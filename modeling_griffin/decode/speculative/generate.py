@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..eligibility import CRITERIA, Obstacle, Path, decide, ineligible_model_reasons, shared_places, unused_places
 from ..generate import by_transformers, prefill_into
+from ..original import patched_loop
 from ..state import DecodeStep
 from ..steps import take_step
 from .assistant import Assistant, DraftSettings
@@ -85,6 +86,7 @@ def _plain_is_faster(model, kwargs: dict) -> bool:
     return (
         model.device.type == "cuda"
         and config.prompt_lookup_num_tokens is not None
+        and patched_loop() is None
         and not (config.do_sample or config.return_dict_in_generate)
         and all(type(each) in CRITERIA for each in kwargs["stopping_criteria"])
     )
