@@ -162,11 +162,17 @@ def test_processes_side_by_side_find_the_same(finished, tmp_path):
     assert all(outcome(record) == outcome(expected[key]) for key, record in actual.items())
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    def run_but_broken(run):
+        if run["arm"] == "broken":
+            raise ValueError("out of luck")
+        return run_one(run)
+
+    monkeypatch.setattr("compare_lambda_inits.run_one", run_but_broken)
     tasks = {"recall": {**RECALL, "learning_rates": [1e-3]}}
-    arms = {"uniform": {"lambda_init": "uniform"}, "broken": {"lambda_init": "no_such"}}
+    arms = {"uniform": {"lambda_init": "uniform"}, "broken": {"lambda_init": "constant"}}
     config = write_sweep(tmp_path, tasks=tasks, arms=arms, seeds=[0])
-    with pytest.raises(SystemExit, match=r"recall/broken/lr0.001/seed9: ValueError.*no_such"):
+    with pytest.raises(SystemExit, match=r"recall/broken/lr0.001/seed9: ValueError.*out of luck"):
         main([config, "--output", str(tmp_path), "--device", "cpu"])
     assert [json.loads(line)["arm"] for line in lines(tmp_path)] == ["uniform", "uniform"]
 
