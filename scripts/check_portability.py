@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 def _chosen(arguments) -> list[tuple[str, str, str, str]]:
     """GPU, shape, dtype, and what the names of cases have."""
     if arguments.quick:
-        return [(*one, arguments.case or case) for *one, case in QUICK]
+        return [(gpu, shape, dtype, arguments.case or case) for gpu, shape, dtype, case in QUICK]
     shapes = arguments.shape or ["2B", "9B", "test 2B", "100M", "heads of 64"]
     case = arguments.case
     return [(gpu, shape, dtype, case) for gpu in arguments.gpu for shape in shapes for dtype in arguments.dtype]
