@@ -35,7 +35,7 @@ COMPILED_ON_AMD = ("gfx90a", "gfx942", "gfx1100")  # there the words of the scan
 ON_AMD = (
     "on AMD GPUs everything is in plain PyTorch (scan, convolution, gates, norms, rotation, activation, loss, local "
     f"attention, and generate in Transformers' loop); the environment variable {AMD_SWITCH}=1 turns the Triton kernels "
-    f"on, which compile for {', '.join(COMPILED_ON_AMD)} but were never run there"
+    f"on, which compile for {', '.join(COMPILED_ON_AMD)} (the last without gates and decoding) but were never run"
 )
 OLDEST_TRITON = (3, 5)  # before, programmatic dependent launch is missing; PyTorch 2.9 brings 3.5
 FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too

@@ -14,8 +14,8 @@ A published map is one 64-bit word per channel: b in the low half, a in the high
 torn, so it needs no flag and no fence; 0 means not published; a = 0 means complete: what came before does not matter.
 
 Names: p_ pointer, i_ index, m_ mask, s segment, c channel; tiles are (SEGMENTS, CHANNELS) tensors, one for each row.
-SEGMENTS * CHANNELS is twice the number of threads: every array, of 16, 32 or 64 bits, then has the same layout, and no
-value is held by two threads. The look-back needs that: two threads that poll one word may see different values.
+SEGMENTS * CHANNELS is 64 a warp, two or one a thread: every array, of 16, 32 or 64 bits, then has the same layout, and
+no value is held by two threads. The look-back needs that: two threads that poll one word may see different values.
 
 VARLEN: one row holds sequences end to end, and states have a row each. `lay_out_kernel` says which tokens are a first
 one, a reset, a last one; states are loaded and stored at these alone, so where none is, nothing is added to memory.
@@ -63,8 +63,7 @@ def _compose_twice(a_1, b_1, a_before_1, b_before_1, a_2, b_2, a_before_2, b_bef
 @triton.jit
 def _scan_segments(a, b, SEGMENTS: tl.constexpr):
     """Maps of the segments -> maps from the tile's start to each segment's end, and to each segment's start."""
-    one = tl.full(a.shape, 1.0, tl.float32)
-    zero = tl.full(a.shape, 0.0, tl.float32)
+    one, zero = tl.full(a.shape, 1.0, tl.float32), tl.full(a.shape, 0.0, tl.float32)
     if SEGMENTS == 1:
         return a, b, one, zero
     else:
@@ -79,15 +78,16 @@ def _pack(a, b):
 
 @triton.jit
 def _address(p_words):
-    """Of no known tensor: in one of less than 2 GB AMD's compiler leaves out what `.wt` and `.cv` ask for."""
-    return p_words.to(tl.int64).to(tl.pointer_type(tl.int64)) if AMD else p_words
+    """Of no known tensor: in one of less than 2 GB, AMD's compiler leaves out what `.wt` and `.cv` ask for."""
+    if AMD:  # no instruction, but the compiler cannot look through it
+        p_words = tl.inline_asm_elementwise("", "=s,0", [p_words.to(tl.int64)], dtype=tl.int64, is_pure=True, pack=1)
+    return p_words.to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
 def _publish(p_word, a, b, mask):
     """The word is read soon, and written again: it should not give way to the tiles that pass through the cache."""
-    through: tl.constexpr = ".wt" if AMD else ""  # on MI300 the chip's parts have caches of their own
-    tl.store(p_word, _pack(a, b), mask, cache_modifier=through, eviction_policy="" if AMD else "evict_last")
+    tl.store(p_word, _pack(a, b), mask, cache_modifier=".wt" if AMD else "", eviction_policy="evict_last")
 
 
 @triton.jit

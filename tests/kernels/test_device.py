@@ -8,7 +8,7 @@ import torch
 
 from modeling_griffin import gpu
 from modeling_griffin.kernels.device import __main__ as report
-from modeling_griffin.kernels.device import attention_refusal, decode, training
+from modeling_griffin.kernels.device import attention_refusal, decode, gates_refusal, training
 from modeling_griffin.kernels.device.known import KNOWN, known_gpu
 
 
@@ -103,6 +103,8 @@ def test_the_switch_for_amd(monkeypatch):
     monkeypatch.setenv(gpu.AMD_SWITCH, "1")
     assert decode.decode_refusal(KNOWN["gfx942"]) is None and not decode.decode_gemm_fits(KNOWN["gfx942"])
     assert all(gpu.triton_refusal(KNOWN[name]) is None for name in ("gfx90a", "gfx942", "gfx1100"))
+    assert "spill" in decode.decode_refusal(KNOWN["gfx1100"]) and "spill" in gates_refusal(KNOWN["gfx1100"])
+    assert gates_refusal(KNOWN["gfx942"]) is None
     for name in ("gfx908", "gfx1030", "gfx1201"):  # of other families; Triton's bits for them were not looked at
         reason = gpu.triton_refusal(KNOWN["gfx1100"]._replace(architecture=name))
         assert f"is {name}, the kernels were compiled for gfx90a, gfx942, gfx1100 alone" in reason

@@ -11,6 +11,7 @@ Legend: N outputs of a product, D inputs, K head dimension, W attention window.
 import torch
 
 from ...gpu import GPU, multiprocessors, triton_refusal
+from .known import SPILLING
 
 
 OLDEST_FOR_DECODING = (8, 0)
@@ -132,12 +133,14 @@ def _made_to_fit(height: int, block_m: int, block_d: int, stages: int, limit: in
 
 
 def decode_refusal(gpu: GPU) -> str | None:
-    """None where the kernels of a decoding step run, else why not. On Turing they spill kilobytes of registers."""
+    """None where the kernels of a decoding step run, else why not. On Turing and RDNA 3 they spill registers."""
     if (reason := triton_refusal(gpu)) is not None:
         return reason
     if gpu.vendor == "nvidia" and gpu.capability < OLDEST_FOR_DECODING:
         found, needed = (".".join(map(str, each)) for each in (gpu.capability, OLDEST_FOR_DECODING))
         return f"{gpu.name} has compute capability {found}, the kernels of a decoding step need {needed}"
+    if gpu.architecture in SPILLING:
+        return f"on {gpu.architecture} the kernels of a decoding step spill registers"
     return None
 
 

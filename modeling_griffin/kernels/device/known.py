@@ -20,6 +20,8 @@ KNOWN = {
     "gfx942": GPU("MI300X (CDNA 3)", "amd", (0, 0), 304, 64 * KIB, "gfx942"),
     "gfx1100": GPU("RX 7900 (RDNA 3)", "amd", (0, 0), 96, 64 * KIB, "gfx1100"),
 }
+# Where the kernels of gates and of decoding steps spill up to two kilobytes of registers a thread, as compiled.
+SPILLING = ("gfx1100",)
 
 
 def known_gpu(architecture: str) -> GPU:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...gpu import GPU, triton_refusal
+from .known import SPILLING
 
 
 class AttentionTile(NamedTuple):
@@ -122,4 +123,6 @@ def gates_refusal(gpu: GPU) -> str | None:
     """None where both gates are made by their kernels, else why not."""
     if gpu.vendor == "nvidia" and gpu.capability < (8, 0):
         return "the GPU is older than compute capability 8.0"
+    if gpu.architecture in SPILLING:
+        return f"on {gpu.architecture} their kernels spill registers"
     return None
