@@ -113,6 +113,20 @@ def test_words_in_a_cache(architecture, poll, stores, hidden):
     assert check_portability._hidden_words(words_of(architecture, poll, *stores)) == hidden
 
 
+@pytest.mark.parametrize(
+    "architecture, dtype, case, kernel, expected",
+    [
+        ("sm_90", "bfloat16", "scan (1, 4096)", "backward_kernel", 128),
+        ("sm_90", "float32", "decode, 1 rows", "attention_kernel", 1024),
+        ("sm_90", "bfloat16", "16 sequences of 4096 tokens", "backward_kernel", 128),
+        ("gfx1100", "bfloat16", "16 sequences of 4096 tokens", "backward_kernel", 320),
+        ("gfx1100", "bfloat16", "scan (1, 4096)", "backward_kernel", 128),
+    ],
+)
+def test_a_bound_of_spills_is_for_what_it_names(architecture, dtype, case, kernel, expected):
+    assert check_portability._allowed_spills(architecture, dtype, case, kernel) == expected
+
+
 @pytest.mark.parametrize("architecture", ["gfx90a", "gfx1100"])
 def test_words_in_a_cache_by_other_instructions(architecture):
     """Those for tensors of less than 2 GB, which lose the bits; and two words by one load, which could be torn."""
