@@ -2,7 +2,7 @@
 
 Forward moves 4 tensors of (B, T, C), backward 8: each is read or written once, and gates, decay, input scaling and
 recurrence happen in registers. Kept for the backward pass: x, both gates and hidden. How they work is said in
-`rg_lru_scan_triton_kernels`; a single step has a kernel of its own, in `rg_lru_scan_triton_step`. This file chooses
+`rg_lru_scan_triton_kernels`; a single step has a kernel of its own, in `rg_lru_scan_triton_around`. This file chooses
 tiles, launches, and registers forward and backward as PyTorch operators.
 """  # SPDX-License-Identifier: Apache-2.0
 
@@ -19,10 +19,9 @@ from .slots import require_slot, slot
 try:
     import triton
 
-    from .rg_lru_scan_triton_around import clear_kernel, sum_rows_kernel
+    from .rg_lru_scan_triton_around import clear_kernel, step_kernel, sum_rows_kernel
     from .rg_lru_scan_triton_kernels import backward_kernel, forward_kernel
     from .rg_lru_scan_triton_math import PTX
-    from .rg_lru_scan_triton_step import step_kernel
 except ImportError:
     triton = None
 
@@ -51,16 +50,13 @@ class Tile(NamedTuple):
 # fewer; else smaller ones, of which more fit.
 ONE_STEP = Tile(1, 1, 256)  # backward; forward has a kernel of its own
 FORWARD, FORWARD_NARROW, FORWARD_FLOAT32 = Tile(4, 16, 64, 96), Tile(8, 16, 32, 96), Tile(4, 8, 64, 96)
-FORWARD_NARROW_RESETS = Tile(8, 16, 32, 128)  # at 96 registers 192 bytes a thread would lie in memory
 BACKWARD, BACKWARD_TALL, BACKWARD_FLOAT32 = Tile(4, 8, 64, 96), Tile(4, 16, 64, 168), Tile(4, 4, 64, 96)
 
 
-def _forward_tile(batch: int, channels: int, exact: bool, resets: bool = False) -> Tile:
+def _forward_tile(batch: int, channels: int, exact: bool) -> Tile:
     if exact:
         return FORWARD_FLOAT32
-    if batch * channels > 64 * 128:
-        return FORWARD
-    return FORWARD_NARROW_RESETS if resets else FORWARD_NARROW
+    return FORWARD if batch * channels > 64 * 128 else FORWARD_NARROW
 
 
 def _backward_tile(batch: int, length: int, channels: int, exact: bool) -> Tile:
@@ -123,7 +119,7 @@ def _forward(x, recurrence_gate, input_gate, log_decay, initial_state, reset, cu
     elif cu_seqlens is not None and x.shape[1] < cu_seqlens.shape[0]:  # about one token each
         require_slot("launch_walk")(exact, inputs, sequences, (hidden, last_state))
     else:
-        tile = _forward_tile(x.shape[0], x.shape[2], exact, reset is not None and cu_seqlens is None)
+        tile = _forward_tile(x.shape[0], x.shape[2], exact)
         layout = _Layout(*sequences, inputs[4], last_state)
         _launch(forward_kernel, tile, exact, inputs, (hidden, last_state), layout)
     return hidden, last_state

@@ -18,7 +18,7 @@ SEGMENTS * CHANNELS is 64 a warp, two or one a thread: every array, of 16, 32 or
 no value is held by two threads. The look-back needs that: two threads that poll one word may see different values.
 
 VARLEN: one row holds sequences end to end, and states have a row each. `lay_out_kernel` says which tokens are a first
-one, a reset, a last one; states are loaded and stored at these alone, so where none is, nothing is added to memory.
+one, a reset, a last one, and which tiles have none: these run the plain code, and touch no state.
 
 PDL: the kernel may start while the one that clears the words ends, and waits for that before it touches anything.
 """  # SPDX-License-Identifier: Apache-2.0
@@ -27,17 +27,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .rg_lru_scan_triton_math import (
-        AMD,
-        compute_again,
-        decay,
-        load,
-        reciprocal,
-        sigmoid,
-        square_root,
-        store,
-        to_float32,
-    )
+    from .rg_lru_scan_triton_math import AMD, PTX, decay, load, reciprocal, sigmoid, square_root, store, to_float32
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
@@ -102,11 +92,6 @@ def _and(a, b):
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
 def _is_waiting(high, i_word, is_word, WORDS: tl.constexpr):
     """Until all words are published and one of them is complete in every channel: one vote, so one barrier a poll.
 
@@ -160,18 +145,19 @@ def _take_tile(p_words, n_tiles, CHANNELS: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
-def _load_resets(p_reset, t, T, ROWS: tl.constexpr):
-    """Bit i: is row i of the segment a reset? (SEGMENTS, 1)"""
-    i = tl.arange(0, ROWS)[None, :]
-    resets = tl.load(p_reset + t + i, mask=t + i < T, other=0)
-    return tl.sum(resets.to(tl.int32) << i, 1)[:, None]
-
-
-@triton.jit
-def _load_marks(p_marks):
-    """Bits of each segment, and of the whole tile: what no row of the tile has, no thread spends an instruction on."""
-    marks = tl.load(p_marks)
-    return marks, tl.reduce(tl.reduce(marks, 1, _or), 0, _or)
+def _load_marks(
+    p_marks, p_reset, n_steps, i_t, i_s, t, T, VARLEN: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """(marks, last, is_marked). Of each segment, bit 16 + i of marks says that row i is a reset, bit i that it is a
+    sequence's first one, bit i of last that it is a last one. is_marked: whether the tile may have any."""
+    if VARLEN:
+        words = tl.load(p_marks + n_steps + i_t * SEGMENTS + i_s)
+        return words.to(tl.int32), (words >> 32).to(tl.int32), tl.load(p_marks + i_t) != 0
+    marks = t * 0
+    if p_reset is not None:  # row by row: a sum over rows would lie in other threads, and each of its bits be moved
+        for i in tl.static_range(ROWS):
+            marks |= tl.load(p_reset + t + i, mask=t + i < T, other=0).to(tl.int32) << (16 + i)
+    return marks, marks, p_reset is not None
 
 
 @triton.jit
@@ -192,6 +178,28 @@ def _store_state(p_states, p_sequence, t, C, c, state, mask):
     tl.store(p_states + n * C + c, state, mask=mask & (c < C))
 
 
+@triton.jit
+def _forward_maps(
+    rs, gs, xs, log_decay, marks, p_initial_state, p_sequence, t, C, c,
+    MARKED: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of each row its map, and of each segment that of all its rows."""
+    a_rows, b_rows = (), ()
+    a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
+    for i in tl.static_range(ROWS):
+        reset = _has(marks, 16 + i) if MARKED else None
+        a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, reset)
+        b = (square_root(y, EXACT) * sigmoid(to_float32(gs[i]), EXACT)) * to_float32(xs[i])
+        if MARKED and VARLEN:  # a sequence goes on from its own state, not from the token in front of it
+            is_first = _has(marks, i)
+            if HAS_INITIAL:
+                b = tl.fma(a, _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0)), b)
+            a = tl.where(is_first, 0.0, a)
+        a_s, b_s = a_s * a, tl.fma(a, b_s, b)
+        a_rows, b_rows = a_rows + (a,), b_rows + (b,)
+    return a_rows, b_rows, a_s, b_s
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     p_x, p_recurrence_gate, p_input_gate, p_log_decay, p_initial_state, p_reset,
@@ -203,9 +211,9 @@ def forward_kernel(
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-    n_blocks = tl.cdiv(C, CHANNELS)
+    n_blocks, n_steps = tl.cdiv(C, CHANNELS), tl.cdiv(T, SEGMENTS * ROWS)
     n_chains = B * n_blocks
-    tile = _take_tile(p_words, n_chains * tl.cdiv(T, SEGMENTS * ROWS), CHANNELS, CHAINED)
+    tile = _take_tile(p_words, n_chains * n_steps, CHANNELS, CHAINED)
     i_t, i_chain = tile // n_chains, tile % n_chains
     i_b = (i_chain // n_blocks).to(tl.int64)
     i_s = tl.arange(0, SEGMENTS)[:, None]
@@ -223,30 +231,13 @@ def forward_kernel(
         gs = gs + (load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
         xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
-    if VARLEN:
-        marks, any_marks = _load_marks(p_marks + i_t * SEGMENTS + i_s)
-    elif HAS_RESET:
-        resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
-
-    a_rows, b_rows = (), ()
-    a_s = tl.full([SEGMENTS, CHANNELS], 1.0, tl.float32)
-    b_s = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
-    for i in tl.static_range(ROWS):
-        a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT)
-        multiplier = square_root(y, EXACT)
-        if VARLEN or HAS_RESET:
-            reset = _has(marks, i + 16) if VARLEN else _has(resets, i)
-            a = tl.where(reset, 0.0, a)
-            multiplier = tl.where(reset, 1.0, multiplier)
-        b = (multiplier * sigmoid(to_float32(gs[i]), EXACT)) * to_float32(xs[i])
-        if VARLEN:  # a sequence goes on from its own state, not from the token in front of it
-            is_first = _has(marks, i)
-            if HAS_INITIAL:
-                if _has(any_marks, i):
-                    b = tl.fma(a, _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0)), b)
-            a = tl.where(is_first, 0.0, a)
-        a_s, b_s = a_s * a, tl.fma(a, b_s, b)
-        a_rows, b_rows = a_rows + (a,), b_rows + (b,)
+    p_row = p_reset + i_b * T if HAS_RESET else None
+    marks, last, is_marked = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
+    states = (log_decay, marks, p_initial_state, p_sequence, t, C, c)
+    if is_marked:
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, True, HAS_INITIAL, VARLEN, EXACT, ROWS)
+    else:
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, False, False, False, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == SEGMENTS - 1
@@ -267,11 +258,83 @@ def forward_kernel(
     for i in tl.static_range(ROWS):
         h = tl.fma(a_rows[i], h, b_rows[i])
         store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
-        if VARLEN:
-            if _has(any_marks, i + 32):
-                _store_state(p_last_state, p_sequence, t + i, C, c, h, _has(marks, i + 32))
-    if not VARLEN and (i_t + 1) * (SEGMENTS * ROWS) >= T:
+    if VARLEN:
+        if is_marked:
+            h = tl.fma(a_start, carry, b_start)
+            for i in tl.static_range(ROWS):
+                h = tl.fma(a_rows[i], h, b_rows[i])
+                _store_state(p_last_state, p_sequence, t + i, C, c, h, _has(last, i))
+    elif (i_t + 1) * (SEGMENTS * ROWS) >= T:
         tl.store(p_last_state + i_b * C + c, state, mask=m_end & m_c)
+
+
+@triton.jit
+def _backward_fold(
+    rs, ds, log_decay, marks, last, p_d_last_state, p_sequence, t, C, c,
+    MARKED: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of each segment the map of all its rows, from the last to the first."""
+    a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
+    for i in tl.static_range(ROWS - 1, -1, -1):
+        is_cut = _has(marks | (marks >> 16), i) if MARKED else None
+        a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, is_cut)
+        d_hidden = to_float32(ds[i])
+        if MARKED and VARLEN and HAS_D_LAST:
+            d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(last, i))
+        a_s, b_s = a_s * a, a * (b_s + d_hidden)
+    return a_s, b_s
+
+
+@triton.jit
+def _compute_again(x):
+    """x, but the compiler does not know: what is computed from it is computed again, instead of held in registers."""
+    if PTX and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    else:
+        return x
+
+
+@triton.jit
+def _backward_rows(
+    rs, ds, gs, xs, hs, k, log_decay, marks, last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence,
+    p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C: tl.constexpr, c,
+    MARKED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of each row, given the k that enters the last; returns the segments' d_log_decay."""
+    d_log_decay = tl.full(log_decay.shape, 0.0, tl.float32)
+    for i in tl.static_range(ROWS - 1, -1, -1):
+        reset = _has(marks, 16 + i) if MARKED else None
+        r, s = sigmoid(to_float32(_compute_again(rs[i])), EXACT), sigmoid(to_float32(gs[i]), EXACT)
+        a, y = decay(log_decay, r, EXACT, reset)
+        multiplier = square_root(y, EXACT)
+        # Differs: 1 / sqrt(y) is bounded at 2 * 1000, as in `BoundedSqrt`; the paper has no bound.
+        inverse = tl.minimum(reciprocal(multiplier, EXACT), 2000.0)
+        x, h_before, dh = to_float32(xs[i]), to_float32(hs[i]), to_float32(ds[i])
+        if MARKED:  # nothing comes over a reset: a is 0 there, and so is d_log_a where h_before is finite
+            is_first = _has(marks, i)
+            h_before = tl.where(is_first | reset, 0.0, h_before)
+            if VARLEN and HAS_INITIAL:
+                h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0))
+            if VARLEN and HAS_D_LAST:
+                dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(last, i))
+        if HAS_INITIAL and not VARLEN and i == 0:
+            h_before += tl.load(p_initial_state + i_b * C + c, mask=(c < C) & (t == 0), other=0.0)
+        dh += k
+        d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
+        k = a * dh
+        if MARKED and VARLEN:
+            if HAS_INITIAL:
+                _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
+            k = tl.where(is_first, 0.0, k)
+        d_x = dh * (multiplier * s)
+        d_r = dh * d_log_a * r
+        d_log_decay += d_r
+        m = (c < C) & (t + i < T)
+        store(p_d_x + first + i * C + offset, d_x, m, MASKED)
+        store(p_d_input_gate + first + i * C + offset, d_x * x * (1.0 - s), m, MASKED)
+        store(p_d_recurrence_gate + first + i * C + offset, d_r * log_decay * (1.0 - r), m, MASKED)
+    return d_log_decay
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -289,19 +352,18 @@ def backward_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
-    n_blocks = tl.cdiv(C, CHANNELS)
+    n_blocks, n_steps = tl.cdiv(C, CHANNELS), tl.cdiv(T, SEGMENTS * ROWS)
     n_chains = B * n_blocks
-    n_steps = tl.cdiv(T, SEGMENTS * ROWS)
     tile = _take_tile(p_words, n_chains * n_steps, CHANNELS, CHAINED)
     n_before, i_chain = tile // n_chains, tile % n_chains
     i_t = n_steps - 1 - n_before
     i_b = (i_chain // n_blocks).to(tl.int64)
-    i_s = tl.arange(0, SEGMENTS)[:, None]  # counts from the tile's end
+    i_s = SEGMENTS - 1 - tl.arange(0, SEGMENTS)[:, None]  # counts from the tile's end
     i_c = tl.arange(0, CHANNELS)
     c = (i_chain % n_blocks) * CHANNELS + i_c[None, :] + i_s * 0
-    t = i_t * (SEGMENTS * ROWS) + (SEGMENTS - 1 - i_s) * ROWS
+    t = i_t * (SEGMENTS * ROWS) + i_s * ROWS
     first = (i_b * T + i_t * (SEGMENTS * ROWS)) * C
-    offset = (SEGMENTS - 1 - i_s) * (ROWS * C) + c
+    offset = i_s * (ROWS * C) + c
     m_c = c < C
 
     rs, ds, gs, xs, hs = (), (), (), (), ()
@@ -314,26 +376,16 @@ def backward_kernel(
         # the state before each row; the row before the sequence is the initial state, added below
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
-    if VARLEN:
-        marks = tl.load(p_marks + i_t * SEGMENTS + (SEGMENTS - 1 - i_s))
-    elif HAS_RESET:
-        resets = _load_resets(p_reset + i_b * T, t, T, ROWS)
-
-    a_s = tl.full([SEGMENTS, CHANNELS], 1.0, tl.float32)
-    b_s = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
-    for i in tl.static_range(ROWS - 1, -1, -1):
-        a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT)
-        d_hidden = to_float32(ds[i])
-        if VARLEN:
-            a = tl.where(_has(marks, i) | _has(marks, i + 16), 0.0, a)
-            if HAS_D_LAST:
-                d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
-        elif HAS_RESET:
-            a = tl.where(_has(resets, i), 0.0, a)
-        a_s, b_s = a_s * a, a * (b_s + d_hidden)
+    p_row = p_reset + i_b * T if HAS_RESET else None
+    marks, last, is_marked = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
+    ends = (log_decay, marks, last, p_d_last_state, p_sequence, t, C, c)
+    if is_marked:
+        a_s, b_s = _backward_fold(rs, ds, *ends, True, HAS_D_LAST, VARLEN, EXACT, ROWS)
+    else:
+        a_s, b_s = _backward_fold(rs, ds, *ends, False, False, False, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
-    m_end = i_s == SEGMENTS - 1
+    m_end = i_s == 0
     carry = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
     if HAS_D_LAST and not VARLEN:
         if n_before == 0:
@@ -348,44 +400,15 @@ def backward_kernel(
         _publish(p_word, tl.zeros_like(state), state, m_end)
 
     k = tl.fma(a_start, carry, b_start)
-    d_log_decay = tl.full([SEGMENTS, CHANNELS], 0.0, tl.float32)
-    for i in tl.static_range(ROWS - 1, -1, -1):
-        r, s = sigmoid(to_float32(compute_again(rs[i])), EXACT), sigmoid(to_float32(gs[i]), EXACT)
-        a, y = decay(log_decay, r, EXACT)
-        multiplier = square_root(y, EXACT)
-        # Differs: 1 / sqrt(y) is bounded at 2 * 1000, as in `BoundedSqrt`; the paper has no bound.
-        inverse = tl.minimum(reciprocal(multiplier, EXACT), 2000.0)
-        x, h_before = to_float32(xs[i]), to_float32(hs[i])
-        if VARLEN:
-            is_first = _has(marks, i)
-            h_before = tl.where(is_first, 0.0, h_before)
-            if HAS_INITIAL:
-                is_entered = is_first & (_has(marks, i + 16) == 0)
-                h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_entered)
-        elif HAS_INITIAL:
-            if i == 0:
-                h_before += tl.load(p_initial_state + i_b * C + c, mask=m_c & (t == 0), other=0.0)
-        d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
-        if VARLEN or HAS_RESET:
-            reset = _has(marks, i + 16) if VARLEN else _has(resets, i)
-            a = tl.where(reset, 0.0, a)
-            multiplier = tl.where(reset, 1.0, multiplier)
-            d_log_a = tl.where(reset, 0.0, d_log_a)
-        dh = to_float32(ds[i]) + k
-        if VARLEN and HAS_D_LAST:
-            dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(marks, i + 32))
-        k = a * dh
-        if VARLEN:
-            if HAS_INITIAL:
-                _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
-            k = tl.where(is_first, 0.0, k)
-        d_x = dh * (multiplier * s)
-        d_r = dh * d_log_a * r
-        d_log_decay += d_r
-        m = m_c & (t + i < T)
-        store(p_d_x + first + i * C + offset, d_x, m, MASKED)
-        store(p_d_input_gate + first + i * C + offset, d_x * x * (1.0 - s), m, MASKED)
-        store(p_d_recurrence_gate + first + i * C + offset, d_r * log_decay * (1.0 - r), m, MASKED)
+    outputs = (p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C, c)
+    states = (marks, last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
+    rows = (rs, ds, gs, xs, hs, k, log_decay)
+    if is_marked:
+        d_log_decay = _backward_rows(
+            *rows, *states, *outputs, True, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS
+        )
+    else:
+        d_log_decay = _backward_rows(*rows, *states, *outputs, False, HAS_INITIAL, False, VARLEN, MASKED, EXACT, ROWS)
 
     c_tile = (i_chain % n_blocks) * CHANNELS + i_c
     tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(d_log_decay, 0), mask=c_tile < C)

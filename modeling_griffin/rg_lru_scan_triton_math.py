@@ -71,19 +71,15 @@ def sigmoid(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def compute_again(x):
-    """x, but the compiler does not know: what is computed from it is computed again, instead of held in registers."""
-    if PTX and x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
-    else:
-        return x
+def decay(log_decay, r, EXACT: tl.constexpr, forgets=None):
+    """a = exp(log_decay * r) and y = 1 - a^2: near a = 1 from a series, the difference has no digits there.
 
-
-@triton.jit
-def decay(log_decay, r, EXACT: tl.constexpr):
-    """a = exp(log_decay * r) and y = 1 - a^2: near a = 1 from a series, the difference has no digits there."""
+    forgets: where a is 0, and y 1. That takes one selection: exp(-200) is 0 in float32.
+    """
+    log_a = log_decay * r if EXACT else (log_decay * LOG2_E) * r  # to base 2 unless EXACT
+    if forgets is not None:
+        log_a = tl.where(forgets, -200.0, log_a)
     if EXACT:
-        log_a = log_decay * r
         p = tl.fma(log_a, 1.0 / 40320, 1.0 / 5040)
         p = tl.fma(log_a, p, 1.0 / 720)
         p = tl.fma(log_a, p, 1.0 / 120)
@@ -95,11 +91,10 @@ def decay(log_decay, r, EXACT: tl.constexpr):
         near = log_a > -0.5
         return tl.where(near, 1.0 - q, a_far), tl.where(near, q * (2.0 - q), tl.fma(-a_far, a_far, 1.0))
     else:
-        log2_a = (log_decay * LOG2_E) * r
-        a = tl.exp2(log2_a)
+        a = tl.exp2(log_a)
         # -expm1(2 ln2 z) to second order, for z > -0.008: 2e-5 off, far under the last bit of float16
-        series = log2_a * tl.fma(log2_a, -0.9609060278364028, -1.3862943611198906)
-        return a, tl.where(log2_a > -0.008, series, tl.fma(-a, a, 1.0))
+        series = log_a * tl.fma(log_a, -0.9609060278364028, -1.3862943611198906)
+        return a, tl.where(log_a > -0.008, series, tl.fma(-a, a, 1.0))
 
 
 @triton.jit

@@ -45,7 +45,7 @@ PERSISTENT = {  # tile, blocks a multiprocessor, one reciprocal for both sigmoid
 BACKWARD = {NOW: None, "8x4x64 at 64": Tile(8, 4, 64, 64), "4x4x64 at 64": Tile(4, 4, 64, 64)}
 NARROW_WITH_RESETS = {
     NOW: None,
-    "96 registers, 8x16x32": Tile(8, 16, 32, 96),
+    "128 registers, 8x16x32": Tile(8, 16, 32, 128),
     "half the rows, 16x8x32 at 96": Tile(16, 8, 32, 96),
 }
 

@@ -27,7 +27,7 @@ SHIPPED = sorted(
         *("configuration_griffin", "modeling_griffin", "slots", "gpu", "documents", "padding", "cache_layers"),
         *("cache_name", "lambda_init", "rg_lru", "rg_lru_scan", "rg_lru_scan_reference", "rg_lru_scan_torch"),
         *("rg_lru_scan_triton", "rg_lru_scan_triton_around", "rg_lru_scan_triton_kernels"),
-        *("rg_lru_scan_triton_math", "rg_lru_scan_triton_step", "causal_conv1d", "local_attention", "elementwise"),
+        *("rg_lru_scan_triton_math", "causal_conv1d", "local_attention", "elementwise"),
         *("causal_lm_loss", "rollback", "tensor_parallel"),
     )
 )

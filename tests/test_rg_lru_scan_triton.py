@@ -99,7 +99,6 @@ def small_tiles(monkeypatch):
     """Tiles of a few steps: chains, masks and look-back at sizes that the interpreter can do."""
     for name, tile in {
         "FORWARD_NARROW": Tile(2, 4, 64),
-        "FORWARD_NARROW_RESETS": Tile(2, 4, 64),
         "FORWARD_FLOAT32": Tile(4, 2, 64),
         "BACKWARD_TALL": Tile(4, 2, 64),
         "BACKWARD_FLOAT32": Tile(2, 2, 64),
@@ -123,7 +122,7 @@ def test_small_tiles_without_state_or_reset(small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_narrow_tiles(dtype, monkeypatch):
     """Fewer than 64 channels: a warp holds several segments, and the look-back fills up with maps h -> h."""
-    for name in ("FORWARD_NARROW", "FORWARD_NARROW_RESETS", "FORWARD_FLOAT32"):
+    for name in ("FORWARD_NARROW", "FORWARD_FLOAT32"):
         monkeypatch.setattr(triton_scan, name, Tile(8, 2, 32))
     for name in ("BACKWARD_TALL", "BACKWARD_FLOAT32"):
         monkeypatch.setattr(triton_scan, name, Tile(8, 1, 16))
@@ -266,7 +265,7 @@ def test_resets(where):
 
 
 @gpu
-@pytest.mark.parametrize("tile", [triton_scan.FORWARD, triton_scan.FORWARD_NARROW, triton_scan.FORWARD_NARROW_RESETS])
+@pytest.mark.parametrize("tile", [triton_scan.FORWARD, triton_scan.FORWARD_NARROW])
 def test_forward_tiles(tile, monkeypatch):
     monkeypatch.setattr(triton_scan, "_forward_tile", lambda *shape: tile)
     check(make_inputs(2, 1024, 128, torch.bfloat16, reset_share=0.001))

@@ -25,18 +25,20 @@ def sequence_of(p_cu_seqlens, t, N, halvings):
     return low
 
 
-@triton.jit(do_not_specialize=["N_WORDS", "N_MARKS", "T", "N", "halvings"])
+@triton.jit(do_not_specialize=["N_WORDS", "T", "N", "halvings"])
 def lay_out_kernel(
     p_cu_seqlens, p_starts, p_reset, p_entering,
     p_words, p_marks, p_sequence, p_leaving,
-    N_WORDS, N_MARKS, T, N, C, halvings,
+    N_WORDS, T, N, C, halvings,
     HAS_STARTS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_ENTERING: tl.constexpr, CHAINED: tl.constexpr,
-    PDL: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    PDL: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """What the scan needs to know of sequences, and its words cleared as by `clear_kernel`.
 
-    p_sequence (T,): the sequence of each token. p_marks: a word of 64 bits for each ROWS tokens; of token i, bit i says
-    that a sequence's first token is there, bit 16 + i a reset, bit 32 + i a sequence's last token. What leaves an empty
+    p_sequence (T,): the sequence of each token. p_marks: a word of 64 bits for each tile, and behind them one for each
+    of its segments of ROWS tokens; of token i, bit i says that a sequence's first token is there, bit 16 + i a reset,
+    bit 32 + i a sequence's last token. A tile's word is 0 where all of its segments' are. What leaves an empty
     sequence, (N, C), is what enters.
     """
     if PDL:
@@ -62,8 +64,12 @@ def lay_out_kernel(
     marks = (
         (is_first.to(tl.int64) << i_r) | (is_reset.to(tl.int64) << (i_r + 16)) | (is_last.to(tl.int64) << (i_r + 32))
     )
-    segment = program * SEGMENTS + tl.arange(0, SEGMENTS)
-    tl.store(p_marks + segment, tl.sum(marks, 1), mask=segment < N_MARKS)
+    marks = tl.reshape(tl.sum(marks, 1), TILES, SEGMENTS // TILES)
+    n_tiles = tl.cdiv(T, ROWS * (SEGMENTS // TILES))
+    i_tile = program * TILES + tl.arange(0, TILES)
+    tl.store(p_marks + i_tile, tl.max(marks, 1), mask=i_tile < n_tiles)
+    segment = i_tile[:, None] * (SEGMENTS // TILES) + tl.arange(0, SEGMENTS // TILES)[None, :]
+    tl.store(p_marks + n_tiles + segment, marks, mask=(i_tile < n_tiles)[:, None])
 
     c = tl.arange(0, CHANNELS)
     i_n = program
@@ -106,10 +112,8 @@ def walk_kernel(
         x = load(p_x + offset, m, 0.0, MASKED)
         if HAS_RESET:
             fresh = fresh | (tl.load(p_reset + t) != 0)
-        a, y = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT)
-        multiplier = tl.where(fresh, 1.0, square_root(y, EXACT))
-        a = tl.where(fresh, 0.0, a)
-        state = tl.fma(a, state, (multiplier * sigmoid(to_float32(i), EXACT)) * to_float32(x))
+        a, y = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT, fresh)
+        state = tl.fma(a, state, (square_root(y, EXACT) * sigmoid(to_float32(i), EXACT)) * to_float32(x))
         store(p_hidden + offset, state, m, MASKED)
         fresh = t < 0  # never
         t += 1

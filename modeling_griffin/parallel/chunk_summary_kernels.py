@@ -30,13 +30,9 @@ def summary_kernel(
         r = load(p_recurrence_gate + offset, m, 0.0, MASKED)
         i = load(p_input_gate + offset, m, 0.0, MASKED)
         x = load(p_x + offset, m, 0.0, MASKED)
-        a, y = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT)
-        multiplier = square_root(y, EXACT)
-        if HAS_RESET:
-            reset = tl.load(p_reset + i_b * T + t) != 0
-            a = tl.where(reset, 0.0, a)
-            multiplier = tl.where(reset, 1.0, multiplier)
-        state = tl.fma(a, state, (multiplier * sigmoid(to_float32(i), EXACT)) * to_float32(x))
+        reset = tl.load(p_reset + i_b * T + t) != 0 if HAS_RESET else None
+        a, y = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT, reset)
+        state = tl.fma(a, state, (square_root(y, EXACT) * sigmoid(to_float32(i), EXACT)) * to_float32(x))
         product = product * a
     out = (i_b * tl.num_programs(0) + segment) * C + c
     store(p_products + out, product, m, MASKED)
@@ -61,9 +57,8 @@ def backward_summary_kernel(
         offset = (i_b * T + t) * C + c
         r = load(p_recurrence_gate + offset, m, 0.0, MASKED)
         d = load(p_d_hidden + offset, m, 0.0, MASKED)
-        a, _ = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT)
-        if HAS_RESET:
-            a = tl.where(tl.load(p_reset + i_b * T + t) != 0, 0.0, a)
+        reset = tl.load(p_reset + i_b * T + t) != 0 if HAS_RESET else None
+        a, _ = decay(log_decay, sigmoid(to_float32(r), EXACT), EXACT, reset)
         owed = a * (owed + to_float32(d))
         product = product * a
     out = (i_b * tl.num_programs(0) + segment) * C + c
