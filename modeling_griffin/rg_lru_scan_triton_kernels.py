@@ -35,6 +35,7 @@ except ImportError as error:
 COMPLETE = tl.constexpr(1 << 32)  # the published map h -> 0
 UNCHANGED = tl.constexpr((0x3F800000 + 1) << 32)  # the published map h -> h
 SIZES = ["B", "T"]  # compile once, whatever these are
+SINGLE, SEVERAL = tl.constexpr(1), tl.constexpr(2)  # kinds of a tile that has marks, see `lay_out_kernel`
 PUBLISHED = tl.constexpr(1 << 30)  # in a vote of the look-back: all words are there
 
 
@@ -148,16 +149,18 @@ def _take_tile(p_words, n_tiles, CHANNELS: tl.constexpr, CHAINED: tl.constexpr):
 def _load_marks(
     p_marks, p_reset, n_steps, i_t, i_s, t, T, VARLEN: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """(marks, last, is_marked). Of each segment, bit 16 + i of marks says that row i is a reset, bit i that it is a
-    sequence's first one, bit i of last that it is a last one. is_marked: whether the tile may have any."""
+    """(kind, marks, last, numbers). Of each segment, bit 16 + i of marks says that row i is a reset, bit i that it is a
+    sequence's first one, bit i of last that it is a last one; kind and numbers are as in `lay_out_kernel`."""
     if VARLEN:
-        words = tl.load(p_marks + n_steps + i_t * SEGMENTS + i_s)
-        return words.to(tl.int32), (words >> 32).to(tl.int32), tl.load(p_marks + i_t) != 0
-    marks = t * 0
-    if p_reset is not None:  # row by row: a sum over rows would lie in other threads, and each of its bits be moved
-        for i in tl.static_range(ROWS):
-            marks |= tl.load(p_reset + t + i, mask=t + i < T, other=0).to(tl.int32) << (16 + i)
-    return marks, marks, p_reset is not None
+        p_segment = p_marks + n_steps + i_t * SEGMENTS + i_s
+        words, numbers = tl.load(p_segment), tl.load(p_segment + n_steps * SEGMENTS)
+        return tl.load(p_marks + i_t), words.to(tl.int32), (words >> 32).to(tl.int32), numbers
+    else:
+        marks = t * 0
+        if p_reset is not None:  # row by row: a sum over rows would lie in other threads, and each of its bits be moved
+            for i in tl.static_range(ROWS):
+                marks |= tl.load(p_reset + t + i, mask=t + i < T, other=0).to(tl.int32) << (16 + i)
+        return 0 if p_reset is None else SEVERAL, marks, marks, marks
 
 
 @triton.jit
@@ -166,34 +169,46 @@ def _has(marks, bit: tl.constexpr):
 
 
 @triton.jit
-def _load_state(p_states, p_sequence, t, C, c, mask):
-    """Of the sequence of token t, (SEGMENTS, CHANNELS) float32; 0 and no load where the mask is False."""
-    n = tl.load(p_sequence + t, mask=mask, other=0).to(tl.int64)
-    return tl.load(p_states + n * C + c, mask=mask & (c < C), other=0.0)
+def _rows_of(p_states, number, C, c):
+    return p_states + number.to(tl.int64) * C + c
 
 
 @triton.jit
-def _store_state(p_states, p_sequence, t, C, c, state, mask):
-    n = tl.load(p_sequence + t, mask=mask, other=0).to(tl.int64)
-    tl.store(p_states + n * C + c, state, mask=mask & (c < C))
+def _load_state(p_states, p_sequence, single, t, C, c, mask, KIND: tl.constexpr):
+    """Of the sequence of token t, (SEGMENTS, CHANNELS) float32; 0 and no load where the mask is False."""
+    if KIND == SINGLE:
+        return tl.where(mask, single, 0.0)
+    n = tl.load(p_sequence + t, mask=mask, other=0)
+    return tl.load(_rows_of(p_states, n, C, c), mask=mask & (c < C), other=0.0)
+
+
+@triton.jit
+def _store_state(p_states, p_sequence, n, t, C, c, state, mask, KIND: tl.constexpr):
+    if KIND != SINGLE:
+        n = tl.load(p_sequence + t, mask=mask, other=0)
+    tl.store(_rows_of(p_states, n, C, c), state, mask=mask & (c < C))
 
 
 @triton.jit
 def _forward_maps(
-    rs, gs, xs, log_decay, marks, p_initial_state, p_sequence, t, C, c,
-    MARKED: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    rs, gs, xs, log_decay, marks, numbers, p_initial_state, p_sequence, t, C, c,
+    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each row its map, and of each segment that of all its rows."""
-    a_rows, b_rows = (), ()
+    a_rows, b_rows, state = (), (), None
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
+    if KIND == SINGLE and HAS_INITIAL:  # asked for long before it is used
+        m = (marks & ~(marks >> 16) & 0xFFFF) != 0
+        state = tl.load(_rows_of(p_initial_state, numbers & 0x7FFFFFFF, C, c), mask=m & (c < C), other=0.0)
     for i in tl.static_range(ROWS):
-        reset = _has(marks, 16 + i) if MARKED else None
+        reset = _has(marks, 16 + i) if KIND > 0 else None
         a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, reset)
         b = (square_root(y, EXACT) * sigmoid(to_float32(gs[i]), EXACT)) * to_float32(xs[i])
-        if MARKED and VARLEN:  # a sequence goes on from its own state, not from the token in front of it
+        if KIND > 0 and VARLEN:  # a sequence goes on from its own state, not from the token in front of it
             is_first = _has(marks, i)
             if HAS_INITIAL:
-                b = tl.fma(a, _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0)), b)
+                m = is_first & (reset == 0)
+                b = tl.fma(a, _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND), b)
             a = tl.where(is_first, 0.0, a)
         a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)
@@ -232,12 +247,14 @@ def forward_kernel(
         xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     p_row = p_reset + i_b * T if HAS_RESET else None
-    marks, last, is_marked = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
-    states = (log_decay, marks, p_initial_state, p_sequence, t, C, c)
-    if is_marked:
-        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, True, HAS_INITIAL, VARLEN, EXACT, ROWS)
+    kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
+    states = (log_decay, marks, numbers, p_initial_state, p_sequence, t, C, c)
+    if kind == 0:
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, 0, False, False, EXACT, ROWS)
+    elif kind == SINGLE:
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SINGLE, HAS_INITIAL, VARLEN, EXACT, ROWS)
     else:
-        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, False, False, False, EXACT, ROWS)
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SEVERAL, HAS_INITIAL, VARLEN, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == SEGMENTS - 1
@@ -259,28 +276,29 @@ def forward_kernel(
         h = tl.fma(a_rows[i], h, b_rows[i])
         store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
     if VARLEN:
-        if is_marked:
-            h = tl.fma(a_start, carry, b_start)
-            for i in tl.static_range(ROWS):
-                h = tl.fma(a_rows[i], h, b_rows[i])
-                _store_state(p_last_state, p_sequence, t + i, C, c, h, _has(last, i))
+        for KIND in tl.static_range(SINGLE, SEVERAL + 1):
+            if kind == KIND:
+                h = tl.fma(a_start, carry, b_start)
+                for i in tl.static_range(ROWS):
+                    h = tl.fma(a_rows[i], h, b_rows[i])
+                    _store_state(p_last_state, p_sequence, numbers >> 32, t + i, C, c, h, _has(last, i), KIND)
     elif (i_t + 1) * (SEGMENTS * ROWS) >= T:
         tl.store(p_last_state + i_b * C + c, state, mask=m_end & m_c)
 
 
 @triton.jit
 def _backward_fold(
-    rs, ds, log_decay, marks, last, p_d_last_state, p_sequence, t, C, c,
-    MARKED: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    rs, ds, log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c,
+    KIND: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each segment the map of all its rows, from the last to the first."""
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        is_cut = _has(marks | (marks >> 16), i) if MARKED else None
+        is_cut = _has(marks | (marks >> 16), i) if KIND > 0 else None
         a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, is_cut)
         d_hidden = to_float32(ds[i])
-        if MARKED and VARLEN and HAS_D_LAST:
-            d_hidden += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(last, i))
+        if KIND > 0 and VARLEN and HAS_D_LAST:
+            d_hidden += _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, _has(last, i), KIND)
         a_s, b_s = a_s * a, a * (b_s + d_hidden)
     return a_s, b_s
 
@@ -296,36 +314,45 @@ def _compute_again(x):
 
 @triton.jit
 def _backward_rows(
-    rs, ds, gs, xs, hs, k, log_decay, marks, last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence,
+    rs, ds, gs, xs, hs, k, log_decay, marks, last, numbers, d_last,
+    p_initial_state, p_d_last_state, p_d_initial_state, p_sequence,
     p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C: tl.constexpr, c,
-    MARKED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr,
+    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of each row, given the k that enters the last; returns the segments' d_log_decay."""
-    d_log_decay = tl.full(log_decay.shape, 0.0, tl.float32)
+    d_log_decay, state = tl.full(log_decay.shape, 0.0, tl.float32), None
+    if KIND == SINGLE and HAS_INITIAL:
+        m = (marks & ~(marks >> 16) & 0xFFFF) != 0
+        state = tl.load(_rows_of(p_initial_state, numbers & 0x7FFFFFFF, C, c), mask=m & (c < C), other=0.0)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        reset = _has(marks, 16 + i) if MARKED else None
+        reset = _has(marks, 16 + i) if KIND > 0 else None
         r, s = sigmoid(to_float32(_compute_again(rs[i])), EXACT), sigmoid(to_float32(gs[i]), EXACT)
         a, y = decay(log_decay, r, EXACT, reset)
         multiplier = square_root(y, EXACT)
         # Differs: 1 / sqrt(y) is bounded at 2 * 1000, as in `BoundedSqrt`; the paper has no bound.
         inverse = tl.minimum(reciprocal(multiplier, EXACT), 2000.0)
         x, h_before, dh = to_float32(xs[i]), to_float32(hs[i]), to_float32(ds[i])
-        if MARKED:  # nothing comes over a reset: a is 0 there, and so is d_log_a where h_before is finite
+        if KIND > 0:  # nothing comes over a reset: a is 0 there, and so is d_log_a where h_before is finite
             is_first = _has(marks, i)
-            h_before = tl.where(is_first | reset, 0.0, h_before)
-            if VARLEN and HAS_INITIAL:
-                h_before += _load_state(p_initial_state, p_sequence, t + i, C, c, is_first & (reset == 0))
+            if KIND == SINGLE and HAS_INITIAL:
+                h_before = tl.where(is_first, state, h_before)
+            else:
+                h_before = tl.where(is_first | reset, 0.0, h_before)
+                if VARLEN and HAS_INITIAL:
+                    m = is_first & (reset == 0)
+                    h_before += _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND)
             if VARLEN and HAS_D_LAST:
-                dh += _load_state(p_d_last_state, p_sequence, t + i, C, c, _has(last, i))
+                dh += _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, _has(last, i), KIND)
         if HAS_INITIAL and not VARLEN and i == 0:
             h_before += tl.load(p_initial_state + i_b * C + c, mask=(c < C) & (t == 0), other=0.0)
         dh += k
         d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
         k = a * dh
-        if MARKED and VARLEN:
+        if KIND > 0 and VARLEN:
             if HAS_INITIAL:
-                _store_state(p_d_initial_state, p_sequence, t + i, C, c, k, is_first)
+                n = numbers & 0x7FFFFFFF
+                _store_state(p_d_initial_state, p_sequence, n, t + i, C, c, k, is_first, KIND)
             k = tl.where(is_first, 0.0, k)
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r
@@ -377,12 +404,18 @@ def backward_kernel(
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     p_row = p_reset + i_b * T if HAS_RESET else None
-    marks, last, is_marked = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
-    ends = (log_decay, marks, last, p_d_last_state, p_sequence, t, C, c)
-    if is_marked:
-        a_s, b_s = _backward_fold(rs, ds, *ends, True, HAS_D_LAST, VARLEN, EXACT, ROWS)
+    kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
+    d_last = tl.zeros(log_decay.shape, tl.float32)
+    if VARLEN and HAS_D_LAST:
+        m = (kind == SINGLE) & (last != 0) & m_c
+        d_last = tl.load(_rows_of(p_d_last_state, numbers >> 32, C, c), mask=m, other=0.0)
+    ends = (log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c)
+    if kind == 0:
+        a_s, b_s = _backward_fold(rs, ds, *ends, 0, False, False, EXACT, ROWS)
+    elif kind == SINGLE:
+        a_s, b_s = _backward_fold(rs, ds, *ends, SINGLE, HAS_D_LAST, VARLEN, EXACT, ROWS)
     else:
-        a_s, b_s = _backward_fold(rs, ds, *ends, False, False, False, EXACT, ROWS)
+        a_s, b_s = _backward_fold(rs, ds, *ends, SEVERAL, HAS_D_LAST, VARLEN, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == 0
@@ -401,14 +434,14 @@ def backward_kernel(
 
     k = tl.fma(a_start, carry, b_start)
     outputs = (p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C, c)
-    states = (marks, last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
+    states = (marks, last, numbers, d_last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
     rows = (rs, ds, gs, xs, hs, k, log_decay)
-    if is_marked:
-        d_log_decay = _backward_rows(
-            *rows, *states, *outputs, True, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS
-        )
+    if kind == 0:
+        d_log_decay = _backward_rows(*rows, *states, *outputs, 0, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
+    elif kind == SINGLE:
+        d_log_decay = _backward_rows(*rows, *states, *outputs, 1, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
     else:
-        d_log_decay = _backward_rows(*rows, *states, *outputs, False, HAS_INITIAL, False, VARLEN, MASKED, EXACT, ROWS)
+        d_log_decay = _backward_rows(*rows, *states, *outputs, 2, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
 
     c_tile = (i_chain % n_blocks) * CHANNELS + i_c
     tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(d_log_decay, 0), mask=c_tile < C)

@@ -27,7 +27,7 @@ def lay_out_sequences(
     """`count` cleared words, or None for 0, and the marks and sequence numbers of `lay_out_kernel`."""
     (_, length, channels), number = x.shape, layout.cu_seqlens.shape[0] - 1
     words = x.new_empty(count, dtype=torch.int64) if count else None
-    marks = x.new_empty(ceil_div(length, tile.steps) * (1 + tile.segments), dtype=torch.int64)
+    marks = x.new_empty(ceil_div(length, tile.steps) * (1 + 2 * tile.segments), dtype=torch.int64)
     sequence = x.new_empty(length, dtype=torch.int32)
     segments, (block, channels_each, warps) = 256 // tile.rows, LAID_OUT
     programs = max(ceil_div(count, block), ceil_div(length, 256), min(number, 128))

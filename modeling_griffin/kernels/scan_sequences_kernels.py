@@ -9,6 +9,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
+from ..rg_lru_scan_triton_kernels import SEVERAL
 from ..rg_lru_scan_triton_math import decay, load, sigmoid, square_root, store, to_float32
 
 
@@ -36,10 +37,12 @@ def lay_out_kernel(
 ):  # fmt: skip
     """What the scan needs to know of sequences, and its words cleared as by `clear_kernel`.
 
-    p_sequence (T,): the sequence of each token. p_marks: a word of 64 bits for each tile, and behind them one for each
-    of its segments of ROWS tokens; of token i, bit i says that a sequence's first token is there, bit 16 + i a reset,
-    bit 32 + i a sequence's last token. A tile's word is 0 where all of its segments' are. What leaves an empty
-    sequence, (N, C), is what enters.
+    p_sequence (T,): the sequence of each token. p_marks: words of 64 bits.
+    First the kind of each tile: 0 where no token is a first one, a last one or a reset; SINGLE where a segment of ROWS
+    tokens has at most one first and one last one, and no reset but a first one; else SEVERAL.
+    Then of each segment: bit i says that token i is a sequence's first one, bit 16 + i a reset, bit 32 + i a last one.
+    Then of each segment that has one of each at most: the sequence of the first one, and above 32 bits of the last one.
+    What leaves an empty sequence, (N, C), is what enters.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -64,12 +67,17 @@ def lay_out_kernel(
     marks = (
         (is_first.to(tl.int64) << i_r) | (is_reset.to(tl.int64) << (i_r + 16)) | (is_last.to(tl.int64) << (i_r + 32))
     )
-    marks = tl.reshape(tl.sum(marks, 1), TILES, SEGMENTS // TILES)
+    numbers = tl.where(is_first, n, 0).to(tl.int64) + (tl.where(is_last, n, 0).to(tl.int64) << 32)
+    most = tl.maximum(tl.sum(is_first.to(tl.int32), 1), tl.sum(is_last.to(tl.int32), 1))
+    others = tl.sum((m & is_reset & (is_first == 0)).to(tl.int32), 1)
+    kind = tl.where((most > 1) | (others > 0), SEVERAL, most)
+    kind = tl.max(tl.reshape(kind, TILES, SEGMENTS // TILES), 1)
     n_tiles = tl.cdiv(T, ROWS * (SEGMENTS // TILES))
     i_tile = program * TILES + tl.arange(0, TILES)
-    tl.store(p_marks + i_tile, tl.max(marks, 1), mask=i_tile < n_tiles)
-    segment = i_tile[:, None] * (SEGMENTS // TILES) + tl.arange(0, SEGMENTS // TILES)[None, :]
-    tl.store(p_marks + n_tiles + segment, marks, mask=(i_tile < n_tiles)[:, None])
+    tl.store(p_marks + i_tile, kind, mask=i_tile < n_tiles)
+    segment, n_segments = program * SEGMENTS + tl.arange(0, SEGMENTS), n_tiles * (SEGMENTS // TILES)
+    tl.store(p_marks + n_tiles + segment, tl.sum(marks, 1), mask=segment < n_segments)
+    tl.store(p_marks + n_tiles + n_segments + segment, tl.sum(numbers, 1), mask=segment < n_segments)
 
     c = tl.arange(0, CHANNELS)
     i_n = program
