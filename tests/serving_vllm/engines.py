@@ -38,9 +38,17 @@ ENGINE = {
     "enforce_eager": True,
     "enable_prefix_caching": False,
 }
+if torch.cuda.is_available():
+    ENGINE |= {"kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": 0.05}  # several engines find room on one GPU
 GREEDY = {"temperature": 0.0, "max_tokens": 16, "logprobs": 0, "ignore_eos": True}
-# vLLM compiles its sampler at the first token, which takes longer than all that these tests do with it.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1"}
+# vLLM compiles its sampler at the first token, which takes longer than all that these tests do with it. Its attention
+# by Triton rounds the factors of float32 products to TF32 unless it is told not to.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TRITON_F32_DEFAULT": "ieee",
+}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
@@ -75,11 +83,13 @@ def prompts(*lengths, seed=0):
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
 
 
-def run_engine(tmp_path: Path, folder: Path, requests: list[dict], **engine) -> dict:
+def run_engine(tmp_path: Path, folder: Path, requests: list[dict], compiled: bool = False, **engine) -> dict:
     job = tmp_path / f"job_{time.monotonic_ns()}.json"
     job.write_text(json.dumps({"folder": str(folder), "engine": {**ENGINE, **engine}, "requests": requests}))
     in_process = "0" if engine.get("tensor_parallel_size", 1) == 1 else "1"
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": in_process}
+    if compiled:
+        del environment["TORCHDYNAMO_DISABLE"]
     if in_process == "1":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     command = [sys.executable, str(Path(__file__).parent / "engine_program.py"), str(job)]

@@ -7,8 +7,10 @@ from engines import GREEDY, check_greedy, check_logprobs, prompts, run_engine, s
 
 pytestmark = pytest.mark.vllm
 
-PREEMPTING_BLOCKS = 10  # fewer than six requests of some 170 tokens need
+# Fewer than six requests of some 170 tokens need; a GPU's blocks are smaller.
+PREEMPTING_BLOCKS = 24 if torch.cuda.is_available() else 10
 LENGTHS = (1, 2, 5, 47, 48, 49, 63, 64, 65, 150, 300)  # below, at and beyond window 48 and chunks of 64
+RECORDED = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}  # CUDA graphs without a compiler
 MODELS = {
     "hawk": {"layer_types": ["linear_attention"] * 3},
     "recurrent_gemma": {
@@ -43,6 +45,20 @@ def test_griffin_while_requests_come_and_go(griffin, tmp_path):
     largest = max(check_greedy(model, r["prompt"], o) for r, o in zip(requests, report["results"]))
     assert any(o["prompt_logprobs"] for o in report["results"])
     print(f"griffin: {len(requests)} requests, {report['steps']} steps, largest difference {largest:.1e}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [RECORDED, {"compiled": True}], ids=["recorded", "compiled"])
+@pytest.mark.parametrize("runner", ["1", "0"], ids=["newer_runner", "older_runner"])
+def test_cuda_graphs(griffin, tmp_path, monkeypatch, options, runner):
+    """Decode steps from CUDA graphs, with fewer requests than a graph has rows; other prompts as above."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    folder, model = griffin
+    every = prompts(*LENGTHS, *range(3, 99, 7))
+    requests = [{"prompt": p, "params": GREEDY, "arrival": max(0, i - len(LENGTHS)) * 2} for i, p in enumerate(every)]
+    report = run_engine(tmp_path, folder, requests, enforce_eager=False, **options)
+    largest = max(check_greedy(model, r["prompt"], o) for r, o in zip(requests, report["results"]))
+    print(f"CUDA graphs: largest difference {largest:.1e}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -80,6 +96,7 @@ def test_preemption(griffin, tmp_path):
         check_greedy(model, request["prompt"], result, tokens=100)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
 def test_tensor_parallel(griffin, tmp_path):
     folder, model = griffin
     requests = [{"prompt": p, "params": GREEDY} for p in prompts(*LENGTHS[::2])]
