@@ -88,7 +88,7 @@ class ForwardStep(Recording, Lease):
         Lease.__init__(self, model.device)
         self.model, self.config = weakref.ref(model), model.config
         self.slots, self.hidden, self.checked = slots, hidden, False
-        self.hidden_states: torch.Tensor | tuple | None = None
+        self.hidden_states: torch.Tensor | None = None
         self.cache: FixedCache | None = None  # made when there is a cache whose shapes it can take
         with torch.inference_mode(False):
             new = {"dtype": torch.long, "device": self.device}

@@ -77,13 +77,13 @@ def _on_step(name: str, model, path: Path, input_ids: torch.Tensor, kwargs: dict
     """Whether there is such a step, and the result."""
     config, (batch, length) = kwargs["generation_config"], input_ids.shape
     hidden = asks_for_hidden_states(config)
-    reading = {"output_hidden_states": True} if hidden else {}
+    reading = {"output_hidden_states": config.output_hidden_states} if hidden else {}
     mask, tokens = kwargs.get("attention_mask"), None
     if config.max_length is not None:
         tokens = config.max_length + TOKENS_AHEAD
     like, step = None, None
     if path.step == "fused":
-        step = take_step(model, batch, tokens)
+        step = take_step(model, batch, tokens, hidden=hidden)
         if step is None:
             return False, None
     try:

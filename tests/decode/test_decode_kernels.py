@@ -16,6 +16,7 @@ from _decode_helpers import (
 )
 from tolerances import assert_close
 from torch import nn
+from transformers import DynamicCache
 
 import modeling_griffin.decode.ops as decode_ops
 from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
@@ -131,6 +132,34 @@ def test_steps_past_the_window(dtype, rows, kind, small_model, monkeypatch):
             for actual, expected in zip(one[:2], other[:2]):
                 assert_close(LOGITS[dtype], actual, expected)
                 expected.copy_(actual)  # so that rounding does not pile up over the steps
+
+
+@pytest.mark.parametrize("kind", ["griffin", "attention_first"])
+@pytest.mark.parametrize("rows", [1, 3, pytest.param(65, marks=pytest.mark.gpu)])  # slow where interpreted
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_a_step_that_keeps_hidden_states(dtype, rows, kind, small_model, monkeypatch):
+    """The model's own, and nothing else of the step changes by a bit; 65 rows are cuBLAS's, as is all float32."""
+    multiply_matrices(monkeypatch)
+    model = small_model(kind).to(DEVICE, dtype)
+    plain, keeping = (DecodeStep(model.model, model.lm_head, rows, hidden=hidden) for hidden in (False, True))
+    plain.ops, keeping.ops = KernelOps(), KernelOps()
+    tokens = torch.randint(29, (rows, 10), device=DEVICE)
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :6], past_key_values=cache, use_cache=True)
+    for step in (plain, keeping):
+        step.load(cache, 6, None)
+    for position in range(6, 10):  # past the window of 8
+        for step in (plain, keeping):
+            step.token.copy_(tokens[:, position])
+            step.step()
+        assert plain.hidden_states is None and torch.equal(keeping.logits, plain.logits)
+        expected = model(
+            tokens[:, position, None], past_key_values=cache, use_cache=True, output_hidden_states=True
+        ).hidden_states
+        assert keeping.hidden_states.dtype == dtype and len(keeping.hidden_states) == len(expected)
+        for mine, theirs in zip(keeping.hidden_states, expected):
+            assert_close(LOGITS[dtype], mine, theirs)
 
 
 @pytest.mark.parametrize("heads, key_heads, head_dim, window", [(20, 1, 128, 200), (4, 2, 24, 100), (3, 3, 256, 64)])
