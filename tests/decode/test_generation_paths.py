@@ -372,6 +372,41 @@ def test_adapters_can_be_recorded(small_model):
         assert on_a_gpu(model).reason == "dropout in training mode"
 
 
+def patch_linear(monkeypatch):
+    real = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: real(self, x).roll(1, -1))
+
+
+def patch_functional(monkeypatch):
+    real = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *inputs: real(*inputs).roll(1, -1))
+
+
+def patch_adapters(monkeypatch):
+    from peft.tuners.lora.layer import Linear
+
+    real = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: real(self, x).roll(1, -1))
+
+
+@pytest.mark.parametrize("patch", [None, patch_linear, patch_functional, patch_adapters])
+@pytest.mark.parametrize("name", ["greedy", "scores and logits"])
+def test_adapters_whose_operations_are_merged(name, patch, small_model, paths, monkeypatch):
+    """Not so where somebody has put a function of his own in the place of one that they stand for."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, ids = small_model(), random_ids(2, 6)
+    options = {"target_modules": "all-linear", "init_lora_weights": False}
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=5, **options), model).eval()
+    if patch is not None:
+        unpatched = run(model, ids)
+        patch(monkeypatch)
+        assert not torch.equal(run(model, ids), unpatched)
+    expected = by_transformers(monkeypatch, model, ids, **REQUESTS[name][0]())
+    assert_same(run(model, ids, **REQUESTS[name][0]()), expected)
+    assert {each.step for each in paths} == {"forward"}
+
+
 def test_dropout_of_one_block_counts(small_model):
     """Whatever the configuration and the model as a whole say: the block is what drops."""
     model = small_model(attention="sdpa")
