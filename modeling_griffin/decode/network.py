@@ -4,6 +4,7 @@ Legend: B rows, or tokens of one row where the operations say so; V vocabulary.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,15 +21,17 @@ ONE_RECORDS = threading.Lock()  # at a time, whatever the model: what a thread c
 class Recording:
     """What can be computed over fixed buffers, and recorded. A kind of it has `_compute`.
 
-    logits (B, V): what a step leaves.
+    token (B,): what a step reads, logits (B, V): what it leaves. drawings: recordings of what is sampled behind it.
     """
 
+    token: torch.Tensor
     logits: torch.Tensor | None = None
     _compute: Callable[[], None]
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.drawings: OrderedDict[tuple, Any] = OrderedDict()
 
     def step(self) -> torch.Tensor:
         """Reads `token`, puts the argmax of its logits there and returns `logits`; the next step overwrites both."""
