@@ -9,6 +9,7 @@ long on them as on its GEMMs. Small tensors stay eager, where launches cost more
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -91,7 +92,22 @@ def add_rms_norm(
 
 def gated(act_fn: nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """One kernel for the activation of the paper's and DeepMind's models."""
-    return triton_gelu_gated(gate, x) if isinstance(act_fn, GELU_TANH) and pays(gate, x) else None
+    return triton_gelu_gated(gate, x) if pays(gate, x) and _is_plain_gelu(act_fn) else None
+
+
+def _is_plain_gelu(act_fn: nn.Module) -> bool:
+    return is_plain(act_fn, GELU_TANH) and is_gelu_tanh(act_fn)
+
+
+def is_gelu_tanh(module: nn.Module) -> bool:
+    """Whether it is the activation of the paper's and DeepMind's models, as Transformers makes it."""
+    act = vars(module).get("act")
+    return (
+        type(module) is GELU_TANH
+        and type(act) is partial
+        and act.func is nn.functional.gelu
+        and act.keywords == {"approximate": "tanh"}
+    )
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
@@ -123,7 +139,7 @@ def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Mo
     if type(gate) is not nn.Linear:
         pair = _with_adapters(x, (gate, up))
         return None if pair is None else definitions.gated(act_fn, *pair)
-    inputs = _plain_inputs(x, (gate, up)) if isinstance(act_fn, GELU_TANH) else None
+    inputs = _plain_inputs(x, (gate, up)) if _is_plain_gelu(act_fn) else None
     if inputs is None or gate.bias is None or up.bias is None:
         return None
     return gelu_gated_linears(*inputs)
