@@ -138,15 +138,18 @@ def test_steps_past_the_window(dtype, rows, kind, small_model, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["griffin", "attention_first"])
-@pytest.mark.parametrize("rows", [1, 3, pytest.param(65, marks=pytest.mark.gpu)])  # slow where interpreted
+@pytest.mark.parametrize(
+    "rows, matmul", [(1, True), (3, True), (3, False), pytest.param(65, True, marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
 @torch.no_grad()
-def test_a_step_that_keeps_hidden_states(dtype, rows, kind, small_model, monkeypatch):
-    """The model's own, and nothing else of the step changes by a bit; 65 rows are cuBLAS's, as is all float32."""
+def test_a_step_that_keeps_hidden_states(dtype, rows, matmul, kind, small_model, monkeypatch):
+    """The model's own, and nothing else of the step changes by a bit. Where products are cuBLAS's (65 rows, or without
+    `matmul`), norms add to the stream in place, but not to what is kept."""
     multiply_matrices(monkeypatch)
     model = small_model(kind).to(DEVICE, dtype)
     plain, keeping = (DecodeStep(model.model, model.lm_head, rows, hidden=hidden) for hidden in (False, True))
-    plain.ops, keeping.ops = KernelOps(), KernelOps()
+    plain.ops, keeping.ops = KernelOps(matmul=matmul), KernelOps(matmul=matmul)
     tokens = torch.randint(29, (rows, 10), device=DEVICE)
     cache = DynamicCache(config=model.config)
     model(tokens[:, :6], past_key_values=cache, use_cache=True)
