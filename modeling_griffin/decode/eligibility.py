@@ -103,8 +103,8 @@ def decide(
         return Path("transformers", False, obstacle)
     ahead = _runs_ahead(logits_processor, stopping_criteria, generation_config)
     obstacle = next(ineligible_model_reasons(model), None)
-    if obstacle is None and asks_for_hidden_states(generation_config):
-        obstacle = "output_hidden_states"
+    if obstacle is None and asks_for_hidden_states(generation_config) and _leaves_last_norm_out(model):
+        obstacle = "output_hidden_states with config.tie_last_hidden_states = False"
     if obstacle is None:
         return Path("fused", ahead)
     return behind(Path("fused", ahead), model, obstacle)
@@ -122,6 +122,11 @@ def behind(path: Path, model: nn.Module, reason: str = "its step cannot be used,
 
 def asks_for_hidden_states(generation_config: GenerationConfig) -> bool:
     return bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
+
+
+def _leaves_last_norm_out(model) -> bool:
+    """Whether the last of the hidden states is what stands in front of the final norm."""
+    return getattr(model.model.config, "tie_last_hidden_states", None) not in (None, True)
 
 
 def _runs_ahead(logits_processor, stopping_criteria, generation_config) -> bool:

@@ -6,6 +6,7 @@ positions that belong to them: so that no shape and no address changes, and the 
 Legend: B rows, T tokens read so far, C RG-LRU channels, S slots of a ring, K head dimension, V vocabulary, D width.
 """
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache_name import CACHE_NAME
+from ..kernels.dispatch import small_tensors_pay
 from ..modeling_griffin import config_of_masks
 from .lease import Lease
 from .network import Recording
 from .ops import Clock
+from .original import CLASSES, patched_class, patched_function
 from .state import put_ring
 
 
@@ -88,7 +91,9 @@ class ForwardStep(Recording, Lease):
         Lease.__init__(self, model.device)
         self.model, self.config = weakref.ref(model), model.config
         self.slots, self.hidden, self.checked = slots, hidden, False
-        self.hidden_states: torch.Tensor | tuple | None = None
+        patched = patched_function() or any(patched_class(cls, cls) for cls in CLASSES)
+        self.merging = contextlib.nullcontext if patched else small_tensors_pay  # what kernels do is as it was imported
+        self.hidden_states: torch.Tensor | None = None
         self.cache: FixedCache | None = None  # made when there is a cache whose shapes it can take
         with torch.inference_mode(False):
             new = {"dtype": torch.long, "device": self.device}
@@ -180,9 +185,10 @@ class ForwardStep(Recording, Lease):
         self.slot.copy_(time % self.slots)
         kind = self.device.type
         # Weights that autocast has cast would be freed with its cache, and a recording read them still.
-        with torch.autocast(
+        precision = torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=not self.on_gpu
-        ):
+        )
+        with precision, self.merging():
             model = self.model()
             output = model(
                 self.token[:, None],

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..causal_conv1d import CausalConv1d
 from ..kernels.device import decode_refusal, float8_fits, properties
+from ..kernels.dispatch import GELU_TANH, is_gelu_tanh
 from ..kernels.hooks import forward_hooks, has_global_hooks
 from ..modeling_griffin import (
     GriffinAttention,
@@ -30,8 +31,6 @@ from .host_effects import watching_mode
 from .original import (
     ATTENTIONS,
     CLASSES,
-    GELU_TANH,
-    is_gelu_tanh,
     own_function,
     patched_cache,
     patched_class,

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from ..cache_name import CACHE_NAME
+from .drawing import RECORD_BEHIND, Drawing, draw, drawing_of
 from .eligibility import CACHES, Path, asks_for_hidden_states, behind, decide
 from .loop import run_loop
 from .state import DecodeStep
@@ -77,13 +78,13 @@ def _on_step(name: str, model, path: Path, input_ids: torch.Tensor, kwargs: dict
     """Whether there is such a step, and the result."""
     config, (batch, length) = kwargs["generation_config"], input_ids.shape
     hidden = asks_for_hidden_states(config)
-    reading = {"output_hidden_states": True} if hidden else {}
+    reading = {"output_hidden_states": config.output_hidden_states} if hidden else {}
     mask, tokens = kwargs.get("attention_mask"), None
     if config.max_length is not None:
         tokens = config.max_length + TOKENS_AHEAD
     like, step = None, None
     if path.step == "fused":
-        step = take_step(model, batch, tokens)
+        step = take_step(model, batch, tokens, hidden=hidden)
         if step is None:
             return False, None
     try:
@@ -171,29 +172,28 @@ class _Choice:
         self.going_on = torch.ones(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         ends = [each.eos_token_id.to(prompt.device) for each in stopping_criteria if hasattr(each, "eos_token_id")]
         self.eos = torch.cat([end.flatten() for end in ends]) if ends else None
+        self.pad: torch.Tensor | None = None
         if self.eos is not None:
             pad = getattr(generation_config, "_pad_token_tensor", None)
             self.pad = self.eos[0] if pad is None else pad.to(prompt.device)
+        self.drawing: Drawing | None = None
+        self.start = self.length
+
+    def use_recording(self, step: DecodeStep) -> None:
+        """Draws behind this step by one replay from here on, where that can be."""
+        if self.drawing is None and self.do_sample and (drawn := self.length - self.start) in (1, RECORD_BEHIND):
+            ends = 0 if self.eos is None else len(self.eos)
+            self.drawing = drawing_of(step, self.processors, ends, drawn)
+            if self.drawing is not None:
+                self.drawing.begin(self.going_on, self.eos, self.pad)
+                self.going_on = self.drawing.going_on
 
     def next(self, logits: torch.Tensor, best: torch.Tensor | None = None) -> torch.Tensor:
         """logits (B, V) -> tokens (B,), padding for rows that have ended; they are also put behind the others.
 
         best (B,): the argmax of these logits where it is known; it is returned itself where it is what is chosen.
         """
-        scores = logits  # whose argmax is the same in float32, which is exact for them
-        if self.processors or self.do_sample:
-            scores = logits.to(copy=True, dtype=torch.float32)
-        for processor in self.processors:
-            scores = processor(self.tokens[:, : self.length], scores)
-        if self.do_sample:
-            token = _draw(scores.softmax(-1))
-        elif self.processors or best is None:
-            token = scores.argmax(-1)
-        else:
-            token = best
-        if self.eos is not None:
-            token = torch.where(self.going_on, token, self.pad)
-            self.going_on = self.going_on & ~torch.isin(token, self.eos)
+        token = self._chosen(logits, best) if self.drawing is None else self.drawing.next()
         if self.length == self.tokens.shape[1]:  # room for as many again, whatever max_length allows
             room = max(1024, self.length)
             self.tokens = torch.nn.functional.pad(self.tokens, (0, room))
@@ -201,10 +201,22 @@ class _Choice:
         self.length += 1
         return token
 
-
-def _draw(shares: torch.Tensor) -> torch.Tensor:
-    """A sample of each row, the same as `torch.multinomial(shares, 1)` draws, which makes the host wait."""
-    return (shares / torch.empty_like(shares).exponential_(1)).argmax(-1)
+    def _chosen(self, logits: torch.Tensor, best: torch.Tensor | None) -> torch.Tensor:
+        scores = logits  # whose argmax is the same in float32, which is exact for them
+        if self.processors or self.do_sample:
+            scores = logits.to(copy=True, dtype=torch.float32)
+        for processor in self.processors:
+            scores = processor(self.tokens[:, : self.length], scores)
+        if self.do_sample:
+            token = draw(scores.softmax(-1))
+        elif self.processors or best is None:
+            token = scores.argmax(-1)
+        else:
+            token = best
+        if self.eos is not None:
+            token = torch.where(self.going_on, token, self.pad)
+            self.going_on = self.going_on & ~torch.isin(token, self.eos)
+        return token
 
 
 def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length: int | None, streamer) -> torch.Tensor:
@@ -220,6 +232,7 @@ def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length:
         if token is not step.token:
             step.token.copy_(token)
         logits, best = step.step(), step.token
+        choice.use_recording(step)
     if end is None:
         end = next(reports.received(0), choice.length)
     if streamer is not None:

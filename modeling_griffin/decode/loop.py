@@ -67,8 +67,14 @@ class SteppedModel(GenerationMixin):
         self.step.token.copy_(input_ids)
         logits = self.step.step()
         self.length += 1
-        hidden = getattr(self.step, "hidden_states", None)
-        return self._output(logits[:, None], None if hidden is None else tuple(hidden.clone()))
+        return self._output(logits[:, None], self._hidden_states())
+
+    def _hidden_states(self) -> tuple[torch.Tensor | None, ...] | None:
+        """(B, 1, D) each, of the token that was read; None for those that were not asked for, as of the prompt."""
+        of_prompt, hidden = self.prompt_output.hidden_states, self.step.hidden_states
+        if of_prompt is None or hidden is None:
+            return None
+        return tuple(None if asked is None else each for each, asked in zip(hidden.clone(), of_prompt))
 
     def _output(self, logits, hidden_states) -> CausalLMOutputWithPast:
         """The loop copies logits before the next step."""

@@ -4,6 +4,7 @@ Legend: B rows, or tokens of one row where the operations say so; V vocabulary.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,15 +21,17 @@ ONE_RECORDS = threading.Lock()  # at a time, whatever the model: what a thread c
 class Recording:
     """What can be computed over fixed buffers, and recorded. A kind of it has `_compute`.
 
-    logits (B, V): what a step leaves.
+    token (B,): what a step reads, logits (B, V): what it leaves. drawings: recordings of what is sampled behind it.
     """
 
+    token: torch.Tensor
     logits: torch.Tensor | None = None
     _compute: Callable[[], None]
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.drawings: OrderedDict[tuple, Any] = OrderedDict()
 
     def step(self) -> torch.Tensor:
         """Reads `token`, puts the argmax of its logits there and returns `logits`; the next step overwrites both."""
@@ -61,7 +64,8 @@ class RecordedStep(Recording):
     """A fused step: it goes through the layers by its own operations. A kind of it has `_compute`, which calls `_read`.
 
     layers: for each layer, the buffers that its operation takes. trace: where it is a list, `_read` puts the residual
-    stream (B, D) there, in front of the first layer and behind each.
+    stream (B, D) there, in front of the first layer and behind each. hidden_states (L + 1, B, 1, D): where the step
+    leaves what the model calls so; None: nowhere.
     """
 
     layers: list[tuple[torch.Tensor, ...]]
@@ -72,6 +76,7 @@ class RecordedStep(Recording):
         self.ops: Any = ops  # those of a pass over drafts take buffers besides
         self.dtype = head.weight.dtype
         self.trace: list[torch.Tensor] | None = None
+        self.hidden_states: torch.Tensor | None = None
         self.scale = base.embedding_scale if self.config.scale_embeddings else 1.0
         self.frequencies = None
         if "sliding_attention" in self.config.layer_types:  # as rotary_emb computes them
@@ -82,17 +87,24 @@ class RecordedStep(Recording):
     def _read(self, stream: Stream, clock: Clock) -> None:
         """The embeddings through all layers and the head, into `logits`."""
         ops, base = self.ops, self.base
+        *between, normed = self._places()[1:]
         self._keep(stream)
-        for layer, buffers, kind in zip(base.layers, self.layers, self.config.layer_types):
+        for layer, buffers, kind, into in zip(base.layers, self.layers, self.config.layer_types, (*between, None)):
             mix = self._attend if kind == "sliding_attention" else self._recur
             stream = mix(stream, layer.temporal_block, layer.temporal_pre_norm, buffers, clock)
             mlp = layer.mlp_block
             x = ops.gated_project(stream, layer.channel_pre_norm, mlp.gate_proj, mlp.up_proj)
-            stream = ops.add_project(stream, x, mlp.down_proj)
+            stream = ops.add_project(stream, x, mlp.down_proj, into)
             self._keep(stream)
-        ops.head(stream, base.final_norm, self.head, self.logits)
+        ops.head(stream, base.final_norm, self.head, self.logits, normed)
         if (cap := self.config.final_logit_softcapping) is not None:
             torch.mul((self.logits / cap).tanh_(), cap, out=self.logits)
+
+    def _places(self) -> Sequence[torch.Tensor | None]:
+        """(B, D) for the embeddings, for the stream behind each layer but the last, and for the norm behind that."""
+        if self.hidden_states is None:
+            return [None] * (len(self.layers) + 1)
+        return self.hidden_states[:, :, 0].unbind()
 
     def _keep(self, stream: Stream) -> None:
         if self.trace is not None:

@@ -42,10 +42,14 @@ except ImportError:
 
 @dataclass
 class Stream:
-    """The residual stream (B, D) and what a layer has put out but not yet added to it, or None."""
+    """The residual stream (B, D) and what a layer has put out but not yet added to it, or None.
+
+    kept: the tensor has to stay as it is, so that nothing is added in place.
+    """
 
     residual: torch.Tensor
     delta: torch.Tensor | None = None
+    kept: bool = False
 
 
 @dataclass
@@ -62,21 +66,40 @@ class Clock:
 
 
 class PlainOps:
-    """As the layers compute, for one token a row."""
+    """As the layers compute, for one token a row.
+
+    into (B, D): where an operation writes the residual stream, for who wants to keep it; None: into memory of its own.
+    """
 
     def begin(
-        self, token: torch.Tensor, embedding: nn.Embedding, scale: float, clock: Clock, frequencies: torch.Tensor | None
+        self,
+        token: torch.Tensor,
+        embedding: nn.Embedding,
+        scale: float,
+        clock: Clock,
+        frequencies: torch.Tensor | None,
+        into: torch.Tensor | None = None,
     ) -> tuple[Stream, Clock]:
         """The embeddings of token (B,) times scale, and the clock with cos and sin of frequencies (R,) or None."""
-        stream = Stream(embedding.weight.index_select(0, token) * scale)
+        embedded = torch.mul(embedding.weight.index_select(0, token), scale, out=into)
+        stream = Stream(embedded, kept=into is not None)
         if frequencies is None:
             return stream, clock
         angles = (clock.time - clock.padding)[:, None].float() * frequencies
         dtype = embedding.weight.dtype
         return stream, Clock(clock.time, clock.padding, angles.cos().to(dtype), angles.sin().to(dtype))
 
-    def head(self, stream: Stream, norm: nn.Module, linear: nn.Linear, logits: torch.Tensor) -> None:
-        """norm(stream) through linear, into logits (B, V)."""
+    def head(
+        self,
+        stream: Stream,
+        norm: nn.Module,
+        linear: nn.Linear,
+        logits: torch.Tensor,
+        normed: torch.Tensor | None = None,
+    ) -> None:
+        """norm(stream) through linear, into logits (B, V). normed (B, D): where norm(stream) goes too, or None."""
+        if normed is not None:
+            normed.copy_(self._normed(stream, norm))
         logits.copy_(self.project(stream, norm, [linear])[0])
 
     def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
@@ -94,9 +117,9 @@ class PlainOps:
         gate_output, up_output = self.project(stream, norm, (gate, up))
         return gelu(gate_output, approximate="tanh") * up_output
 
-    def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear) -> Stream:
+    def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear, into: torch.Tensor | None = None) -> Stream:
         """The stream with out(x) added."""
-        return Stream(stream.residual + self._product(x, out))
+        return Stream(torch.add(stream.residual, self._product(x, out), out=into), kept=into is not None)
 
     def recurrent(
         self,
@@ -175,10 +198,16 @@ class KernelOps(PlainOps):
         self.counters: torch.Tensor | None = None  # heads that are shared are fewer than programs to aim at
 
     def begin(
-        self, token: torch.Tensor, embedding: nn.Embedding, scale: float, clock: Clock, frequencies: torch.Tensor | None
+        self,
+        token: torch.Tensor,
+        embedding: nn.Embedding,
+        scale: float,
+        clock: Clock,
+        frequencies: torch.Tensor | None,
+        into: torch.Tensor | None = None,
     ) -> tuple[Stream, Clock]:
         width, rotary = embedding.weight.shape[1], 0 if frequencies is None else len(frequencies)
-        x = embedding.weight.new_empty(len(token), width)
+        x = embedding.weight.new_empty(len(token), width) if into is None else into
         cos, sin = x.new_empty(len(token), rotary), x.new_empty(len(token), rotary)
         begin_kernel[(len(token),)](
             *(token, embedding.weight, clock.time, clock.padding, x if frequencies is None else frequencies),
@@ -190,13 +219,23 @@ class KernelOps(PlainOps):
             BLOCK_R=triton.next_power_of_2(max(1, rotary)),
             num_warps=BEGIN_WARPS,
         )
-        return Stream(x), Clock(clock.time, clock.padding, cos, sin) if rotary else clock
+        stream = Stream(x, kept=into is not None)
+        return stream, Clock(clock.time, clock.padding, cos, sin) if rotary else clock
 
-    def head(self, stream: Stream, norm: nn.Module, linear: nn.Linear, logits: torch.Tensor) -> None:
+    def head(
+        self,
+        stream: Stream,
+        norm: nn.Module,
+        linear: nn.Linear,
+        logits: torch.Tensor,
+        normed: torch.Tensor | None = None,
+    ) -> None:
         if stream.delta is None and self.gemms.takes(stream.residual):
+            if normed is not None:
+                self._normed(stream, norm, normed)
             self.gemms.project(stream.residual, norm, [linear], outputs=[logits])
         else:
-            torch.mm(self._normed(stream, norm), linear.weight.T, out=logits)
+            torch.mm(self._normed(stream, norm, normed), linear.weight.T, out=logits)
 
     def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
         block = largest_logits_block(logits.shape[1])
@@ -218,10 +257,13 @@ class KernelOps(PlainOps):
         gate_kernel[grid](gate_output, up_output, y, y.numel(), **self.launch, BLOCK=1024)
         return y
 
-    def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear) -> Stream:
+    def add_project(self, stream: Stream, x: torch.Tensor, out: nn.Linear, into: torch.Tensor | None = None) -> Stream:
         if self.gemms.takes(x, out):
-            return Stream(self.gemms.project(x, None, [out], stream.residual)[0])
-        return Stream(stream.residual, self._product(x, out))
+            outputs = None if into is None else [into]
+            return Stream(self.gemms.project(x, None, [out], stream.residual, outputs)[0], kept=into is not None)
+        if into is None and not stream.kept:
+            return Stream(stream.residual, self._product(x, out))  # the norm behind it adds it in place
+        return super().add_project(stream, x, out, into)
 
     def recurrent(
         self,
@@ -289,8 +331,8 @@ class KernelOps(PlainOps):
         sums = torch.empty(parts * (q.shape[1] // heads), **new)
         return sums, torch.empty(parts, **new), torch.empty(parts, **new), self.counters
 
-    def _normed(self, stream, norm):
-        x, y = stream.residual, torch.empty_like(stream.residual)
+    def _normed(self, stream, norm, into: torch.Tensor | None = None):
+        x, y = stream.residual, torch.empty_like(stream.residual) if into is None else into
         add_norm_kernel[(x.shape[0],)](
             *(x, x if stream.delta is None else stream.delta, norm.weight, y, norm.eps, x.shape[1]),
             ADD=stream.delta is not None,

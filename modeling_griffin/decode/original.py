@@ -5,20 +5,17 @@ function that a forward calls. What is found in its place is not what the step c
 """
 
 import inspect
-from functools import partial
 from types import FunctionType
 
 from torch import nn
 from transformers import cache_utils
-from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import causal_conv1d, documents, elementwise, local_attention, modeling_griffin, rg_lru, rg_lru_scan, slots
-from ..kernels.dispatch import SLOTS
+from ..kernels.dispatch import GELU_TANH, SLOTS
 
 
-GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 SOURCES = (causal_conv1d, documents, elementwise, local_attention, modeling_griffin, rg_lru, rg_lru_scan)
 # Of PyTorch, what modules call for a token: libraries put attention or products of their own there.
 FUNCTIONALS = ("linear", "embedding", "gelu", "scaled_dot_product_attention", "softmax", "softplus")
@@ -131,14 +128,3 @@ def own_function(module: nn.Module) -> str | None:
     """The name of a function that the module itself has in the place of its class's."""
     found = vars(module).keys() & OF_CLASSES.get(type(module), dict.fromkeys(CALLS)).keys()
     return min(found, default=None)
-
-
-def is_gelu_tanh(module: nn.Module) -> bool:
-    """Whether it is the activation of the paper's and DeepMind's models, as Transformers makes it."""
-    act = vars(module).get("act")
-    return (
-        type(module) is GELU_TANH
-        and type(act) is partial
-        and act.func is nn.functional.gelu
-        and act.keywords == {"approximate": "tanh"}
-    )

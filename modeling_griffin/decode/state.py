@@ -27,10 +27,10 @@ class DecodeStep(RecordedStep, Lease):
     (L, B, taps, C) and states (L, B, C) float32 of those that recur. layers: for each layer its part of these.
     token (B,) int64: what the next `step` reads; it leaves the argmax of its own logits there, so that a host that
     chooses no other has nothing to write. logits (B, V): what a step leaves, in the model's dtype.
-    slots: S; None for W. With fewer, no row may hold more tokens.
+    slots: S; None for W. With fewer, no row may hold more tokens. hidden: whether `hidden_states` are left too.
     """
 
-    def __init__(self, base: nn.Module, head: nn.Linear, batch: int, slots: int | None = None):
+    def __init__(self, base: nn.Module, head: nn.Linear, batch: int, slots: int | None = None, hidden: bool = False):
         ops, device = PlainOps(), head.weight.device
         if device.type == "cuda":
             ops = KernelOps(overlap=can_overlap(device), matmul=decode_gemm_fits(properties(device)))
@@ -40,6 +40,9 @@ class DecodeStep(RecordedStep, Lease):
             RecordedStep.__init__(self, base, head, ops)
             Lease.__init__(self, device)
             self._make_buffers(batch)
+            if hidden:
+                shape = len(self.layers) + 1, batch, 1, self.config.hidden_size
+                self.hidden_states = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _make_buffers(self, batch: int) -> None:
         config, new = self.config, {"dtype": self.dtype, "device": self.device}
@@ -151,7 +154,8 @@ class DecodeStep(RecordedStep, Lease):
 
     @torch.no_grad()  # here too: inference_mode(False) turns gradients on
     def _compute(self) -> None:
-        stream, clock = self.ops.begin(self.token, self.base.embed_tokens, self.scale, self.clock, self.frequencies)
+        embedding, embedded = self.base.embed_tokens, self._places()[0]
+        stream, clock = self.ops.begin(self.token, embedding, self.scale, self.clock, self.frequencies, embedded)
         self._read(stream, clock)
         self.ops.end(self.logits, self.token, clock)
 

@@ -111,7 +111,7 @@ def _make(model, key: tuple, fingerprint: tuple):
     kind, rows, slots, hidden = key
     try:
         if kind == "fused":
-            step = DecodeStep(model.model, model.lm_head, rows, slots)
+            step = DecodeStep(model.model, model.lm_head, rows, slots, hidden)
         else:
             step = ForwardStep(model, rows, slots, hidden)
     except Exception as error:

@@ -6,7 +6,10 @@ operations read and write all of their tensors, and autograd keeps what lies bet
 long on them as on its GEMMs. Small tensors stay eager, where launches cost more than the memory.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,7 +18,7 @@ from transformers.activations import ACT2FN
 from .. import elementwise as definitions
 from ..rg_lru import BlockDiagonalLinear
 from ..rg_lru_scan_triton import triton_unavailable_reason
-from .adapters import adapted_linears, read_adapter
+from .adapters import adapted_linears, adapted_outputs, read_adapter
 from .block_diagonal import BlockDiagonalProduct
 from .convolution import convolve_on_gpu
 from .elementwise import LARGEST_ROW, triton_add_rms_norm, triton_gelu_gated, triton_rms_norm, triton_rotate
@@ -29,16 +32,36 @@ from .loss import KernelRowLosses
 
 LEAST_ELEMENTS = 2**20  # of the first argument; below, a launch costs as much as the memory
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+_HERE = threading.local()
+
+
+@contextlib.contextmanager
+def small_tensors_pay() -> Iterator[None]:
+    """In this thread, inside: tensors of any size leave the eager operations, as in a pass that is recorded.
+
+    The host then starts no launches, and each one less is time of the GPU. Not for what is to have gradients.
+    """
+    before, _HERE.small = _small_pays(), True
+    try:
+        yield
+    finally:
+        _HERE.small = before
+
+
+def _small_pays() -> bool:
+    return getattr(_HERE, "small", False)
 
 
 def pays(first: torch.Tensor, *others: object, least: int | None = None) -> bool:
     """Whether to leave the eager operations: large plain tensors on a GPU, outside other transformations.
 
-    least: elements of a large one; None: LEAST_ELEMENTS.
+    least: elements of a large one; None: LEAST_ELEMENTS, or 1 in `small_tensors_pay`.
     """
+    if least is None:
+        least = 1 if _small_pays() else LEAST_ELEMENTS
     return (
         first.is_cuda
-        and first.numel() >= (LEAST_ELEMENTS if least is None else least)
+        and first.numel() >= least
         and not torch.compiler.is_compiling()
         and triton_unavailable_reason(first) is None
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in (first, *others) if isinstance(x, torch.Tensor))
@@ -69,7 +92,22 @@ def add_rms_norm(
 
 def gated(act_fn: nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """One kernel for the activation of the paper's and DeepMind's models."""
-    return triton_gelu_gated(gate, x) if isinstance(act_fn, GELU_TANH) and pays(gate, x) else None
+    return triton_gelu_gated(gate, x) if pays(gate, x) and _is_plain_gelu(act_fn) else None
+
+
+def _is_plain_gelu(act_fn: nn.Module) -> bool:
+    return is_plain(act_fn, GELU_TANH) and is_gelu_tanh(act_fn)
+
+
+def is_gelu_tanh(module: nn.Module) -> bool:
+    """Whether it is the activation of the paper's and DeepMind's models, as Transformers makes it."""
+    act = vars(module).get("act")
+    return (
+        type(module) is GELU_TANH
+        and type(act) is partial
+        and act.func is nn.functional.gelu
+        and act.keywords == {"approximate": "tanh"}
+    )
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
@@ -85,7 +123,8 @@ def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...] | 
 
 def _with_adapters(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.Tensor, ...] | None:
     """Of layers that PEFT has put adapters of one dtype on; autocast would choose others for their products."""
-    if not pays(x) or torch.is_autocast_enabled(x.device.type):
+    small = _small_pays()  # there on a CPU too: it is PyTorch's operations, only fewer
+    if not (small or pays(x)) or torch.is_autocast_enabled(x.device.type):
         return None
     layers = []
     for module in modules:
@@ -93,14 +132,14 @@ def _with_adapters(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch
         if layer is None or layers and layer.down.dtype != layers[0].down.dtype:
             return None
         layers.append(layer)
-    return adapted_linears(x, layers)
+    return adapted_outputs(x, layers) if small else adapted_linears(x, layers)
 
 
 def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor | None:
     if type(gate) is not nn.Linear:
         pair = _with_adapters(x, (gate, up))
         return None if pair is None else definitions.gated(act_fn, *pair)
-    inputs = _plain_inputs(x, (gate, up)) if isinstance(act_fn, GELU_TANH) else None
+    inputs = _plain_inputs(x, (gate, up)) if _is_plain_gelu(act_fn) else None
     if inputs is None or gate.bias is None or up.bias is None:
         return None
     return gelu_gated_linears(*inputs)
@@ -108,8 +147,8 @@ def gated_linears(act_fn: nn.Module, x: torch.Tensor, gate: nn.Module, up: nn.Mo
 
 def _plain_inputs(x: torch.Tensor, modules: Sequence[nn.Module]) -> list[torch.Tensor | None] | None:
     """x, weights and biases in the GEMMs' dtype; None where the modules have to be called, or nothing is won."""
-    if not all(is_plain(module, nn.Linear) for module in modules):
-        return None
+    if _small_pays() or not all(is_plain(module, nn.Linear) for module in modules):
+        return None  # small: what joins narrow layers copies their weights
     inputs = [x, *(module.weight for module in modules), *(module.bias for module in modules)]
     return as_autocast(*inputs) if pays(*inputs) else None
 

@@ -107,7 +107,7 @@ REQUESTS: list[tuple[str, int, Callable | None, Callable, str]] = [
     ("own logits processor", 64, None, lambda: {"logits_processor": [OnTheHost()]}, "fused"),
     ("own criterion", 1, None, lambda: {"stopping_criteria": [Never()]}, "fused"),
     ("scores", 1, None, lambda: SCORES, "fused"),
-    ("hidden states", 1, None, lambda: {**SCORES, "output_hidden_states": True}, "forward"),
+    ("hidden states", 1, None, lambda: {**SCORES, "output_hidden_states": True}, "fused"),
     ("4 beams", 1, None, lambda: {"num_beams": 4}, "fused"),
     ("4 beams, sampling", 1, None, lambda: {"num_beams": 4, "do_sample": True}, "fused"),
     ("LoRA, not merged", 1, with_adapters, lambda: {}, "forward"),

@@ -7,6 +7,7 @@ import torch
 from _decode_helpers import (
     DEVICE,
     DTYPES_OF_STEPS,
+    INTERPRETED,
     LOGITS,
     both,
     multiply_matrices,
@@ -16,10 +17,13 @@ from _decode_helpers import (
 )
 from tolerances import assert_close
 from torch import nn
+from transformers import DynamicCache
 
 import modeling_griffin.decode.ops as decode_ops
+from modeling_griffin.decode.forward import ForwardStep
 from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
 from modeling_griffin.decode.state import DecodeStep
+from modeling_griffin.kernels import dispatch
 from modeling_griffin.kernels.device import decode as tiles
 
 
@@ -131,6 +135,69 @@ def test_steps_past_the_window(dtype, rows, kind, small_model, monkeypatch):
             for actual, expected in zip(one[:2], other[:2]):
                 assert_close(LOGITS[dtype], actual, expected)
                 expected.copy_(actual)  # so that rounding does not pile up over the steps
+
+
+@pytest.mark.parametrize("kind", ["griffin", "attention_first"])
+@pytest.mark.parametrize(
+    "rows, matmul", [(1, True), (3, True), (3, False), pytest.param(65, True, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_a_step_that_keeps_hidden_states(dtype, rows, matmul, kind, small_model, monkeypatch):
+    """The model's own, and nothing else of the step changes by a bit. Where products are cuBLAS's (65 rows, or without
+    `matmul`), norms add to the stream in place, but not to what is kept."""
+    multiply_matrices(monkeypatch)
+    model = small_model(kind).to(DEVICE, dtype)
+    plain, keeping = (DecodeStep(model.model, model.lm_head, rows, hidden=hidden) for hidden in (False, True))
+    plain.ops, keeping.ops = KernelOps(matmul=matmul), KernelOps(matmul=matmul)
+    tokens = torch.randint(29, (rows, 10), device=DEVICE)
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :6], past_key_values=cache, use_cache=True)
+    for step in (plain, keeping):
+        step.load(cache, 6, None)
+    for position in range(6, 10):  # past the window of 8
+        for step in (plain, keeping):
+            step.token.copy_(tokens[:, position])
+            step.step()
+        assert plain.hidden_states is None and torch.equal(keeping.logits, plain.logits)
+        expected = model(
+            tokens[:, position, None], past_key_values=cache, use_cache=True, output_hidden_states=True
+        ).hidden_states
+        assert keeping.hidden_states.dtype == dtype and len(keeping.hidden_states) == len(expected)
+        for mine, theirs in zip(keeping.hidden_states, expected):
+            assert_close(LOGITS[dtype], mine, theirs)
+
+
+KERNELS_OF_A_PASS = ("triton_add_rms_norm", "triton_gelu_gated", "triton_rotate", "convolve_on_gpu", "rg_lru_gates")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_the_model_s_own_pass_over_fixed_buffers_leaves_small_tensors_to_kernels(dtype, rows, small_model, monkeypatch):
+    """As the host starts nothing there; the model's own call, which it is compared with, keeps them eager."""
+    called = set()
+    for name in KERNELS_OF_A_PASS:
+        real = getattr(dispatch, name)
+        monkeypatch.setattr(dispatch, name, lambda *x, real=real, name=name: called.add(name) or real(*x))
+    if INTERPRETED:
+        monkeypatch.setattr(dispatch, "pays", lambda *x: dispatch._small_pays())
+    model = small_model("griffin").to(DEVICE, dtype)
+    tokens, cache = torch.randint(29, (rows, 10), device=DEVICE), DynamicCache(config=model.config)
+    model(tokens[:, :6], past_key_values=cache, use_cache=True)
+    assert not called
+    step = ForwardStep(model, rows, 8, False)
+    step.prepare(model)
+    expected = set(KERNELS_OF_A_PASS) if dtype != torch.float32 else set(KERNELS_OF_A_PASS[:-1])
+    if step.on_gpu:
+        assert called == expected
+    step.load(cache, 6, None)
+    for position in range(6, 10):  # past the window of 8
+        step.token.copy_(tokens[:, position])
+        step.step()
+        output = model(tokens[:, position, None], past_key_values=cache, use_cache=True)
+        assert_close(LOGITS[dtype], step.logits, output.logits[:, -1])
+    assert called == expected
 
 
 @pytest.mark.parametrize("heads, key_heads, head_dim, window", [(20, 1, 128, 200), (4, 2, 24, 100), (3, 3, 256, 64)])

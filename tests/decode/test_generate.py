@@ -12,6 +12,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import modeling_griffin.decode.generate as fast_generate
+from modeling_griffin.decode import drawing
 from modeling_griffin.decode import steps as kept_steps
 from modeling_griffin.decode.state import DecodeStep
 
@@ -90,7 +91,7 @@ def test_samples_are_the_same_under_the_same_seed(kind, options, both, small_mod
 
 def test_draws_follow_the_distribution():
     shares = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    counts = torch.bincount(fast_generate._draw(shares.expand(20000, 4)), minlength=4) / 20000
+    counts = torch.bincount(drawing.draw(shares.expand(20000, 4)), minlength=4) / 20000
     assert (counts - shares).abs().max() < 0.015 and counts[3] == 0
 
 

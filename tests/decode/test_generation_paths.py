@@ -51,6 +51,7 @@ def allowed(row, tokens):
 
 
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+ALL_HIDDEN = {**ALL_OUTPUTS, "output_hidden_states": True}
 AHEAD, LOOP, FORWARD, STOCK = ("fused", True), ("fused", False), ("forward", False), ("transformers", False)
 # name: (options, the path)
 REQUESTS = {
@@ -67,12 +68,15 @@ REQUESTS = {
     "return dict": (lambda: {"return_dict_in_generate": True}, LOOP),
     "scores and logits": (lambda: ALL_OUTPUTS, LOOP),
     "scores, sampling": (lambda: {**ALL_OUTPUTS, "do_sample": True}, LOOP),
-    "hidden states": (lambda: {**ALL_OUTPUTS, "output_hidden_states": True}, FORWARD),
+    "hidden states": (lambda: ALL_HIDDEN, LOOP),
+    "hidden states, sampling": (lambda: {**ALL_HIDDEN, "do_sample": True}, LOOP),
+    "hidden states, own processor": (lambda: {**ALL_HIDDEN, "logits_processor": [Memory()]}, LOOP),
+    "some hidden states": (lambda: {"return_dict_in_generate": True, "output_hidden_states": [0, -1]}, LOOP),
     "beams": (lambda: {"num_beams": 4}, LOOP),
     "beams with scores": (lambda: {"num_beams": 3, "num_return_sequences": 2, **ALL_OUTPUTS}, LOOP),
     "beams, sampling": (lambda: {"num_beams": 3, "do_sample": True, "top_k": 12}, LOOP),
     "beams, own processor": (lambda: {"num_beams": 2, "no_repeat_ngram_size": 2, "length_penalty": 2.0}, LOOP),
-    "beams, hidden states": (lambda: {"num_beams": 2, "output_hidden_states": True, **ALL_OUTPUTS}, FORWARD),
+    "beams, hidden states": (lambda: {"num_beams": 2, **ALL_HIDDEN}, LOOP),
     "attentions": (lambda: {"return_dict_in_generate": True, "output_attentions": True}, STOCK),
     "no cache": (lambda: {"use_cache": False}, STOCK),
     "cache by name": (lambda: {"cache_implementation": "dynamic"}, STOCK),
@@ -114,7 +118,9 @@ def assert_same(found, expected) -> None:
             assert_close("logits", mine[finite], theirs[finite], name)
     for mine, theirs in zip(found.get("hidden_states") or (), expected.get("hidden_states") or (), strict=True):
         for one, other in zip(mine, theirs, strict=True):
-            assert_close("logits", one, other, "hidden states")
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert_close("logits", one, other, "hidden states")
     assert_same_cache(found[CACHE_NAME], expected[CACHE_NAME])
 
 
@@ -140,7 +146,8 @@ def test_each_request_takes_its_path_and_has_transformers_results(name, small_mo
 
 
 SHAPES = [(1, 1), (3, 5), (2, 20)]  # rows, tokens: shorter than the window and longer
-CELLS = ["own processor", "own criterion", "scores, sampling", "hidden states", "beams with scores", "beams, sampling"]
+CELLS = ["own processor", "own criterion", "scores, sampling", "beams with scores", "beams, sampling"]
+CELLS += ["hidden states", "hidden states, sampling", "beams, hidden states"]
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -155,7 +162,24 @@ def test_prompts_of_all_lengths_with_padding_and_ends(kind, name, small_model, m
         assert_same(run(model, ids, **options, **REQUESTS[name][0]()), expected)
 
 
-@pytest.mark.parametrize("name", ["greedy", "sampling", "own processor", "scores and logits", "beams with scores"])
+def test_hidden_states_without_the_last_norm_take_the_forward_pass(small_model, paths, monkeypatch):
+    model, ids = small_model(), random_ids(2, 6)
+    model.config.tie_last_hidden_states = False  # where Transformers reads it, the last one comes before the final norm
+    expected = by_transformers(monkeypatch, model, ids, **ALL_HIDDEN)
+    assert_same(run(model, ids, **ALL_HIDDEN), expected)
+    assert [each[:2] for each in paths] == [FORWARD]
+
+
+def test_what_stays_of_hidden_states_is_not_overwritten(small_model):
+    """Each token's are its own: those of the first steps still stand when the last step has run."""
+    found = run(small_model(), random_ids(1, 6), **ALL_HIDDEN).hidden_states[1:]
+    assert len({tuple(map(float, each[-1].flatten())) for each in found}) > NEW // 2
+    assert len({each[0].untyped_storage().data_ptr() for each in found}) == NEW - 1
+
+
+@pytest.mark.parametrize(
+    "name", ["greedy", "sampling", "own processor", "scores and logits", "hidden states", "beams with scores"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_with_something_of_their_own_take_the_forward_pass(kind, name, small_model, paths, monkeypatch):
     model, ids = small_model(kind), random_ids(3, 9)
@@ -346,6 +370,41 @@ def test_adapters_can_be_recorded(small_model):
         model.train()
         inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1), model, "other")
         assert on_a_gpu(model).reason == "dropout in training mode"
+
+
+def patch_linear(monkeypatch):
+    real = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: real(self, x).roll(1, -1))
+
+
+def patch_functional(monkeypatch):
+    real = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *inputs: real(*inputs).roll(1, -1))
+
+
+def patch_adapters(monkeypatch):
+    from peft.tuners.lora.layer import Linear
+
+    real = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: real(self, x).roll(1, -1))
+
+
+@pytest.mark.parametrize("patch", [None, patch_linear, patch_functional, patch_adapters])
+@pytest.mark.parametrize("name", ["greedy", "scores and logits"])
+def test_adapters_whose_operations_are_merged(name, patch, small_model, paths, monkeypatch):
+    """Not so where somebody has put a function of his own in the place of one that they stand for."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, ids = small_model(), random_ids(2, 6)
+    options = {"target_modules": "all-linear", "init_lora_weights": False}
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=5, **options), model).eval()
+    if patch is not None:
+        unpatched = run(model, ids)
+        patch(monkeypatch)
+        assert not torch.equal(run(model, ids), unpatched)
+    expected = by_transformers(monkeypatch, model, ids, **REQUESTS[name][0]())
+    assert_same(run(model, ids, **REQUESTS[name][0]()), expected)
+    assert {each.step for each in paths} == {"forward"}
 
 
 def test_dropout_of_one_block_counts(small_model):

@@ -4,16 +4,19 @@ PEFT's own modules are the definition, in float64 for gradients.
 """
 
 import copy
+import threading
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_griffin import slots
 from modeling_griffin.elementwise import gated_linears, linears
 from modeling_griffin.kernels import dispatch
 from modeling_griffin.kernels.adapters import read_adapter
+from modeling_griffin.kernels.dispatch import small_tensors_pay
 from tests.tolerances import assert_close
 
 
@@ -104,6 +107,78 @@ def test_in_front_of_a_gated_activation(paying, monkeypatch, act_fn):
     expected = outcome([act_fn(gate(x)) * up(x)], x, layers)
     for f, e in zip(outcome([found], x, layers), expected, strict=True):
         assert_close("scan float64", f, e)
+
+
+class Operators(TorchDispatchMode):
+    """Names of those that compute, in order: one launch each on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not any(part in str(function) for part in ("view", "aten.t.", "permute")):
+            self.names.append(function._schema.name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "base, adapter, first, each",
+    [
+        (torch.float32, torch.float32, [], ["addmm_"]),
+        (torch.bfloat16, torch.bfloat16, [], ["addmm_"]),
+        (torch.bfloat16, torch.float32, ["_to_copy"], ["mm", "add_"]),
+    ],
+)
+@torch.no_grad()
+def test_operators_of_a_pass_that_is_recorded(base, adapter, first, each, bias, count):
+    layers = adapted(count, base, bias=bias)
+    for name, parameter in layers.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter)
+    x = torch.randn(2, 1, 6, dtype=base)
+    with small_tensors_pay(), Operators() as seen:
+        found = linears(x, *layers)
+    assert seen.names == first + ["addmm" if bias else "mm", "mm", *each] * count
+    tolerance = {torch.float32: "logits", torch.bfloat16: "bfloat16 logits"}[base]
+    for f, layer in zip(found, layers, strict=True):
+        assert f.dtype == base
+        assert_close(tolerance, f, layer(x))
+
+
+def test_only_this_thread_and_only_inside():
+    layers = adapted()
+    x = torch.randn(2, 1, 6, dtype=torch.float64)
+    names = {}
+
+    def look(where):
+        with torch.no_grad(), Operators() as seen:
+            linears(x, *layers)
+        names[where] = len(seen.names)
+
+    with small_tensors_pay():
+        with small_tensors_pay():
+            look("twice inside")
+        look("inside")
+        thread = threading.Thread(target=look, args=("in another thread",))
+        thread.start()
+        thread.join()
+    look("outside")
+    assert names["inside"] == names["twice inside"] == 6 < names["outside"] == names["in another thread"]
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])
+@torch.no_grad()
+def test_other_adapters_have_their_modules_called_where_a_pass_is_recorded(change):
+    layers = adapted(**change).eval()
+    called = []
+    for layer in layers:
+        layer.forward = lambda x, real=layer.forward: called.append(1) or real(x)
+    with small_tensors_pay():
+        linears(torch.randn(2, 1, 6, dtype=torch.float64), *layers)
+    assert len(called) == 2
 
 
 def test_only_what_is_trained_gets_a_gradient(paying):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_griffin.elementwise import add_rms_norm, gated, rms_norm
+from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, rms_norm
 from modeling_griffin.kernels import dispatch
 
 
@@ -36,6 +36,28 @@ def test_what_stays_eager(monkeypatch):
 def test_other_activations():
     gate, x = torch.randn(2, 7)
     assert torch.equal(gated(torch.nn.ReLU(), gate, x), gate.relu() * x)
+
+
+def flipped(module, args, output):
+    return -output
+
+
+def replaced(act_fn):
+    act_fn.act = torch.nn.functional.silu
+
+
+@pytest.mark.parametrize("change", [replaced, lambda act_fn: act_fn.register_forward_hook(flipped)])
+def test_an_activation_that_does_more_is_called(change, monkeypatch):
+    """No kernel stands for a hook on it, as those have that switch neurons off, nor for another function within."""
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    for name in ("triton_gelu_gated", "gelu_gated_linears"):
+        monkeypatch.setattr(dispatch, name, lambda *x: pytest.fail("a kernel runs"))
+    act_fn, (gate, up) = dispatch.GELU_TANH(), (torch.nn.Linear(3, 7) for _ in range(2))
+    change(act_fn)
+    x = torch.randn(2, 3)
+    expected = act_fn(gate(x)) * up(x)
+    assert torch.equal(gated_linears(act_fn, x, gate, up), expected)
+    assert torch.equal(gated(act_fn, gate(x), up(x)), expected)
 
 
 def test_norm_of_a_sum():
