@@ -176,10 +176,11 @@ def _rows_of(p_states, number, C, c):
 @triton.jit
 def _load_state(p_states, p_sequence, single, t, C, c, mask, KIND: tl.constexpr):
     """Of the sequence of token t, (SEGMENTS, CHANNELS) float32; 0 and no load where the mask is False."""
-    if KIND == SINGLE:
-        return tl.where(mask, single, 0.0)
-    n = tl.load(p_sequence + t, mask=mask, other=0)
-    return tl.load(_rows_of(p_states, n, C, c), mask=mask & (c < C), other=0.0)
+    if p_states is None or KIND == SINGLE:
+        return single
+    else:
+        n = tl.load(p_sequence + t, mask=mask, other=0)
+        return tl.load(_rows_of(p_states, n, C, c), mask=mask & (c < C), other=0.0)
 
 
 @triton.jit
@@ -208,7 +209,9 @@ def _forward_maps(
             is_first = _has(marks, i)
             if HAS_INITIAL:
                 m = is_first & (reset == 0)
-                b = tl.fma(a, _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND), b)
+                b = tl.fma(
+                    a, tl.where(m, _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND), 0.0), b
+                )
             a = tl.where(is_first, 0.0, a)
         a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)
@@ -249,9 +252,9 @@ def forward_kernel(
     p_row = p_reset + i_b * T if HAS_RESET else None
     kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
     states = (log_decay, marks, numbers, p_initial_state, p_sequence, t, C, c)
-    if kind == 0:
+    if not (VARLEN or HAS_RESET):
         a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, 0, False, False, EXACT, ROWS)
-    elif kind == SINGLE:
+    elif kind <= SINGLE:
         a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SINGLE, HAS_INITIAL, VARLEN, EXACT, ROWS)
     else:
         a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SEVERAL, HAS_INITIAL, VARLEN, EXACT, ROWS)
@@ -294,12 +297,13 @@ def _backward_fold(
     """Of each segment the map of all its rows, from the last to the first."""
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        is_cut = _has(marks | (marks >> 16), i) if KIND > 0 else None
-        a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, is_cut)
-        d_hidden = to_float32(ds[i])
-        if KIND > 0 and VARLEN and HAS_D_LAST:
-            d_hidden += _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, _has(last, i), KIND)
-        a_s, b_s = a_s * a, a * (b_s + d_hidden)
+        reset = _has(marks, 16 + i) if KIND == SEVERAL else None
+        a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, reset)
+        if KIND > 0 and VARLEN:
+            is_last = _has(last, i)
+            a_s = tl.where(is_last, 0.0, a_s)
+            b_s = tl.where(is_last, _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, is_last, KIND), b_s)
+        a_s, b_s = a_s * a, a * (b_s + to_float32(ds[i]))
     return a_s, b_s
 
 
@@ -342,18 +346,17 @@ def _backward_rows(
                 if VARLEN and HAS_INITIAL:
                     m = is_first & (reset == 0)
                     h_before += _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND)
-            if VARLEN and HAS_D_LAST:
-                dh += _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, _has(last, i), KIND)
         if HAS_INITIAL and not VARLEN and i == 0:
             h_before += tl.load(p_initial_state + i_b * C + c, mask=(c < C) & (t == 0), other=0.0)
+        if KIND > 0 and VARLEN:  # what comes from behind a sequence's last row is another sequence's
+            is_last = _has(last, i)
+            k = tl.where(is_last, _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, is_last, KIND), k)
         dh += k
         d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
         k = a * dh
-        if KIND > 0 and VARLEN:
-            if HAS_INITIAL:
-                n = numbers & 0x7FFFFFFF
-                _store_state(p_d_initial_state, p_sequence, n, t + i, C, c, k, is_first, KIND)
-            k = tl.where(is_first, 0.0, k)
+        if KIND > 0 and VARLEN and HAS_INITIAL:
+            n = numbers & 0x7FFFFFFF
+            _store_state(p_d_initial_state, p_sequence, n, t + i, C, c, k, is_first, KIND)
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r
         d_log_decay += d_r
@@ -410,9 +413,9 @@ def backward_kernel(
         m = (kind == SINGLE) & (last != 0) & m_c
         d_last = tl.load(_rows_of(p_d_last_state, numbers >> 32, C, c), mask=m, other=0.0)
     ends = (log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c)
-    if kind == 0:
+    if not (VARLEN or HAS_RESET):
         a_s, b_s = _backward_fold(rs, ds, *ends, 0, False, False, EXACT, ROWS)
-    elif kind == SINGLE:
+    elif kind <= SINGLE:
         a_s, b_s = _backward_fold(rs, ds, *ends, SINGLE, HAS_D_LAST, VARLEN, EXACT, ROWS)
     else:
         a_s, b_s = _backward_fold(rs, ds, *ends, SEVERAL, HAS_D_LAST, VARLEN, EXACT, ROWS)
@@ -436,9 +439,9 @@ def backward_kernel(
     outputs = (p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C, c)
     states = (marks, last, numbers, d_last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
     rows = (rs, ds, gs, xs, hs, k, log_decay)
-    if kind == 0:
+    if not (VARLEN or HAS_RESET):
         d_log_decay = _backward_rows(*rows, *states, *outputs, 0, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
-    elif kind == SINGLE:
+    elif kind <= SINGLE:
         d_log_decay = _backward_rows(*rows, *states, *outputs, 1, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
     else:
         d_log_decay = _backward_rows(*rows, *states, *outputs, 2, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
