@@ -61,7 +61,7 @@ CACHE, ALLOWED = 192 << 20, 1e-2  # bytes of copies; error as a share of the lar
 class Layer(nn.Module):
     """A linear layer with packed weights: as a library's, without the library."""
 
-    def __init__(self, held, outputs: int, bias: torch.Tensor | None):
+    def __init__(self, held: packed.Rows | packed.NF4, outputs: int, bias: torch.Tensor | None):
         super().__init__()
         self.held, self.out_features, self.bias, self.weight = held, outputs, bias, None
 

@@ -4,8 +4,8 @@ A launch has up to three matrices of the same inputs and may take the norm in fr
 it along. One row: GEMV, sums on each tile of weights; up to MATMUL_ROWS: GEMM, and where its kernels do not serve, GEMV
 again for two or four rows.
 
-Packed weights of 8 bits go through the same kernels, those of 4 bits have a GEMV of their own and are dequantised in
-front of cuBLAS for more rows.
+Packed weights of 8 bits go through the same kernels, those of 4 bits have kernels of their own: in bfloat16 by matrix
+units for any number of rows up to MATMUL_ROWS, else a GEMV, and for more rows they are dequantised in front of cuBLAS.
 
 Legend: M rows, D inputs, N outputs.
 """

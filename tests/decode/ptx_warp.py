@@ -20,7 +20,9 @@ class Warp:
         self.shared = shared
 
     def value(self, name: str) -> np.ndarray:
-        return self.registers[name] if name in self.registers else np.full(32, int(name, 0), np.uint32)
+        if name in self.registers:
+            return self.registers[name]
+        return np.full(32, int(name[2:], 16) if name.startswith("0f") else int(name, 0), np.uint32)
 
     def run(self, text: str) -> None:
         for line in re.sub(r"//.*", "", text).strip().strip("{}").replace("\n", " ").split(";"):
@@ -34,7 +36,14 @@ class Warp:
         self.registers[names[0]] = self.value(names[1])
 
     def add(self, opcode, names, vectors):
-        self.registers[names[0]] = self.value(names[1]) + self.value(names[2])
+        first, second = self.value(names[1]), self.value(names[2])
+        if opcode == "add.f32":
+            self.registers[names[0]] = (first.view(np.float32) + second.view(np.float32)).view(np.uint32)
+        else:
+            self.registers[names[0]] = first + second
+
+    def xor(self, opcode, names, vectors):
+        self.registers[names[0]] = self.value(names[1]) ^ self.value(names[2])
 
     def shl(self, opcode, names, vectors):
         self.registers[names[0]] = self.value(names[1]) << self.value(names[2])

@@ -1,7 +1,6 @@
 """Triton GEMMs over weights of 4 bits (NF4), for many rows: as `gemm`, but a tile of weights becomes numbers first.
 
-What meets the rows is what bitsandbytes dequantises to: code times scale in float32, rounded to the rows' dtype. The
-code is looked up in shared memory, where each of the 32 banks has a copy: threads of a warp never meet in a bank.
+What meets the rows is what bitsandbytes dequantises to: code times scale in float32, rounded to the rows' dtype.
 A byte holds an even input and the odd one behind it, so that a tile of bytes is two products.
 
 Names and PDL as in `gemv`. Legend: M rows, D inputs of a product, N outputs, G groups of 64 inputs in a tile.
@@ -20,32 +19,30 @@ from .gemv import PTX
 
 GROUP = tl.constexpr(64)  # weights that share a scale
 NESTED_BLOCK = tl.constexpr(256)  # scales that share theirs
-TABLE = tl.constexpr(".shared .align 128 .b8 nf4_code[2048]; mov.u32 $0, nf4_code;")
-STORE = tl.constexpr("{st.shared.f32 [$1], $2; mov.b32 $0, 0;}")
-LANE = tl.constexpr("{.reg .b32 a; mov.u32 a, %laneid; mad.lo.u32 $0, a, 4, $1;}")
-LOOK_UP = tl.constexpr("{.reg .b32 a; mad.lo.u32 a, $1, 128, $2; ld.shared.f32 $0, [a];}")
+# Thread l of each 16 keeps number l of the code, and a shuffle fetches the one that the last four bits ask for.
+OWN = tl.constexpr(
+    "{.reg .b32 a; .reg .b64 p; mov.u32 a, %laneid; and.b32 a, a, 15; mul.wide.u32 p, a, 4; add.u64 p, p, $1;"
+    "ld.global.f32 $0, [p];}"
+)
+LOOK_UP = tl.constexpr("shfl.sync.idx.b32 $0, $2, $1, 0x101f, 0xffffffff;")
 
 
 @triton.jit
-def _make_table(p_code):
-    """Where each thread finds its copy of the code; in the interpreter nowhere."""
+def _own_of_code(p_code):
+    """Each thread's number of the code; in the interpreter none."""
     if PTX:
-        start = tl.inline_asm_elementwise(TABLE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-        i = tl.arange(0, 512)
-        copies = [start + 4 * i, tl.load(p_code + i // 32)]
-        tl.inline_asm_elementwise(STORE, "=r,r,f", copies, dtype=tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
-        return tl.inline_asm_elementwise(LANE, "=r,r", [start], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(OWN, "=f,l", [p_code.to(tl.int64)], dtype=tl.float32, is_pure=False, pack=1)
     else:
-        return 0
+        return 0.0
 
 
 @triton.jit
-def _look_up(p_code, table, index):
+def _look_up(p_code, own, index):
+    """The code at the last four bits of index."""
     if PTX:
-        return tl.inline_asm_elementwise(LOOK_UP, "=f,r,r", [index, table], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(LOOK_UP, "=f,r,f", [index, own], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return tl.load(p_code + index)
+        return tl.load(p_code + (index & 15))
 
 
 @triton.jit
@@ -102,7 +99,7 @@ def _all_sums(
     if PDL:
         for i_tile in tl.static_range(STAGES):
             _prefetch_tile(p_w, i_n, first + i_tile, end, N, D // 2, HALF)
-    table = _make_table(p_code)
+    own = _own_of_code(p_code)
     stored = _load_stored(p_scales, i_n, first, N, D, G)
     scale = _finish(stored, p_nested_code, p_nested_scale, p_offset, i_n, first, N, D, NESTED)
     if NESTED:
@@ -127,8 +124,8 @@ def _all_sums(
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
         x_even, x_odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
         each = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, G, GROUP // 2)), (BLOCK_N, HALF))
-        even = (_look_up(p_code, table, packed >> 4) * each).to(x.dtype)
-        odd = (_look_up(p_code, table, packed & 15) * each).to(x.dtype)
+        even = (_look_up(p_code, own, packed >> 4) * each).to(x.dtype)
+        odd = (_look_up(p_code, own, packed) * each).to(x.dtype)
         sums = tl.dot(even, tl.trans(x_even), sums, input_precision="ieee")
         sums = tl.dot(odd, tl.trans(x_odd), sums, input_precision="ieee")
         if NESTED:

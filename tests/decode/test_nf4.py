@@ -1,9 +1,17 @@
-"""Products of up to four rows with NF4 weights by matrix units, beside float64 over what the weights stand for."""
+"""Products of rows of 16 bits with NF4 weights by matrix units, beside float64 over what the weights stand for."""
 
 import numpy as np
 import pytest
 import torch
-from _decode_helpers import DEVICE, INTERPRETED, make_norm, needs_kernels, normal, poison_what_is_new
+from _decode_helpers import (
+    DEVICE,
+    INTERPRETED,
+    make_norm,
+    multiply_matrices,
+    needs_kernels,
+    normal,
+    poison_what_is_new,
+)
 from ptx_warp import Warp
 from test_packed import Packed, make_packed
 from torch import nn
@@ -11,6 +19,7 @@ from torch import nn
 from modeling_griffin.decode import linear as decode_linear
 from modeling_griffin.decode import packed
 from modeling_griffin.decode.kernels import matvec_nf4 as kernels
+from modeling_griffin.decode.kernels.gemv import TO_FLOAT32
 from modeling_griffin.decode.linear import Gemms
 
 
@@ -25,6 +34,7 @@ def held_by_the_layer(monkeypatch):
     for module in (packed, decode_linear):
         monkeypatch.setattr(module, "unpack", lambda layer: layer.held if isinstance(layer, Packed) else unpack(layer))
     monkeypatch.setattr(decode_linear, "MATVEC_NF4_DTYPES", (DTYPE,))
+    multiply_matrices(monkeypatch)
 
     def refused(*given):
         raise AssertionError("the other kernel")
@@ -58,9 +68,10 @@ CASES = [  # rows, inputs, outputs
     (2, 192, 17),
     (4, 192, 17),
     (1, 832, 33),  # not as many tiles for each warp, and two steps
+    (5, 192, 17),  # more rows: the products of gemm_nf4
 ]
 if not INTERPRETED:  # which is too slow for them
-    CASES += [(rows, inputs, 300) for rows in (1, 2, 4) for inputs in (2560, 2624, 7680)]
+    CASES += [(rows, inputs, 300) for rows in (1, 2, 4, 16, 64) for inputs in (2560, 2624, 7680)]
 
 
 @pytest.mark.parametrize("rows, inputs, outputs", CASES)
@@ -136,6 +147,16 @@ def test_assembly_of_a_tile():
     for i in range(2):
         found = torch.from_numpy(warp.value(f"${i}").view(np.float32)).double() - before[i].double()
         assert_near_float32(found, expected[lane // 4, 2 * (lane % 4) + i])
+
+
+def test_assembly_of_whole_numbers():
+    """All 256, four in a word, two words a thread."""
+    numbers = torch.arange(-128, 128).to(torch.int8)
+    for words in numbers.view(2, 128):
+        warp = Warp({4: words.view(torch.int32).numpy().view(np.uint32)}, np.zeros(0, np.uint32))
+        warp.run(TO_FLOAT32.value)
+        found = np.stack([warp.value(f"${i}").view(np.float32) for i in range(4)], 1).reshape(-1)
+        assert (found == words.numpy()).all()
 
 
 def assert_near_float32(found, expected):
