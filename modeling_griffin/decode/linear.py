@@ -4,8 +4,8 @@ A launch has up to three matrices of the same inputs and may take the norm in fr
 it along. One row: GEMV, sums on each tile of weights; up to MATMUL_ROWS: GEMM, and where its kernels do not serve, GEMV
 again for two or four rows.
 
-Packed weights of 8 bits go through the same kernels, those of 4 bits have a GEMV of their own and are dequantised in
-front of cuBLAS for more rows.
+Packed weights of 8 bits go through the same kernels, those of 4 bits have kernels of their own: in bfloat16 by matrix
+units for any number of rows up to MATMUL_ROWS, else a GEMV, and for more rows they are dequantised in front of cuBLAS.
 
 Legend: M rows, D inputs, N outputs.
 """
@@ -18,15 +18,24 @@ from torch import nn
 
 from ..kernels.device import (
     GATED,
+    GATED_BYTES,
     GATED_NF4,
     MATMUL,
     MATMUL_DTYPES,
     MATMUL_GATED,
+    MATMUL_GATED_NF4,
+    MATMUL_NF4,
     MATMUL_ROWS,
+    MATVEC_GATED_NF4,
+    MATVEC_NF4,
+    MATVEC_NF4_DTYPES,
     MATVEC_ROWS,
+    NF4_OUTPUTS,
     PROJECT,
+    PROJECT_BYTES,
     PROJECT_NF4,
     matmul_tile,
+    nf4_matvec_tile,
     product_tile,
     properties,
 )
@@ -37,8 +46,10 @@ try:
     import triton
 
     from .kernels.gemm import gated_matmul_kernel, matmul_kernel
+    from .kernels.gemm_nf4 import nf4_gated_matmul_kernel, nf4_matmul_kernel
     from .kernels.gemv import gated_project_kernel, project_kernel
     from .kernels.gemv_nf4 import nf4_dequantise_kernel, nf4_gated_project_kernel, nf4_project_kernel
+    from .kernels.matvec_nf4 import nf4_gated_matvec_kernel, nf4_matvec_kernel
 except ImportError:
     triton = None
 
@@ -103,8 +114,8 @@ class Gemms:
     def _as_matrices(self, x: torch.Tensor, *linears: nn.Module, together: bool = False) -> bool:
         matrices = [_Matrix.of(each, x) for each in linears]
         aligned = not together or len({each.weight.data_ptr() % 16 for each in matrices}) < 2
-        packed = any(type(each.packed) is NF4 for each in matrices)
-        return self.matmul and 1 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned and not packed
+        aligned = aligned and all(_begins_at_16_bytes(x, None, [m]) for m in matrices if type(m.packed) is NF4)
+        return self.matmul and 1 < x.shape[0] <= MATMUL_ROWS and x.dtype in MATMUL_DTYPES and aligned
 
     def project(
         self,
@@ -119,7 +130,11 @@ class Gemms:
         matrices = [_Matrix.of(linear, y) for linear, y in zip(linears, ys)]
         alike = [[each for each in matrices if each.kind == kind] for kind in dict.fromkeys(m.kind for m in matrices)]
         for some in alike:
-            if type(some[0].packed) is NF4:
+            if _is_matvec_of_nf4(x, norm, some):
+                self._matvec_nf4(x, norm, some, residual)
+            elif type(some[0].packed) is NF4 and self._as_matrices(x):
+                self._matmul_nf4(x, norm, some, residual)
+            elif type(some[0].packed) is NF4:
                 for matrix in some:
                     self._project_nf4(x, norm, matrix, residual)
             else:
@@ -146,7 +161,8 @@ class Gemms:
             **self.launch,
         }
         if not self._as_matrices(x):
-            tile = product_tile(PROJECT, sum(sizes), x.shape[1], x.shape[0], matrices[0].weight.itemsize)
+            table = PROJECT_BYTES if matrices[0].weight.itemsize == 1 else PROJECT
+            tile = product_tile(table, sum(sizes), x.shape[1], x.shape[0])
             even = all(size % tile["BLOCK_N"] == 0 for size in sizes)
             programs = sum(triton.cdiv(size, tile["BLOCK_N"]) for size in sizes)
             options |= {"ROWS": x.shape[0], "EVEN": even, **tile}
@@ -170,8 +186,54 @@ class Gemms:
             **options,
         )
 
+    def _matvec_nf4(
+        self, x: torch.Tensor, norm: nn.Module | None, matrices: list["_Matrix"], residual: torch.Tensor | None
+    ) -> None:
+        """One launch."""
+        sizes = [matrix.y.shape[1] for matrix in matrices]
+        options = {
+            **_nf4_roles(norm, matrices, residual),
+            **self._matvec_nf4_options(MATVEC_NF4, x, sum(sizes), matrices[0]),
+        }
+        programs = sum(triton.cdiv(size, NF4_OUTPUTS) for size in sizes)
+        eps, padded_sizes = 1.0 if norm is None else norm.eps, (*sizes, *[0] * (3 - len(sizes)))
+        nf4_matvec_kernel[(programs,)](*_nf4_given(x, norm, matrices, residual), eps, *padded_sizes, **options)
+
+    def _matmul_nf4(
+        self, x: torch.Tensor, norm: nn.Module | None, matrices: list["_Matrix"], residual: torch.Tensor | None
+    ) -> None:
+        """One launch."""
+        sizes = [matrix.y.shape[1] for matrix in matrices]
+        tile = matmul_tile(MATMUL_NF4, sizes, x.shape[1], x.shape[0], properties(x.device))
+        grid, scratch = self._shared(tile, sizes, 1, x)
+        options = {
+            **_nf4_roles(norm, matrices, residual),
+            **self._matmul_nf4_options(tile, sizes, x, matrices[0]),
+        }
+        eps, padded_sizes = 1.0 if norm is None else norm.eps, (*sizes, *[0] * (3 - len(sizes)))
+        given = (*_nf4_given(x, norm, matrices, residual), *scratch)
+        nf4_matmul_kernel[grid](*given, eps, x.shape[0], *padded_sizes, **options)
+
+    def _matmul_nf4_options(self, tile: dict, sizes: list[int], x: torch.Tensor, matrix: "_Matrix") -> dict:
+        return {
+            "D": x.shape[1],
+            "NESTED": matrix.nf4.nested_code is not None,
+            "EVEN": _is_even(tile, sizes, x.shape[1]),
+            **tile,
+            **self.launch,
+        }
+
+    def _matvec_nf4_options(self, table: dict, x: torch.Tensor, outputs: int, matrix: "_Matrix") -> dict:
+        return {
+            "D": x.shape[1],
+            "ROWS": x.shape[0],
+            "NESTED": matrix.nf4.nested_code is not None,
+            **nf4_matvec_tile(table, outputs, x.shape[1], x.shape[0]),
+            **self.launch,
+        }
+
     def _nf4_options(self, table: dict, x: torch.Tensor, outputs: int, matrix: "_Matrix") -> dict:
-        tile = product_tile(table, outputs, x.shape[1], x.shape[0], itemsize=1)
+        tile = product_tile(table, outputs, x.shape[1], x.shape[0])
         return {
             "D": x.shape[1],
             "ROWS": x.shape[0],
@@ -187,6 +249,20 @@ class Gemms:
         width = gate.out_features
         y = x.new_empty(x.shape[0], width)
         first, second = _Matrix.of(gate, y), _Matrix.of(up, y)
+        if _is_matvec_of_nf4(x, norm, [first, second]):
+            options = self._matvec_nf4_options(MATVEC_GATED_NF4, x, 2 * width, first)
+            both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
+            grid = (triton.cdiv(width, NF4_OUTPUTS),)
+            nf4_gated_matvec_kernel[grid](x, norm.weight, first.nf4.code, *both, y, norm.eps, width, **options)
+            return y
+        if type(first.packed) is NF4 and self._as_matrices(x, gate, up, together=True):
+            tile = matmul_tile(MATMUL_GATED_NF4, [width], x.shape[1], x.shape[0], properties(x.device))
+            grid, scratch = self._shared(tile, [width], 2, x)
+            options = self._matmul_nf4_options(tile, [width], x, first)
+            both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
+            given = (x, norm.weight, first.nf4.code, *both, y, *scratch, norm.eps, x.shape[0], width)
+            nf4_gated_matmul_kernel[grid](*given, **options)
+            return y
         if type(first.packed) is NF4:
             options = self._nf4_options(GATED_NF4, x, 2 * width, first)
             both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
@@ -197,7 +273,8 @@ class Gemms:
         tensors = (x, norm.weight, *(x if tensor is None else tensor for tensor in given), y)
         options = {"D": x.shape[1], "SCALED": first.scale is not None, **self.launch}
         if not self._as_matrices(x, gate, up, together=True):
-            tile = product_tile(GATED, 2 * width, x.shape[1], x.shape[0], first.weight.itemsize)
+            table = GATED_BYTES if first.weight.itemsize == 1 else GATED
+            tile = product_tile(table, 2 * width, x.shape[1], x.shape[0])
             options |= {"ROWS": x.shape[0], "EVEN": width % tile["BLOCK_N"] == 0, **tile}
             grid = (triton.cdiv(width, tile["BLOCK_N"]),)
             gated_project_kernel[grid](*tensors, norm.eps, first.unit, width, **options)
@@ -234,6 +311,37 @@ class Gemms:
         new = {"dtype": torch.float32, "device": x.device}
         parts = torch.empty(tiles * splits * matrices * tile["BLOCK_N"] * tile["BLOCK_M"], **new)
         return (tiles, splits), (parts, torch.empty(tiles * splits * tile["BLOCK_M"], **new), self.counters)
+
+
+def _nf4_given(
+    x: torch.Tensor, norm: nn.Module | None, matrices: list[_Matrix], residual: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of a launch with one to three matrices."""
+    padded = [*matrices, *[matrices[0]] * (3 - len(matrices))]
+    given = (tensor for each in padded for tensor in (*each.nf4_tensors(), each.bias, each.y))
+    first = (x, x if norm is None else norm.weight, matrices[0].nf4.code)
+    return (*first, *(x if tensor is None else tensor for tensor in (*given, residual)))
+
+
+def _nf4_roles(norm: nn.Module | None, matrices: list[_Matrix], residual: torch.Tensor | None) -> dict:
+    return {
+        "MATRICES": len(matrices),
+        "NORM": norm is not None,
+        "BIAS": matrices[0].bias is not None,
+        "RESIDUAL": residual is not None,
+    }
+
+
+def _is_matvec_of_nf4(x: torch.Tensor, norm: nn.Module | None, matrices: list[_Matrix]) -> bool:
+    """Whether matrix units take the rows x (M, D): in bfloat16, where all can be read 16 bytes at a time."""
+    if type(matrices[0].packed) is not NF4 or x.dtype not in MATVEC_NF4_DTYPES or x.shape[0] not in MATVEC_ROWS:
+        return False
+    return _begins_at_16_bytes(x, norm, matrices)
+
+
+def _begins_at_16_bytes(x: torch.Tensor, norm: nn.Module | None, matrices: list[_Matrix]) -> bool:
+    read = [x, *([] if norm is None else [norm.weight]), *(each.weight for each in matrices)]
+    return all(each.data_ptr() % 16 == 0 for each in read)
 
 
 def _is_even(tile: dict, sizes: list[int], inputs: int) -> bool:

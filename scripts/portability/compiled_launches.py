@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 class Compiled:
     """One kernel as it was compiled. shared_memory, spills: bytes a block and a thread; None where not known.
 
+    fixed_memory: of the shared memory what assembly declares, which Triton does not count.
     seconds: of a processor, the assembler's included: on a busy machine they stay the same.
     """
 
@@ -35,6 +36,7 @@ class Compiled:
     shared_memory: int = 0
     registers: int | None = None
     spills: int | None = None
+    fixed_memory: int = 0
     text: dict[str, str] = field(default_factory=dict, repr=False)  # of each stage that is text: "ttgir", "ptx", ...
 
 
@@ -108,7 +110,9 @@ def _first_line(error: Exception) -> str:
 def _described(name: str, kwargs: dict, seconds: float, kernel) -> Compiled:
     registers, spills = _resources(kernel.asm)
     text = {stage: code for stage, code in kernel.asm.items() if isinstance(code, str)}
-    return Compiled(name, _constants(kwargs), seconds, None, kernel.metadata.shared, registers, spills, text)
+    fixed = sum(map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", text.get("ptx", ""))))
+    shared = kernel.metadata.shared + fixed
+    return Compiled(name, _constants(kwargs), seconds, None, shared, registers, spills, fixed, text)
 
 
 def _resources(asm: dict) -> tuple[int | None, int | None]:

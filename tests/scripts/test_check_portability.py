@@ -19,6 +19,7 @@ LAUNCH = {
     "seconds": 3.0,
     "error": None,
     "shared_memory": 2048,
+    "fixed_memory": 0,
     "limit": 101376,
     "registers": 96,
     "spills": 0,
@@ -34,6 +35,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
     [
         ({}, None),
         ({"shared_memory": 101377}, "101377 bytes of shared memory, allowed are 101376"),
+        ({"shared_memory": 49153, "fixed_memory": 1}, "for 49152 of which Triton does not ask"),
+        ({"shared_memory": 49153}, None),
+        ({"shared_memory": 49154, "fixed_memory": 1}, None),
         ({"spills": 129}, "spills 129 bytes a thread, allowed are 128"),
         ({"spills": None}, None),
         ({"seconds": 20.5}, "compiled for 20 s"),

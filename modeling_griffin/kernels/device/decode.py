@@ -26,10 +26,20 @@ PROJECT = {
     (0, 0): (4, 2, 3),
 }
 GATED = {(0, 0): (2, 2, 3)}
+# Of weights in 8 bits. Not measured: compiled for compute capability 9.0, 3.8 to 5.2 instructions a weight instead of
+# 4.6 to 7.3 with fewer outputs and 16 bytes a thread, of which 2560 inputs are no whole number of tiles.
+PROJECT_BYTES = {(0, 5120): (4, 2, 5), (0, 0): (8, 2, 3)}
+GATED_BYTES = {(0, 0): (4, 2, 3)}
 # Of weights in 4 bits, which take eight times the registers once they are numbers. Not measured: compiled for
 # compute capability 9.0, more outputs or tiles spill.
 PROJECT_NF4 = {(0, 0): (2, 2, 3)}
 GATED_NF4 = {(0, 0): (1, 2, 3)}
+# The same by matrix units. MATVEC_ROWS: (warps that share the inputs of 16 outputs, tiles of 128 inputs asked for
+# ahead). Not measured: compiled for compute capability 9.0, without spills.
+MATVEC_NF4 = {1: {(0, 0): (4, 5)}, 2: {(0, 0): (8, 3)}, 4: {(0, 0): (8, 3)}}
+MATVEC_GATED_NF4 = {1: {(0, 0): (4, 5)}, 2: {(0, 0): (8, 3)}, 4: {(0, 0): (8, 3)}}
+MATVEC_NF4_DTYPES = (torch.bfloat16,)
+NF4_OUTPUTS = 16  # of a program
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
 
 # From 2 rows up to these a product is one GEMM in one kernel. Beyond, and in other dtypes, it is cuBLAS's, except for
@@ -59,6 +69,14 @@ MATMUL_GATED = {
     32: {(0, 0): (64, 128, 4, 8, 1)},
     64: {(0, 0): (64, 128, 4, 8, 1)},
 }
+# Of weights in 4 bits. Not measured: compiled for compute capability 9.0, without spills.
+_NF4 = {
+    (0, 5120): (64, 128, 5, 4, 1),
+    (4096, 0): (128, 128, 3, 8, 1),
+    (0, 0): (64, 128, 4, 4, 1),
+}
+MATMUL_NF4 = {16: _NF4, 32: _NF4, 64: _NF4}
+MATMUL_GATED_NF4 = {rows: {(0, 0): (64, 128, 3, 8, 1)} for rows in (16, 32, 64)}
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 OLDEST_FOR_FLOAT8 = (8, 9)  # before, there is no conversion from float8 e4m3, which weights may be packed in
 LEAST_STAGES = 3  # below, a program waits for each tile
@@ -76,13 +94,10 @@ KEPT_CHANNELS = 256  # a program that keeps the states of accepted drafts
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
 
 
-def product_tile(table: dict, outputs: int, inputs: int, rows: int, itemsize: int = 2) -> dict[str, int]:
-    """Of a GEMV: fewer outputs a program where each has several rows to sum; no more tiles ahead than there are.
-
-    itemsize: bytes of a weight; packed ones have 1 or less, and twice as many to a thread.
-    """
+def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:
+    """Of a GEMV: fewer outputs a program where each has several rows to sum; no more tiles ahead than there are."""
     block_n, warps, ahead = _first_fit(table, outputs, inputs)
-    block_d = INPUTS_OF_A_WARP * warps * (2 if itemsize < 2 else 1)
+    block_d = INPUTS_OF_A_WARP * warps * (2 if table is PROJECT_NF4 or table is GATED_NF4 else 1)
     return {
         "BLOCK_N": max(1, block_n // rows),
         "BLOCK_D": block_d,
@@ -91,11 +106,17 @@ def product_tile(table: dict, outputs: int, inputs: int, rows: int, itemsize: in
     }
 
 
+def nf4_matvec_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:
+    """Of NF4 weights by matrix units."""
+    warps, ahead = _first_fit(table[rows], outputs, inputs)
+    return {"WARPS": warps, "AHEAD": ahead, "num_warps": warps}
+
+
 def matmul_tile(table: dict, sizes: list[int], inputs: int, rows: int, gpu: GPU) -> dict[str, int]:
     """Of a GEMM. sizes: outputs of each matrix, whose tiles are shared by as many programs as there is room for."""
     block_m = next(size for size in table if rows <= size)
     block_n, block_d, stages, warps, programs = _first_fit(table[block_m], sum(sizes), inputs)
-    matrices = 2 if table is MATMUL_GATED else 1
+    matrices = 2 if table is MATMUL_GATED or table is MATMUL_GATED_NF4 else 1
     block_d, stages = _made_to_fit(matrices * block_n, block_m, block_d, stages, gpu.shared_memory)
     tiles = sum(-(-size // block_n) for size in sizes)
     return {
