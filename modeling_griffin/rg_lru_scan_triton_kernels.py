@@ -209,9 +209,8 @@ def _forward_maps(
             is_first = _has(marks, i)
             if HAS_INITIAL:
                 m = is_first & (reset == 0)
-                b = tl.fma(
-                    a, tl.where(m, _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND), 0.0), b
-                )
+                entering = _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND)
+                b = tl.fma(a, tl.where(is_first, entering, 0.0), b)
             a = tl.where(is_first, 0.0, a)
         a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)

@@ -18,9 +18,12 @@ from torch import nn
 
 from modeling_griffin.decode import linear as decode_linear
 from modeling_griffin.decode import packed
-from modeling_griffin.decode.kernels import matvec_nf4 as kernels
-from modeling_griffin.decode.kernels.gemv import TO_FLOAT32
 from modeling_griffin.decode.linear import Gemms
+
+
+pytest.importorskip("triton")
+from modeling_griffin.decode.kernels import matvec_nf4 as kernels  # noqa: E402
+from modeling_griffin.decode.kernels.gemv import TO_FLOAT32  # noqa: E402
 
 
 pytestmark = needs_kernels
