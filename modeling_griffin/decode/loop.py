@@ -74,7 +74,8 @@ class SteppedModel(GenerationMixin):
         of_prompt, hidden = self.prompt_output.hidden_states, self.step.hidden_states
         if of_prompt is None or hidden is None:
             return None
-        return tuple(None if asked is None else each for each, asked in zip(hidden.clone(), of_prompt))
+        kept = hidden[len(hidden) - len(of_prompt) :].clone()  # the embeddings are none of a list in Transformers 5.17
+        return tuple(None if asked is None else each for each, asked in zip(kept, of_prompt))
 
     def _output(self, logits, hidden_states) -> CausalLMOutputWithPast:
         """The loop copies logits before the next step."""
