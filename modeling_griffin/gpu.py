@@ -1,11 +1,10 @@
 """What a GPU is: the one file that asks PyTorch for a device's properties. What follows from them: `kernels.device`.
 
-It ships, because the scan and flash attention do, which have to know whether a device can run them.
+It ships, because the scan does, which has to know whether a device can run it.
 """  # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ class GPU(NamedTuple):
 
 
 OLDEST_FOR_TRITON = (7, 5)  # below, Triton's code does not assemble
-OLDEST_FOR_FLASH = (8, 0)
 AMD_SWITCH = "GRIFFIN_TRITON_ON_AMD"
 COMPILED_ON_AMD = ("gfx90a", "gfx942", "gfx1100")  # there the words of the scan's look-back are visible
 ON_AMD = (
@@ -38,20 +36,9 @@ ON_AMD = (
     f"on, which compile for {', '.join(COMPILED_ON_AMD)} (the last without gates and decoding) but were never run"
 )
 OLDEST_TRITON = (3, 5)  # before, programmatic dependent launch is missing; PyTorch 2.9 brings 3.5
-FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too
 
 
-_PRETENDED: list[GPU] = []
-
-
-@contextlib.contextmanager
-def pretending(gpu: GPU) -> Iterator[None]:
-    """Inside, every device is said to be this GPU: to see what would be chosen on one that is not there."""
-    _PRETENDED.append(gpu)
-    try:
-        yield
-    finally:
-        _PRETENDED.pop()
+_PRETENDED: list[GPU] = []  # by `kernels.device.known.pretending`
 
 
 def properties(device: torch.device) -> GPU:
@@ -103,11 +90,6 @@ def ceil_div(total: int, size: int) -> int:
     return -(-total // size)
 
 
-def power_of_2(number: int) -> int:
-    """The smallest that is not below the number."""
-    return 1 << max(0, number - 1).bit_length()
-
-
 @slot
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> bool:
     """`kernel[grid](*arguments, **options)` on the device of the first argument, a tensor. Returns True."""
@@ -156,17 +138,6 @@ def _triton_version() -> tuple[int, int] | None:
         return None
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-def flash_refusal(gpu: GPU, head_dim: int) -> str | None:
-    """None where PyTorch's flash attention, forward and backward, takes heads of this size, else why not."""
-    if gpu.capability < OLDEST_FOR_FLASH:
-        return "the GPU is older than compute capability 8.0"
-    if head_dim % 8 or head_dim > 256:
-        return f"head_dim is {head_dim}, flash attention takes multiples of 8 up to 256"
-    if 192 < head_dim <= 224 and gpu.capability not in FULL_FLASH_BACKWARD:
-        return f"head_dim is {head_dim}, flash attention takes no multiples of 8 from 200 to 224 on {gpu.name}"
-    return None
 
 
 def _dotted(capability: tuple[int, int]) -> str:

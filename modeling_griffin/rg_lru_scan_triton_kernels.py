@@ -169,8 +169,13 @@ def _has(marks, bit: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(p_states, number, C, c):
-    return p_states + number.to(tl.int64) * C + c
+def _entering_state(p_states, marks, numbers, C, c, KIND: tl.constexpr):
+    """Of each segment's one sequence that goes on, asked for long before it is used; 0 where none does."""
+    if KIND != SINGLE or p_states is None:
+        return 0.0
+    else:
+        m = (marks & ~(marks >> 16) & 0xFFFF) != 0
+        return tl.load(p_states + (numbers & 0x7FFFFFFF) * C + c, mask=m & (c < C), other=0.0)
 
 
 @triton.jit
@@ -180,14 +185,14 @@ def _load_state(p_states, p_sequence, single, t, C, c, mask, KIND: tl.constexpr)
         return single
     else:
         n = tl.load(p_sequence + t, mask=mask, other=0)
-        return tl.load(_rows_of(p_states, n, C, c), mask=mask & (c < C), other=0.0)
+        return tl.load(p_states + n.to(tl.int64) * C + c, mask=mask & (c < C), other=0.0)
 
 
 @triton.jit
 def _store_state(p_states, p_sequence, n, t, C, c, state, mask, KIND: tl.constexpr):
     if KIND != SINGLE:
         n = tl.load(p_sequence + t, mask=mask, other=0)
-    tl.store(_rows_of(p_states, n, C, c), state, mask=mask & (c < C))
+    tl.store(p_states + n.to(tl.int64) * C + c, state, mask=mask & (c < C))
 
 
 @triton.jit
@@ -196,11 +201,9 @@ def _forward_maps(
     KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each row its map, and of each segment that of all its rows."""
-    a_rows, b_rows, state = (), (), None
+    a_rows, b_rows = (), ()
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
-    if KIND == SINGLE and HAS_INITIAL:  # asked for long before it is used
-        m = (marks & ~(marks >> 16) & 0xFFFF) != 0
-        state = tl.load(_rows_of(p_initial_state, numbers & 0x7FFFFFFF, C, c), mask=m & (c < C), other=0.0)
+    state = _entering_state(p_initial_state, marks, numbers, C, c, KIND)
     for i in tl.static_range(ROWS):
         reset = _has(marks, 16 + i) if KIND > 0 else None
         a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, reset)
@@ -239,7 +242,6 @@ def forward_kernel(
     first = (i_b * T + i_t * (SEGMENTS * ROWS)) * C  # where the tile starts; 64-bit, the rest fits 32
     offset = i_s * (ROWS * C) + c
     m_c = c < C
-
     # Every load comes before the first store: past one, the compiler may not move a load.
     rs, gs, xs = (), (), ()
     for i in tl.static_range(ROWS):
@@ -251,9 +253,9 @@ def forward_kernel(
     p_row = p_reset + i_b * T if HAS_RESET else None
     kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
     states = (log_decay, marks, numbers, p_initial_state, p_sequence, t, C, c)
-    if not (VARLEN or HAS_RESET):
+    if kind == 0:
         a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, 0, False, False, EXACT, ROWS)
-    elif kind <= SINGLE:
+    elif kind == SINGLE:
         a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SINGLE, HAS_INITIAL, VARLEN, EXACT, ROWS)
     else:
         a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SEVERAL, HAS_INITIAL, VARLEN, EXACT, ROWS)
@@ -291,7 +293,7 @@ def forward_kernel(
 @triton.jit
 def _backward_fold(
     rs, ds, log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c,
-    KIND: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of each segment the map of all its rows, from the last to the first."""
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
@@ -320,14 +322,12 @@ def _backward_rows(
     rs, ds, gs, xs, hs, k, log_decay, marks, last, numbers, d_last,
     p_initial_state, p_d_last_state, p_d_initial_state, p_sequence,
     p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C: tl.constexpr, c,
-    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of each row, given the k that enters the last; returns the segments' d_log_decay."""
-    d_log_decay, state = tl.full(log_decay.shape, 0.0, tl.float32), None
-    if KIND == SINGLE and HAS_INITIAL:
-        m = (marks & ~(marks >> 16) & 0xFFFF) != 0
-        state = tl.load(_rows_of(p_initial_state, numbers & 0x7FFFFFFF, C, c), mask=m & (c < C), other=0.0)
+    d_log_decay = tl.full(log_decay.shape, 0.0, tl.float32)
+    state = _entering_state(p_initial_state, marks, numbers, C, c, KIND)
     for i in tl.static_range(ROWS - 1, -1, -1):
         reset = _has(marks, 16 + i) if KIND > 0 else None
         r, s = sigmoid(to_float32(_compute_again(rs[i])), EXACT), sigmoid(to_float32(gs[i]), EXACT)
@@ -338,13 +338,9 @@ def _backward_rows(
         x, h_before, dh = to_float32(xs[i]), to_float32(hs[i]), to_float32(ds[i])
         if KIND > 0:  # nothing comes over a reset: a is 0 there, and so is d_log_a where h_before is finite
             is_first = _has(marks, i)
-            if KIND == SINGLE and HAS_INITIAL:
-                h_before = tl.where(is_first, state, h_before)
-            else:
-                h_before = tl.where(is_first | reset, 0.0, h_before)
-                if VARLEN and HAS_INITIAL:
-                    m = is_first & (reset == 0)
-                    h_before += _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND)
+            m, p_states = is_first & (reset == 0), p_initial_state if VARLEN else None
+            entering = _load_state(p_states, p_sequence, state, t + i, C, c, m, KIND)
+            h_before = tl.where(is_first | reset, entering, h_before)
         if HAS_INITIAL and not VARLEN and i == 0:
             h_before += tl.load(p_initial_state + i_b * C + c, mask=(c < C) & (t == 0), other=0.0)
         if KIND > 0 and VARLEN:  # what comes from behind a sequence's last row is another sequence's
@@ -354,8 +350,7 @@ def _backward_rows(
         d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
         k = a * dh
         if KIND > 0 and VARLEN and HAS_INITIAL:
-            n = numbers & 0x7FFFFFFF
-            _store_state(p_d_initial_state, p_sequence, n, t + i, C, c, k, is_first, KIND)
+            _store_state(p_d_initial_state, p_sequence, numbers & 0x7FFFFFFF, t + i, C, c, k, is_first, KIND)
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r
         d_log_decay += d_r
@@ -410,14 +405,14 @@ def backward_kernel(
     d_last = tl.zeros(log_decay.shape, tl.float32)
     if VARLEN and HAS_D_LAST:
         m = (kind == SINGLE) & (last != 0) & m_c
-        d_last = tl.load(_rows_of(p_d_last_state, numbers >> 32, C, c), mask=m, other=0.0)
+        d_last = tl.load(p_d_last_state + (numbers >> 32) * C + c, mask=m, other=0.0)
     ends = (log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c)
     if not (VARLEN or HAS_RESET):
-        a_s, b_s = _backward_fold(rs, ds, *ends, 0, False, False, EXACT, ROWS)
+        a_s, b_s = _backward_fold(rs, ds, *ends, 0, VARLEN, EXACT, ROWS)
     elif kind <= SINGLE:
-        a_s, b_s = _backward_fold(rs, ds, *ends, SINGLE, HAS_D_LAST, VARLEN, EXACT, ROWS)
+        a_s, b_s = _backward_fold(rs, ds, *ends, SINGLE, VARLEN, EXACT, ROWS)
     else:
-        a_s, b_s = _backward_fold(rs, ds, *ends, SEVERAL, HAS_D_LAST, VARLEN, EXACT, ROWS)
+        a_s, b_s = _backward_fold(rs, ds, *ends, SEVERAL, VARLEN, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == 0
@@ -439,11 +434,11 @@ def backward_kernel(
     states = (marks, last, numbers, d_last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
     rows = (rs, ds, gs, xs, hs, k, log_decay)
     if not (VARLEN or HAS_RESET):
-        d_log_decay = _backward_rows(*rows, *states, *outputs, 0, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
+        d_log_decay = _backward_rows(*rows, *states, *outputs, 0, HAS_INITIAL, VARLEN, MASKED, EXACT, ROWS)
     elif kind <= SINGLE:
-        d_log_decay = _backward_rows(*rows, *states, *outputs, 1, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
+        d_log_decay = _backward_rows(*rows, *states, *outputs, 1, HAS_INITIAL, VARLEN, MASKED, EXACT, ROWS)
     else:
-        d_log_decay = _backward_rows(*rows, *states, *outputs, 2, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
+        d_log_decay = _backward_rows(*rows, *states, *outputs, 2, HAS_INITIAL, VARLEN, MASKED, EXACT, ROWS)
 
     c_tile = (i_chain % n_blocks) * CHANNELS + i_c
     tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(d_log_decay, 0), mask=c_tile < C)

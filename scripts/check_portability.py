@@ -137,11 +137,10 @@ def compile_one(architecture: str, shape: str, dtype: str, quick: bool, wanted: 
     from portability.cases import SHAPES, cases
     from portability.compiled_launches import capturing, target_of
 
-    from modeling_griffin import gpu
-    from modeling_griffin.kernels.device.known import known_gpu
+    from modeling_griffin.kernels.device.known import known_gpu, pretending
 
     known = known_gpu(architecture)
-    with gpu.pretending(known), capturing(target_of(architecture)) as found:
+    with pretending(known), capturing(target_of(architecture)) as found:
         for case, launch in cases(SHAPES[shape], DTYPES[dtype], quick):
             if wanted not in case:
                 continue

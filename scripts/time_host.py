@@ -27,10 +27,10 @@ from benchmarks.host_time import host_table, host_time
 from command_line import Parser
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from modeling_griffin import GriffinConfig, GriffinForCausalLM, gpu
+from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.kernels import dispatch, flash_attention
 from modeling_griffin.kernels.adapters import read_adapter
-from modeling_griffin.kernels.device.known import known_gpu
+from modeling_griffin.kernels.device.known import known_gpu, pretending
 
 
 try:
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("Triton is not installed: pip install triton")
     torch.set_num_threads(1)
     launched = stand_in()
-    with gpu.pretending(H200):
+    with pretending(H200):
         models = {name: make_model(name, arguments.layers) for name in arguments.models}
         times = time_in_turns(models, arguments.repeats)
         found = {name: look_at(name, model, launched) for name, model in models.items()}

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import ceil_div, multiprocessors, power_of_2, properties, register_limit
+from ..gpu import ceil_div, multiprocessors, properties, register_limit
 from .device import training
 from .device.training import ATTENTION_BLOCK as BLOCK
 from .device.training import AttentionTile as Tile
 from .device.training import attention_refusal, first_that_fits
-from .launch import launch
+from .launch import launch, power_of_2
 
 
 try:

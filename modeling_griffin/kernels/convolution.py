@@ -10,10 +10,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..causal_conv1d import behind_state, no_states, states_behind, tokens_since_start
-from ..gpu import ceil_div, power_of_2
+from ..gpu import ceil_div
 from .device.training import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD
 from .device.training import ConvolutionTile as Tile
-from .launch import launch
+from .launch import launch, power_of_2
 
 
 try:

@@ -6,11 +6,11 @@ Legend: T time, C channels, W taps, N sequences.
 import torch
 
 from ..causal_conv1d import convolve
-from ..gpu import ceil_div, power_of_2
+from ..gpu import ceil_div
 from . import dispatch
 from .convolution import _contiguous, causal_conv1d_triton
 from .device.training import CONVOLUTION_FORWARD
-from .launch import launch
+from .launch import launch, power_of_2
 from .sequences import Sequences, check_sequences
 
 

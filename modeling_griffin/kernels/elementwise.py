@@ -9,9 +9,9 @@ Legend: N rows, D columns. Kernels: p_ pointer, i_ index, m_ mask.
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import multiprocessors, power_of_2, register_limit
+from ..gpu import multiprocessors, register_limit
 from .device.training import GATED_BACKWARD, GATED_FORWARD, NORM_BACKWARD, ROTATED_ROWS, norm_tile
-from .launch import launch
+from .launch import launch, power_of_2
 
 
 try:

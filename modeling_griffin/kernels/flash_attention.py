@@ -21,9 +21,10 @@ from transformers.utils.import_utils import is_tracing
 from ..cache_layers import attention_layer, is_static, tokens_in_cache
 from ..configuration_griffin import GriffinConfig
 from ..documents import Documents
-from ..gpu import flash_refusal, properties
+from ..gpu import properties
 from ..local_attention import is_stock_sdpa
 from .attention import Visible, local_attention_triton, triton_attention_unavailable_reason, visible_tokens
+from .device.training import flash_refusal
 from .fallback import FAILED, give_up
 
 

@@ -11,7 +11,7 @@ Legend: C channels, N gate blocks, W = C / N their width, M rows: all axes of x 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gpu import ceil_div, power_of_2, properties, register_limit
+from ..gpu import ceil_div, properties, register_limit
 from .device.training import (
     GATES_BACKWARD,
     GATES_BACKWARD_WIDE,
@@ -21,7 +21,7 @@ from .device.training import (
     GateTile,
     gates_refusal,
 )
-from .launch import launch
+from .launch import launch, power_of_2
 
 
 try:

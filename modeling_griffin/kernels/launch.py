@@ -130,3 +130,8 @@ def _prepare(kernel, compiled, device: int, arguments: tuple, options: dict) -> 
     if elsewhere or not hasattr(compiled, "packed_metadata") or not all(each.is_constexpr for each in behind):
         return None
     return Prepared(compiled, tuple(options.get(each.name, each.default) for each in behind))
+
+
+def power_of_2(number: int) -> int:
+    """The smallest that is not below the number: sizes of blocks."""
+    return 1 << max(0, number - 1).bit_length()

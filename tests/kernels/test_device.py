@@ -9,7 +9,7 @@ import torch
 from modeling_griffin import gpu
 from modeling_griffin.kernels.device import __main__ as report
 from modeling_griffin.kernels.device import attention_refusal, decode, gates_refusal, training
-from modeling_griffin.kernels.device.known import KNOWN, known_gpu
+from modeling_griffin.kernels.device.known import KNOWN, known_gpu, pretending
 
 
 PACKAGE = Path(__file__).parents[2] / "modeling_griffin"
@@ -108,9 +108,9 @@ def test_the_switch_for_amd(monkeypatch):
     for name in ("gfx908", "gfx1030", "gfx1201"):  # of other families; Triton's bits for them were not looked at
         reason = gpu.triton_refusal(KNOWN["gfx1100"]._replace(architecture=name))
         assert f"is {name}, the kernels were compiled for gfx90a, gfx942, gfx1100 alone" in reason
-    with gpu.pretending(KNOWN["gfx942"]):
+    with pretending(KNOWN["gfx942"]):
         assert gpu.register_limit(96, torch.device("meta")) == {}
-    with gpu.pretending(KNOWN["sm_90"]):
+    with pretending(KNOWN["sm_90"]):
         assert gpu.register_limit(96, torch.device("meta")) == {"maxnreg": 96}
 
 
@@ -120,7 +120,7 @@ def test_the_switch_for_amd(monkeypatch):
 @pytest.mark.parametrize("heads", [1, 3, 16, 64, 1000])
 def test_splits_cover_the_ring(heads, window, head_dim, itemsize):
     """All slots, no split without one, and not many more programs than are asked for."""
-    with gpu.pretending(KNOWN["sm_90"]):
+    with pretending(KNOWN["sm_90"]):
         tile = decode.attention_split(heads, 10, window, head_dim, itemsize, torch.device("meta"))
     split, splits = tile["SPLIT"], tile["SPLITS"]
     assert splits * split >= window > (splits - 1) * split and split % tile["BLOCK_S"] == 0
@@ -140,7 +140,7 @@ def test_splits_cover_the_ring(heads, window, head_dim, itemsize):
 )
 def test_splits_on_a_hopper_gpu(rows, window, head_dim, splits):
     """As they were measured; a window of 2049 costs one block more than 2048, not as many again."""
-    with gpu.pretending(KNOWN["sm_90"]):
+    with pretending(KNOWN["sm_90"]):
         assert decode.attention_split(rows, 10, window, head_dim, 2, torch.device("meta"))["SPLITS"] == splits
         assert decode.draft_attention_split(10, 16, 1024, 128, 2, torch.device("meta"))["SPLITS"] == 16
 

@@ -55,9 +55,7 @@ def test_kernels():
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_chunk_summary"], env=environment, cwd=root, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, __file__], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["kernels"] * 2
 

@@ -183,10 +183,10 @@ import torch
 from portability.compiled_launches import capturing, target_of
 from modeling_griffin import gpu
 from modeling_griffin.kernels import attention
-from modeling_griffin.kernels.device.known import known_gpu
+from modeling_griffin.kernels.device.known import known_gpu, pretending
 
 known = known_gpu("sm_89")
-with gpu.pretending(known), capturing(target_of("sm_89")) as found:
+with pretending(known), capturing(target_of("sm_89")) as found:
     query, key = (torch.empty(256, heads, 256, dtype=torch.bfloat16, device="meta") for heads in (2, 1))
     each, blocks = (torch.empty(n, dtype=torch.int32, device="meta") for n in (256, 2))
     attention.attention_forward(query, key, key, each, blocks, 0.1, attention.Tile(1, 128, 64, 8, 2))

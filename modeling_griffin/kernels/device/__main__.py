@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ...gpu import GPU, flash_refusal, pretending, properties, triton_refusal
+from ...gpu import GPU, properties, triton_refusal
 from . import attention_refusal, can_overlap, decode_gemm_fits, decode_refusal, gates_refusal
-from .known import KNOWN, known_gpu
-from .training import NARROW_GATES
+from .known import KNOWN, known_gpu, pretending
+from .training import NARROW_GATES, flash_refusal
 
 
 HEADS, TIMED_HEAD = (64, 128, 256), 128

@@ -4,7 +4,10 @@ Shared memory a block may opt into, by NVIDIA's compute capability (CUDA's progr
 per compute capability") and AMD's LDS. Multiprocessors are those of the GPU that is named.
 """
 
-from ...gpu import GPU
+import contextlib
+from collections.abc import Iterator
+
+from ...gpu import _PRETENDED, GPU
 
 
 KIB = 1024
@@ -29,3 +32,13 @@ def known_gpu(architecture: str) -> GPU:
     if architecture not in KNOWN:
         raise ValueError(f"gpu = {architecture!r}: allowed are {', '.join(KNOWN)}")
     return KNOWN[architecture]
+
+
+@contextlib.contextmanager
+def pretending(gpu: GPU) -> Iterator[None]:
+    """Inside, every device is said to be this GPU: to see what would be chosen on one that is not there."""
+    _PRETENDED.append(gpu)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()

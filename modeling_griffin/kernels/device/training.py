@@ -49,6 +49,8 @@ class ConvolutionTile(NamedTuple):
         return self.chunks * self.rows
 
 
+OLDEST_FOR_FLASH = (8, 0)
+FULL_FLASH_BACKWARD = ((8, 0), (9, 0), (10, 0))  # where PyTorch's takes heads of 193 to 224 too
 LARGE = 227 * 1024  # of Hopper and of Blackwell's data-centre GPUs
 # Local attention, by the head dimension rounded up to a power of two. 128: the fastest of a sweep on an H100; the
 # others were not timed. 256: what spills least on GPUs that multiply by warps, from Ampere to the RTX 5090.
@@ -102,6 +104,17 @@ def norm_tile(columns: int) -> dict[str, int]:
     """Whole rows, as many as give each thread something to do: one of 1024 columns, 16 of 64."""
     num_warps, width = 4 if columns <= 1024 else 8 if columns <= 8192 else 16, 1 << (columns - 1).bit_length()
     return {"ROWS": max(1, NORM_ELEMENTS // width), "COLUMNS": width, "num_warps": num_warps}
+
+
+def flash_refusal(gpu: GPU, head_dim: int) -> str | None:
+    """None where PyTorch's flash attention, forward and backward, takes heads of this size, else why not."""
+    if gpu.capability < OLDEST_FOR_FLASH:
+        return "the GPU is older than compute capability 8.0"
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim is {head_dim}, flash attention takes multiples of 8 up to 256"
+    if 192 < head_dim <= 224 and gpu.capability not in FULL_FLASH_BACKWARD:
+        return f"head_dim is {head_dim}, flash attention takes no multiples of 8 from 200 to 224 on {gpu.name}"
+    return None
 
 
 def attention_refusal(head_dim: int, gpu: GPU) -> str | None:
