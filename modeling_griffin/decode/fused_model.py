@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..causal_conv1d import CausalConv1d
-from ..kernels.device import decode_refusal, float8_fits, properties
+from ..kernels.device import MATVEC_NF4_DTYPES, decode_refusal, float8_fits, properties
 from ..kernels.dispatch import GELU_TANH, is_gelu_tanh
 from ..kernels.hooks import forward_hooks, has_global_hooks
 from ..modeling_griffin import (
@@ -189,18 +189,27 @@ def _in_packed(module: nn.Module, shapes: tuple, like: torch.Tensor) -> str | No
         return "has a forward of its own"
     if _has_a_hook(module):
         return "has a hook"
-    if device.type not in packed.ON or properties(device).vendor == "amd":
-        return "has packed weights, which have kernels on an NVIDIA GPU alone"
-    if isinstance(held, packed.NF4) and not packed.FUSED_NF4:
-        return "has NF4 weights, which bitsandbytes' own kernels read faster"
-    if held.data.dtype.is_floating_point and device.type == "cuda" and not float8_fits(properties(device)):
-        return "has float8 weights, which this GPU cannot convert"
+    if (reason := _without_kernels(held, like)) is not None:
+        return reason
     if (module.out_features, module.in_features) != shape:
         return f"has a weight of shape {(module.out_features, module.in_features)}"
     if any(each.device != device or not each.is_contiguous() for each in packed.tensors_of(module)):
         return "has a weight that lies elsewhere"
     found = None if module.bias is None else tuple(module.bias.shape)
     return None if found == bias_shape else f"has a bias of shape {found}"
+
+
+def _without_kernels(held: packed.Rows | packed.NF4, like: torch.Tensor) -> str | None:
+    if like.device.type not in packed.ON or properties(like.device).vendor == "amd":
+        return "has packed weights, which have kernels on an NVIDIA GPU alone"
+    # One H200, 2.1 billion parameters, ms a token at 1 and 64 rows: 1.08 and 3.51 by matrix units; 5.35 and 35.9 by
+    # kernels without, which other dtypes would get; bitsandbytes' in the recorded forward pass had 4.17 at one row.
+    if isinstance(held, packed.NF4) and like.dtype not in MATVEC_NF4_DTYPES:
+        return f"has NF4 weights and its model is in {like.dtype}, for which they have no fast kernels"
+    on_a_gpu = like.device.type == "cuda"
+    if held.data.dtype.is_floating_point and on_a_gpu and not float8_fits(properties(like.device)):
+        return "has float8 weights, which this GPU cannot convert"
+    return None
 
 
 def _has_a_hook(module: nn.Module) -> bool:

@@ -17,9 +17,6 @@ from torch.nn import functional as F
 
 
 ON: tuple[str, ...] = ("cuda",)  # devices on which packed weights are read by kernels of our own
-# Whether also NF4. The kernels before these were slower than bitsandbytes' in the recorded forward pass: 5.35 ms a
-# token against 4.17 (2.1 billion parameters, one row, H200), and 35.9 ms for 64 rows. Not measured since.
-FUSED_NF4 = False
 NF4_BLOCK = 64  # weights of a row that share a scale
 NESTED_BLOCK = 256  # of these scales, that share one of their own
 

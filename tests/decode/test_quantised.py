@@ -9,7 +9,7 @@ from quantised_models import SCHEMES, SIZES, dequantised, dequantised_weight, li
 from test_generation_paths import by_transformers, random_ids, run
 from tolerances import assert_close
 
-from modeling_griffin.decode import agreement, packed
+from modeling_griffin.decode import agreement, fused_model, packed
 from modeling_griffin.decode.eligibility import forward_obstacles, waits_for_outliers
 from modeling_griffin.decode.fingerprint import forward_fingerprint, fused_fingerprint
 from modeling_griffin.decode.fused_model import fused_obstacles
@@ -27,7 +27,7 @@ def base(small_model, tmp_path):
 def packed_on_a_cpu(monkeypatch):
     """The fused step's own arithmetic, in the plain operations that define it, over packed weights."""
     monkeypatch.setattr(packed, "ON", ("cuda", "cpu"))
-    monkeypatch.setattr(packed, "FUSED_NF4", True)
+    monkeypatch.setattr(fused_model, "MATVEC_NF4_DTYPES", (torch.float32,))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -96,11 +96,13 @@ def test_what_the_fused_step_refuses(base, packed_on_a_cpu):
     assert next(fused_obstacles(model)) == "layers.0.mlp_block.up_proj is a Linear4bit, not a Linear"
 
 
-def test_four_bits_are_read_by_the_library_where_that_is_faster(base, packed_on_a_cpu, monkeypatch, paths):
-    monkeypatch.setattr(packed, "FUSED_NF4", False)
+def test_four_bits_without_fast_kernels_are_read_by_the_library(base, monkeypatch, paths):
+    monkeypatch.setattr(packed, "ON", ("cuda", "cpu"))
     model, ids = load_quantised(base, "nf4"), random_ids(2, 6)
-    said = "layers.0.mlp_block.gate_proj has NF4 weights, which bitsandbytes' own kernels read faster"
-    assert next(fused_obstacles(model)) == said
+    for dtype in (torch.float32, torch.float16):
+        said = f"gate_proj has NF4 weights and its model is in {dtype}, for which they have no fast kernels"
+        assert next(fused_obstacles(load_quantised(base, "nf4", dtype))) == f"layers.0.mlp_block.{said}"
+    assert next(fused_obstacles(load_quantised(base, "nf4", torch.bfloat16)), None) is None
     assert torch.equal(run(model, ids), run(dequantised(model), ids))
     assert [path.step for path in paths] == ["forward", "fused"]
 
@@ -142,8 +144,7 @@ def test_outliers_that_the_host_waits_for(base):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_fused_step_on_a_gpu(base, scheme, rows, paths, monkeypatch):
-    monkeypatch.setattr(packed, "FUSED_NF4", True)
+def test_the_fused_step_on_a_gpu(base, scheme, rows, paths):
     model, ids = load_quantised(base, scheme, torch.bfloat16, "cuda"), random_ids(rows, 6).cuda()
     found = run(model, ids, return_dict_in_generate=True, output_logits=True)
     assert {path.step for path in paths} == {"fused"}
