@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from engines import ENGINE, ENVIRONMENT, save_model
@@ -51,6 +52,20 @@ def test_refuses_at_start(folder, monkeypatch, engine, message):
 def test_accepts(folder, monkeypatch):
     config = configure(folder, monkeypatch, mamba_ssm_cache_dtype="float32", tensor_parallel_size=2)
     assert config.model_config.is_hybrid and not config.cache_config.enable_prefix_caching
+
+
+def test_adapters_on_a_gpu_need_a_16_bit_model(folder, monkeypatch):
+    """vLLM has no float32 operators for adapters there. Only the plugin's check is told of a GPU."""
+    from modeling_griffin.serving.vllm import eligibility
+
+    platform = SimpleNamespace(is_cuda_alike=lambda: False)
+    monkeypatch.setattr(eligibility, "current_platform", platform)
+    configure(folder, monkeypatch, dtype="float32", enable_lora=True)
+    platform.is_cuda_alike = lambda: True
+    with pytest.raises(ValueError, match="dtype = 'float32': allowed with enable_lora on a GPU are 'bfloat16' and"):
+        configure(folder, monkeypatch, dtype="float32", enable_lora=True)
+    configure(folder, monkeypatch, dtype="bfloat16", enable_lora=True)
+    configure(folder, monkeypatch, dtype="float32")
 
 
 def test_vllm_finds_the_plugin():

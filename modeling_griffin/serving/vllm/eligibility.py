@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from ...tensor_parallel import check_tensor_parallel
 
@@ -35,6 +37,10 @@ def _check_engine(vllm_config) -> None:
         raise ValueError("speculative_config: allowed is None, states cannot be taken back token by token in vLLM")
     if vllm_config.model_config.disable_sliding_window:
         raise ValueError("disable_sliding_window = True: allowed is False, the window is part of the model")
+    # vLLM's operators for adapters on a GPU take 16-bit numbers alone, which would show at the first pass only.
+    dtype = vllm_config.model_config.dtype
+    if vllm_config.lora_config is not None and dtype == torch.float32 and current_platform.is_cuda_alike():
+        raise ValueError("dtype = 'float32': allowed with enable_lora on a GPU are 'bfloat16' and 'float16'")
     # The states' dtypes are the model's own: inputs of the convolution in its dtype, h in float32.
     for field, others in (("mamba_cache_dtype", ()), ("mamba_ssm_cache_dtype", ("float32",))):
         value = getattr(cache, field)
