@@ -181,7 +181,7 @@ def test_lora(tmp_path, dtype):
     if dtype == "float32":
         check, tolerance = check_greedy, 2e-5
     else:
-        check, tolerance = check_logprobs, 0.15  # as in test_half_precision; without the adapter they are 3 and more off
+        check, tolerance = check_logprobs, 0.15  # as in test_half_precision; without the adapter: 3 and more
     for prompt, result in zip(every, report["results"][:2]):
         check(adapted, prompt, result, tolerance)
     with adapted.disable_adapter():
