@@ -170,6 +170,14 @@ def test_hidden_states_without_the_last_norm_take_the_forward_pass(small_model, 
     assert [each[:2] for each in paths] == [FORWARD]
 
 
+def test_hidden_states_of_a_prompt_in_chunks_are_those_of_the_last(small_model, paths, monkeypatch):
+    """As Transformers has them, whose memory is bounded by the chunk that was asked for."""
+    model, ids, options = small_model(), random_ids(2, 10), {**ALL_HIDDEN, "prefill_chunk_size": 4}
+    expected = by_transformers(monkeypatch, model, ids, **options)
+    assert_same(run(model, ids, **options), expected)
+    assert expected.hidden_states[0][0].shape[1] == 2 and [each[:2] for each in paths] == [LOOP]
+
+
 def test_what_stays_of_hidden_states_is_not_overwritten(small_model):
     """Each token's are its own: those of the first steps still stand when the last step has run."""
     found = run(small_model(), random_ids(1, 6), **ALL_HIDDEN).hidden_states[1:]
