@@ -134,8 +134,9 @@ def compile_one(architecture: str, shape: str, dtype: str, quick: bool, wanted: 
     if architecture.startswith("gfx"):
         torch.version.hip = "for compilation"  # before the kernels are imported: they ask at import
         os.environ["GRIFFIN_TRITON_ON_AMD"] = "1"
-    from portability.cases import SHAPES, cases
+    from portability.cases import cases
     from portability.compiled_launches import capturing, target_of
+    from portability.shapes import SHAPES
 
     from modeling_griffin.kernels.device.known import known_gpu, pretending
 

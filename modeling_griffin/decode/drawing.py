@@ -80,14 +80,14 @@ def _recorded(step: Recording, processors: Sequence[Any], ends: int) -> "Drawing
 class Drawing:
     """The next token (B,) of the step's logits (B, V), into the step's token.
 
-    going_on (B,) bool: rows that have not ended; eos (E,) and pad () int64. All are read where they lie.
+    going_on (B,) bool: rows that have not ended; eos (E,) and pad (B,) int64. All are read where they lie.
     """
 
     def __init__(self, step: Recording, processors: Sequence[Any], ends: int):
         self.logits, self.token, self.processors = step.logits, step.token, list(processors)
         with torch.inference_mode(False), torch.no_grad():
             self.going_on = torch.ones_like(self.token, dtype=torch.bool)
-            self.eos, self.pad = self.token.new_zeros(ends), self.token.new_zeros(())
+            self.eos, self.pad = self.token.new_zeros(ends), torch.zeros_like(self.token)
             self.graph = record(self._compute, step.device)
 
     def begin(self, going_on: torch.Tensor, eos: torch.Tensor | None, pad: torch.Tensor | None) -> None:

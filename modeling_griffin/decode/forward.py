@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..cache_name import CACHE_NAME
 from ..kernels.dispatch import small_tensors_pay
 from ..modeling_griffin import config_of_masks
+from .host_effects import watching_mode
 from .lease import Lease
 from .network import Recording
 from .ops import Clock
@@ -91,8 +92,7 @@ class ForwardStep(Recording, Lease):
         Lease.__init__(self, model.device)
         self.model, self.config = weakref.ref(model), model.config
         self.slots, self.hidden, self.checked = slots, hidden, False
-        patched = patched_function() or any(patched_class(cls, cls) for cls in CLASSES)
-        self.merging = contextlib.nullcontext if patched else small_tensors_pay  # what kernels do is as it was imported
+        self.patched = bool(patched_function() or any(patched_class(cls, cls) for cls in CLASSES))
         self.hidden_states: torch.Tensor | None = None
         self.cache: FixedCache | None = None  # made when there is a cache whose shapes it can take
         with torch.inference_mode(False):
@@ -188,7 +188,7 @@ class ForwardStep(Recording, Lease):
         precision = torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=not self.on_gpu
         )
-        with precision, self.merging():
+        with precision, self._merging():
             model = self.model()
             output = model(
                 self.token[:, None],
@@ -204,6 +204,11 @@ class ForwardStep(Recording, Lease):
             self.hidden_states = torch.stack(output.hidden_states)
         self.token.copy_(self.logits.argmax(-1))
         time.add_(1)
+
+    def _merging(self) -> contextlib.AbstractContextManager:
+        """Kernels and merged operations stand for functions as they were imported, and for what no mode looks at."""
+        plain = not self.patched and watching_mode() is None
+        return small_tensors_pay() if plain else contextlib.nullcontext()
 
     def _masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
         """As `masks_for_generate` makes them: a slot is seen if it holds a token of its row, and no document starts."""

@@ -89,7 +89,7 @@ def _on_step(name: str, model, path: Path, input_ids: torch.Tensor, kwargs: dict
             return False, None
     try:
         padding = padding_of(mask, length)
-        chunk = length if hidden else chunk_of(batch, config)
+        chunk = config.prefill_chunk_size or length if hidden else chunk_of(batch, config)
         cache, output = prompt_output(model, input_ids, None if padding is None else mask, chunk, **reading)
         if step is None:
             like = cache, output.logits[:, -1]

@@ -51,6 +51,7 @@ CLASSES = (
     GELU_TANH,
     nn.Linear,
     nn.Embedding,
+    nn.Identity,  # the dropout of an adapter that has none
     nn.ModuleList,
 )
 

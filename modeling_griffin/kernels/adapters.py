@@ -8,7 +8,7 @@ and kept as it is, and sums are made where a product or an addition writes. What
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def read_adapter(module: nn.Module) -> Adapted | None:
     layers = sys.modules.get("peft.tuners.lora.layer")  # not imported for this: without it nothing is adapted
     if layers is None or not is_plain(module, layers.Linear):
         return None
-    if getattr(layers.Linear.forward, "__globals__", None) is not vars(layers):  # somebody has put another there
+    if not all(_is_pefts(getattr(layers.Linear, name, None)) for name in ("forward", "_cast_input_dtype")):
         return None
     names, variants = module.active_adapters, getattr(module, "lora_variant", None)
     if variants is None or len(names) != 1 or module.disable_adapters or module.merged:
@@ -59,6 +59,11 @@ def read_adapter(module: nn.Module) -> Adapted | None:
     if type(scaling) not in (int, float):  # a tensor, where adapters are changed under a compiled model
         return None
     return adapted if all(type(each) in PLAIN for each in adapted[:4] if each is not None) else None
+
+
+def _is_pefts(function: Any) -> bool:
+    """Not where somebody has put another one in its place, as tools do that change what adapters compute."""
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith("peft.")
 
 
 def adapted_outputs(x: torch.Tensor, layers: Sequence[Adapted]) -> tuple[torch.Tensor, ...]:

@@ -8,45 +8,22 @@ Legend: B rows, T time, D width, C RG-LRU channels, H heads, K head dimension, W
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, rg_lru_scan_triton
-from modeling_griffin.decode.ops import KernelOps, Stream
+from modeling_griffin.decode.ops import KernelOps
 from modeling_griffin.decode.speculative.verify import VerifyStep
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.gpu import properties, triton_refusal
 from modeling_griffin.kernels import attention, convolution, convolution_varlen, elementwise, gates, loss
-from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits, decode_refusal, float8_fits
-from modeling_griffin.modeling_griffin import GriffinRMSNorm
+from modeling_griffin.kernels.device import can_overlap, decode_gemm_fits, decode_refusal
+from modeling_griffin.parallel import chunk_summary
+
+from .packed_cases import packed_products
+from .shapes import META, Shape, new
 
 
-META = torch.device("meta")
-
-
-class Shape(NamedTuple):
-    """A model as far as its kernels see it; blocks: of each gate."""
-
-    width: int
-    lru: int
-    inner: int
-    heads: int
-    head_dim: int
-    window: int
-    vocabulary: int
-    blocks: int
-
-
-SHAPES = {
-    "2B": Shape(2560, 2560, 7680, 10, 256, 2049, 256000, 10),
-    "9B": Shape(4096, 4096, 12288, 16, 256, 2049, 256000, 16),
-    "test 2B": Shape(2560, 2560, 7680, 20, 128, 1024, 32000, 16),
-    "100M": Shape(768, 1024, 2304, 6, 128, 1024, 32000, 16),
-    "heads of 64": Shape(1024, 1024, 3072, 16, 64, 1024, 32000, 16),
-}
 Case = tuple[str, Callable[[], object]]
 
 
@@ -56,73 +33,90 @@ def cases(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         return
     yield from _scan(shape, dtype, quick)
     yield from _sequences(shape, dtype, quick)
-    yield from _elementwise(shape, dtype, quick)
+    yield from _elementwise(shape, dtype)
+    yield from _one_token(shape, dtype, quick)
+    if not quick:
+        yield from _chunk_summary(shape, dtype)
     if dtype != torch.float32:
         yield from _tensor_cores(shape, dtype)
     if decode_refusal(properties(META)) is not None:
         return
     yield from _decode(shape, dtype, quick)
-    if dtype == torch.bfloat16 and properties(META).vendor == "nvidia":
-        yield from _decode_packed(shape, quick)
-
-
-def _new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
+    if properties(META).vendor == "nvidia":
+        yield from packed_products(shape, dtype, quick)
 
 
 def _scan(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Both shape classes of each pass; one step; with resets and states, and without."""
+    """Both shape classes of each pass; one step; with resets and states, with resets, and with neither."""
     lengths = [(1, 4096), (1, 4001), (16, 4096), (16, 4001), (8, 1)]
-    chosen = [(*each, whole) for each in lengths for whole in (True, False)]
+    chosen = [(*each, given) for each in lengths for given in ((True, True), (True, False), (False, False))]
     if quick:
-        chosen = [(1, 4096, True), (16, 4096, False)]
-    for batch, length, whole in chosen:
-        name = f"scan ({batch}, {length}){' with resets and states' if whole else ''}"
-        yield name, _scan_case(shape, dtype, batch, length, whole)
+        chosen = [(1, 4096, (True, True)), (16, 4096, (False, False)), (8, 1, (True, True))]
+    for batch, length, (resets, states) in chosen:
+        found = " and ".join(name for name, is_given in (("resets", resets), ("states", states)) if is_given)
+        name = f"scan ({batch}, {length}){f' with {found}' if found else ''}"
+        yield name, partial(_run_scan, shape, dtype, batch, length, resets, states)
 
 
-def _scan_case(shape: Shape, dtype: torch.dtype, batch: int, length: int, whole: bool) -> Callable:
-    def launch():
-        x = _new(batch, length, shape.lru, dtype=dtype)
-        state = _new(batch, shape.lru, dtype=torch.float32) if whole else None
-        reset = _new(batch, length, dtype=torch.bool) if whole else None
-        inputs = (x, x, x, _new(shape.lru, dtype=torch.float32), state, reset)
-        hidden, _ = rg_lru_scan_triton._forward(*inputs)
-        rg_lru_scan_triton._backward(hidden, state, *inputs, hidden)
-
-    return launch
+def _run_scan(shape: Shape, dtype: torch.dtype, batch: int, length: int, resets: bool, states: bool) -> None:
+    x = new(batch, length, shape.lru, dtype=dtype)
+    state = new(batch, shape.lru, dtype=torch.float32) if states else None
+    reset = new(batch, length, dtype=torch.bool) if resets else None
+    inputs = (x, x, x, new(shape.lru, dtype=torch.float32), state, reset)
+    hidden, _ = rg_lru_scan_triton._forward(*inputs)
+    rg_lru_scan_triton._backward(hidden, state, *inputs, hidden)
 
 
 def _sequences(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    """Sequences end to end: long ones, and a token each, as served; with states, and without. quick: forward only."""
-    for length, number, whole in [(4096, 16, True), (64, 64, True), *([] if quick else [(4096, 16, False)])]:
-        name = f"{number} sequences of {length} tokens{' with states' if whole else ''}"
-        yield name, _sequences_case(shape, dtype, length, number, whole, both_ways=length > number and not quick)
+    """Sequences end to end: long ones, off tiles too; all in one tile, without a chain; a token each, as served.
+
+    With states, where some have resets besides, and without. quick: forward only.
+    """
+    for length, number, states, resets in [
+        *((4001, 16, True, True), (64, 64, True, True)),
+        *([] if quick else [(4096, 16, True, False), (4096, 16, False, False), (64, 64, False, False)]),
+        *([] if quick else [(40, 16, True, False), (1, 1, True, False)]),
+    ]:
+        found = " and ".join(name for name, is_given in (("states", states), ("resets", resets)) if is_given)
+        name = f"{number} sequences of {length} tokens{f' with {found}' if found else ''}"
+        both_ways = not quick and (length > number or length == 1)
+        yield name, partial(_run_sequences, shape, dtype, length, number, states, resets, both_ways)
 
 
-def _sequences_case(
-    shape: Shape, dtype: torch.dtype, length: int, number: int, whole: bool, both_ways: bool
-) -> Callable:
-    def launch():
-        x, channels = _new(1, length, shape.lru, dtype=dtype), shape.lru
-        state = _new(number, channels, dtype=torch.float32) if whole else None
-        sequences = _new(number + 1, dtype=torch.int32), _new(number, dtype=torch.bool) if whole else None
-        inputs = (x, x, x, _new(channels, dtype=torch.float32), state, None)
-        hidden, _ = rg_lru_scan_triton._forward(*inputs, *sequences)
-        if both_ways:
-            rg_lru_scan_triton._backward(hidden, state, *inputs, hidden, *sequences)
-        past = _new(number, channels, 4, dtype=dtype) if whole else None
-        taps = _new(channels, 1, 4, dtype=dtype), _new(channels, dtype=dtype)
-        convolution_varlen.causal_conv1d_varlen_triton(x, past, *taps, *sequences)
-
-    return launch
+def _run_sequences(
+    shape: Shape, dtype: torch.dtype, length: int, number: int, states: bool, resets: bool, both_ways: bool
+) -> None:
+    x, channels = new(1, length, shape.lru, dtype=dtype), shape.lru
+    state = new(number, channels, dtype=torch.float32) if states else None
+    reset = new(1, length, dtype=torch.bool) if resets else None
+    sequences = new(number + 1, dtype=torch.int32), new(number, dtype=torch.bool) if states else None
+    inputs = (x, x, x, new(channels, dtype=torch.float32), state, reset)
+    hidden, _ = rg_lru_scan_triton._forward(*inputs, *sequences)
+    if both_ways:
+        rg_lru_scan_triton._backward(hidden, state, *inputs, hidden, *sequences)
+    past = new(number, channels, 4, dtype=dtype) if states else None
+    taps = new(channels, 1, 4, dtype=dtype), new(channels, dtype=dtype)
+    convolution_varlen.causal_conv1d_varlen_triton(x, past, *taps, *sequences)
 
 
-def _elementwise(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+def _chunk_summary(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    """Both kernels of a row that several GPUs share, with resets and without."""
+
+    def summarize(resets: bool) -> None:
+        x, log_decay = new(1, 4001, shape.lru, dtype=dtype), new(shape.lru, dtype=torch.float32)
+        reset = new(1, 4001, dtype=torch.bool) if resets else None
+        chunk_summary._reduce_segments(chunk_summary.summary_kernel, (x, x, x), log_decay, reset)
+        chunk_summary._reduce_segments(chunk_summary.backward_summary_kernel, (x, x), log_decay, reset)
+
+    yield "chunk of a row", partial(summarize, False)
+    yield "chunk of a row with resets", partial(summarize, True)
+
+
+def _elementwise(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """Forward and backward by autograd, which launches on meta tensors as on others."""
 
     def leaf(*sizes):
-        return _new(*sizes, dtype=dtype).requires_grad_()
+        return new(*sizes, dtype=dtype).requires_grad_()
 
     def backward(outputs, *inputs):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -133,26 +127,51 @@ def _elementwise(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case
     yield "norm of a sum", lambda: backward(elementwise.triton_add_rms_norm(x, x, weight, 1e-6), x, weight)
     gate = leaf(4, 512, shape.inner)
     yield "gated activation", lambda: backward(elementwise.triton_gelu_gated(gate, gate), gate)
-    q, angle = leaf(4, 512, shape.heads, shape.head_dim), _new(4, 512, shape.head_dim // 2, dtype=dtype)
+    yield "gradients of biases", lambda: elementwise.gelu_gated_backward(gate, gate, gate, sums=True)
+    q, angle = leaf(4, 512, shape.heads, shape.head_dim), new(4, 512, shape.head_dim // 2, dtype=dtype)
     yield "rotation", lambda: backward(elementwise.triton_rotate(q, angle, angle), q)
     u, taps, bias = leaf(4, 512, shape.lru), leaf(shape.lru, 1, 4), leaf(shape.lru)
-    start = _new(4, 512, dtype=torch.bool)
+    start = new(4, 512, dtype=torch.bool)
 
     def convolve(past: torch.Tensor | None) -> None:
         backward(convolution.causal_conv1d_triton(u, past, taps, bias, None if past is None else start), u, taps)
 
     yield "convolution", partial(convolve, None)
     yield "convolution with states", partial(convolve, leaf(4, shape.lru, 4))
-    logits, targets = _new(2048, shape.vocabulary, dtype=dtype), _new(2048, dtype=torch.long)
+    logits, targets = new(2048, shape.vocabulary, dtype=dtype), new(2048, dtype=torch.long)
     yield "loss", lambda: loss.row_losses(logits, targets, -100)
-    row = _new(2048, dtype=torch.float32)
+    row = new(2048, dtype=torch.float32)
     yield "loss, backward", lambda: loss.row_gradients(logits, targets, row, row)
 
 
-def _tensor_cores(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+def _one_token(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    """A recorded pass of the model's own layers over one token a row, where tensors of any size go to the kernels."""
+
+    def run(rows: int) -> None:
+        x, gate = new(rows, 1, shape.width, dtype=dtype), new(rows, 1, shape.inner, dtype=dtype)
+        weight = new(shape.width, dtype=dtype)
+        elementwise.triton_add_rms_norm(None, x, weight, 1e-6)
+        elementwise.triton_add_rms_norm(x, x, weight, 1e-6)
+        elementwise.triton_gelu_gated(gate, gate)
+        angle = new(rows, 1, shape.head_dim // 2, dtype=dtype)
+        elementwise.triton_rotate(new(rows, 1, shape.heads, shape.head_dim, dtype=dtype), angle, angle)
+        u, taps, bias = (new(*size, dtype=dtype) for size in ((rows, 1, shape.lru), (shape.lru, 1, 4), (shape.lru,)))
+        convolution.causal_conv1d_triton(u, new(rows, shape.lru, 4, dtype=dtype), taps, bias, None)
+        w, b = _gate(shape, dtype)
+        if gates.gates_unavailable_reason(u, w, b) is None:
+            gates.rg_lru_gates(u, w, b, w, b)
+
+    for rows in (1,) if quick else (1, 3, 64):
+        yield f"one token of {rows} rows", partial(run, rows)
+
+
+def _gate(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     width = shape.lru // shape.blocks
-    sizes = (4096, shape.lru), (shape.blocks, width, width), (shape.blocks, width)
-    x, w, b = (_new(*size, dtype=dtype).requires_grad_() for size in sizes)
+    return new(shape.blocks, width, width, dtype=dtype), new(shape.blocks, width, dtype=dtype)
+
+
+def _tensor_cores(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    x, w, b = (each.requires_grad_() for each in (new(4096, shape.lru, dtype=dtype), *_gate(shape, dtype)))
     if gates.gates_unavailable_reason(x, w, b) is None:
 
         def both_gates():
@@ -165,9 +184,9 @@ def _tensor_cores(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _attention(shape: Shape, dtype: torch.dtype, tokens: int = 4096) -> None:
-    query = _new(tokens, shape.heads, shape.head_dim, dtype=dtype).requires_grad_()
-    key = _new(tokens, 1, shape.head_dim, dtype=dtype).requires_grad_()
-    each, blocks = _new(tokens, dtype=torch.int32), _new(tokens // attention.BLOCK, dtype=torch.int32)
+    query = new(tokens, shape.heads, shape.head_dim, dtype=dtype).requires_grad_()
+    key = new(tokens, 1, shape.head_dim, dtype=dtype).requires_grad_()
+    each, blocks = new(tokens, dtype=torch.int32), new(tokens // attention.BLOCK, dtype=torch.int32)
     out = attention.local_attention_triton(query, key, key, attention.Visible(each, each, blocks, blocks), 0.1)
     torch.autograd.grad(out, (query, key), torch.empty_like(out))
 
@@ -208,64 +227,3 @@ def _decode(shape: Shape, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 
     for tokens in (8,) if quick else (4, 16, 64):
         yield f"drafts, {tokens} tokens", partial(verify, tokens)
-
-
-class _Linear8bitLt(nn.Linear):
-    """As bitsandbytes' layer of this name holds its weights, or with such rows of float8, as torchao's do."""
-
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype):
-        super().__init__(inputs, outputs, device=META, dtype=torch.bfloat16)
-        self.weight = nn.Parameter(_new(outputs, inputs, dtype=torch.int8), False)
-        self.state = SimpleNamespace(CB=_new(outputs, inputs, dtype=dtype), SCB=_new(outputs, dtype=torch.float32))
-
-
-class _Linear4bit(nn.Linear):
-    """The same of weights in NF4; nested: whether their scales are quantised too."""
-
-    def __init__(self, inputs: int, outputs: int, nested: bool):
-        super().__init__(inputs, outputs, device=META, dtype=torch.bfloat16)
-        self.weight = nn.Parameter(_new(inputs * outputs // 2, 1, dtype=torch.uint8), False)
-        scales, float32 = inputs * outputs // 64, {"dtype": torch.float32}
-        second = SimpleNamespace(code=_new(256, **float32), absmax=_new(-(-scales // 256), **float32), blocksize=256)
-        self.weight.quant_state = SimpleNamespace(
-            quant_type="nf4",
-            blocksize=64,
-            shape=(outputs, inputs),
-            nested=nested,
-            absmax=_new(scales, dtype=torch.uint8 if nested else torch.float32),
-            code=_new(16, **float32),
-            state2=second,
-            offset=_new(**float32),
-        )
-
-
-for _layer in (_Linear8bitLt, _Linear4bit):  # by these names the launch code knows them
-    _layer.__module__, _layer.__name__ = "bitsandbytes.nn", _layer.__name__.removeprefix("_")
-
-
-def _decode_packed(shape: Shape, quick: bool) -> Iterator[Case]:
-    """The products of one layer of each kind over packed weights."""
-    kinds = {
-        "int8": partial(_Linear8bitLt, dtype=torch.int8),
-        "float8": partial(_Linear8bitLt, dtype=torch.float8_e4m3fn),
-        "nf4": partial(_Linear4bit, nested=False),
-        "nf4, constants too": partial(_Linear4bit, nested=True),
-    }
-    if not float8_fits(properties(META)):
-        del kinds["float8"]
-    norm = GriffinRMSNorm(shape.width, 1e-6).to(META, torch.bfloat16)
-
-    def products(make: Callable, rows: int) -> None:
-        ops = KernelOps(can_overlap(META), decode_gemm_fits(properties(META)))
-        stream = Stream(_new(rows, shape.width, dtype=torch.bfloat16))
-        ops.project(stream, norm, [make(shape.width, shape.lru) for _ in range(2)])
-        queries, keys = make(shape.width, shape.heads * shape.head_dim), make(shape.width, shape.head_dim)
-        queries.bias = keys.bias = None
-        ops.project(stream, norm, [queries, keys, keys])
-        inner = ops.gated_project(stream, norm, *(make(shape.width, shape.inner) for _ in range(2)))
-        ops.add_project(stream, inner, make(shape.inner, shape.width))
-
-    for name, make in kinds.items():
-        tightest = {"nf4, constants too": (1,), "float8": (64,)}
-        for rows in tightest.get(name, ()) if quick else (1, 2, 4, 16, 64):
-            yield f"decode {name}, {rows} rows", partial(products, make, rows)

@@ -71,6 +71,17 @@ def test_the_same_tokens_under_the_same_seed(options, rows, device, small_model,
     assert len(step.drawings) == 2
 
 
+def test_padding_as_a_tensor_of_one(small_model, replays, monkeypatch):
+    """Which Transformers' loop takes as it takes a number."""
+    model, ids = small_model(), random_ids(2, 6)
+    options = {"eos_token_id": [7, 8, 9, 10], "pad_token_id": torch.tensor([3])}
+    expected = by_transformers(monkeypatch, model, ids, do_sample=True, **options)
+    assert (expected == 3).any()
+    for _ in range(2):
+        assert torch.equal(sampled(model, ids, **options), expected)
+    assert replays
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_random_numbers_go_on_behind_a_recording(device, small_model, replays):
     model, ids = small_model().to(device), random_ids(2, 6).to(device)

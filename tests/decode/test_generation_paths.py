@@ -7,6 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tolerances import assert_close
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -168,6 +169,14 @@ def test_hidden_states_without_the_last_norm_take_the_forward_pass(small_model, 
     expected = by_transformers(monkeypatch, model, ids, **ALL_HIDDEN)
     assert_same(run(model, ids, **ALL_HIDDEN), expected)
     assert [each[:2] for each in paths] == [FORWARD]
+
+
+def test_hidden_states_of_a_prompt_in_chunks_are_those_of_the_last(small_model, paths, monkeypatch):
+    """As Transformers has them, whose memory is bounded by the chunk that was asked for."""
+    model, ids, options = small_model(), random_ids(2, 10), {**ALL_HIDDEN, "prefill_chunk_size": 4}
+    expected = by_transformers(monkeypatch, model, ids, **options)
+    assert_same(run(model, ids, **options), expected)
+    assert expected.hidden_states[0][0].shape[1] == 2 and [each[:2] for each in paths] == [LOOP]
 
 
 def test_what_stays_of_hidden_states_is_not_overwritten(small_model):
@@ -389,7 +398,20 @@ def patch_adapters(monkeypatch):
     monkeypatch.setattr(Linear, "forward", lambda self, x: real(self, x).roll(1, -1))
 
 
-@pytest.mark.parametrize("patch", [None, patch_linear, patch_functional, patch_adapters])
+def patch_casts_of_adapters(monkeypatch):
+    from peft.tuners.lora.layer import Linear
+
+    monkeypatch.setattr(Linear, "_cast_input_dtype", lambda self, x, dtype: x.to(dtype).roll(1, -1))
+
+
+def patch_dropout_of_adapters(monkeypatch):
+    monkeypatch.setattr(nn.Identity, "forward", lambda self, x: x.roll(1, -1))
+
+
+PATCHES = [None, patch_linear, patch_functional, patch_adapters, patch_casts_of_adapters, patch_dropout_of_adapters]
+
+
+@pytest.mark.parametrize("patch", PATCHES)
 @pytest.mark.parametrize("name", ["greedy", "scores and logits"])
 def test_adapters_whose_operations_are_merged(name, patch, small_model, paths, monkeypatch):
     """Not so where somebody has put a function of his own in the place of one that they stand for."""
@@ -405,6 +427,28 @@ def test_adapters_whose_operations_are_merged(name, patch, small_model, paths, m
     expected = by_transformers(monkeypatch, model, ids, **REQUESTS[name][0]())
     assert_same(run(model, ids, **REQUESTS[name][0]()), expected)
     assert {each.step for each in paths} == {"forward"}
+
+
+class Rolling(TorchFunctionMode):
+    """Changes what each linear layer puts out."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        return y.roll(1, -1) if function is nn.functional.linear else y
+
+
+def test_a_mode_sees_the_operations_of_adapters(small_model, paths, monkeypatch):
+    """Which are merged in the calls before and behind."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, ids = small_model(), random_ids(2, 6)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), model).eval()
+    plain = run(model, ids)
+    with Rolling():
+        expected = by_transformers(monkeypatch, model, ids)
+        assert torch.equal(run(model, ids), expected) and not torch.equal(expected, plain)
+    assert torch.equal(run(model, ids), plain)
+    assert [each.step for each in paths] == ["forward"] * 3
 
 
 def test_dropout_of_one_block_counts(small_model):

@@ -201,6 +201,39 @@ assert wide.error is None and wide.registers and wide.seconds > 0
     assert run.returncode == 0, run.stderr.decode()
 
 
+@needs_triton
+def test_every_kernel_is_in_the_matrix():
+    """What is launched, and nothing compiled, for one GPU that has all kernels."""
+    program = """
+import re
+from pathlib import Path
+import torch
+from triton.runtime.jit import JITFunction
+import modeling_griffin
+from portability.cases import cases
+from portability.compiled_launches import capturing, target_of
+from portability.shapes import SHAPES
+from modeling_griffin.kernels.device.known import known_gpu, pretending
+
+launched = set()
+with pretending(known_gpu("sm_90")), capturing(target_of("sm_90")):
+    JITFunction.run = lambda self, *args, **options: launched.add((self.fn.__module__, self.fn.__name__))
+    for dtype in (torch.bfloat16, torch.float32):
+        for _, launch in cases(SHAPES["2B"], dtype, False):
+            launch()
+root, kernels = Path(modeling_griffin.__file__).parent, set()
+for path in root.rglob("*.py"):
+    for function in re.findall(r"@triton.jit.*\\n *def (\\w+_kernel|_\\w+_(?:forward|backward))\\(", path.read_text()):
+        kernels.add((".".join(("modeling_griffin", *path.relative_to(root).with_suffix("").parts)), function))
+assert len(kernels) > 40, kernels
+assert launched == kernels, (kernels - launched, launched - kernels)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPT.parents[1], env=_environment(), capture_output=True
+    )
+    assert run.returncode == 0, run.stderr.decode()
+
+
 def _environment() -> dict[str, str]:
     paths = [str(SCRIPT.parents[1]), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
