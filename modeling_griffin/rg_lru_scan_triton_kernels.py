@@ -389,7 +389,6 @@ def backward_kernel(
     first = (i_b * T + i_t * (SEGMENTS * ROWS)) * C
     offset = i_s * (ROWS * C) + c
     m_c = c < C
-
     rs, ds, gs, xs, hs = (), (), (), (), ()
     for i in tl.static_range(ROWS):
         m = m_c & (t + i < T)
@@ -400,6 +399,7 @@ def backward_kernel(
         # the state before each row; the row before the sequence is the initial state, added below
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
+    log_decay = tl.where(log_decay == 0.0, -1e-37, log_decay)  # of 0, 1 - a^2 would be -0, and 1 / sqrt of that -inf
     p_row = p_reset + i_b * T if HAS_RESET else None
     kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
     d_last = tl.zeros(log_decay.shape, tl.float32)

@@ -161,6 +161,16 @@ def test_padding_carries_exactly(small_tiles):
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_log_decay_of_zero(small_tiles, dtype, zero):
+    """Nothing is forgotten: 1 - a^2 is 0, and 1 / sqrt of it has to be a large number, not a large negative one."""
+    inputs = make_inputs(2, 9, 33, dtype)
+    inputs["log_decay"][::2] = zero
+    check(inputs, allowance=3.0)
+
+
 def load_copy(name):
     spec = importlib.util.spec_from_file_location(name, triton_scan.__file__)
     module = importlib.util.module_from_spec(spec)
