@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, rms_norm
+from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, linears, rms_norm
 from modeling_griffin.kernels import dispatch
+from modeling_griffin.rg_lru import BlockDiagonalLinear, gates
 
 
 PAYS = dispatch.pays
@@ -58,6 +59,25 @@ def test_an_activation_that_does_more_is_called(change, monkeypatch):
     expected = act_fn(gate(x)) * up(x)
     assert torch.equal(gated_linears(act_fn, x, gate, up), expected)
     assert torch.equal(gated(act_fn, gate(x), up(x)), expected)
+
+
+@pytest.mark.parametrize("cls", [torch.nn.Linear, BlockDiagonalLinear, dispatch.GELU_TANH])
+def test_a_class_whose_forward_was_replaced_is_called(cls, monkeypatch):
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    for name in ("joined_linears", "rg_lru_gates", "triton_gelu_gated"):
+        monkeypatch.setattr(dispatch, name, lambda *x: pytest.fail("a kernel runs"))
+    monkeypatch.setattr(dispatch, "gates_unavailable_reason", lambda *x: None)
+    real = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: real(self, x).roll(1, -1))
+    x = torch.randn(2, 1, 6)
+    if cls is dispatch.GELU_TANH:
+        assert torch.equal(gated(cls(), x, x), cls()(x) * x)
+        return
+    pair = [cls(6, 2) for _ in range(2)]
+    for parameter in (parameter for layer in pair for parameter in layer.parameters()):
+        torch.nn.init.normal_(parameter)
+    found = linears(x, *pair) if cls is torch.nn.Linear else gates(x, *pair)[:2]
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(found, pair, strict=True))
 
 
 def test_norm_of_a_sum():
