@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, linears, rms_norm
+from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, linears, rms_norm, rotate
 from modeling_griffin.kernels import dispatch
 from modeling_griffin.rg_lru import BlockDiagonalLinear, gates
 
@@ -78,6 +78,22 @@ def test_a_class_whose_forward_was_replaced_is_called(cls, monkeypatch):
         torch.nn.init.normal_(parameter)
     found = linears(x, *pair) if cls is torch.nn.Linear else gates(x, *pair)[:2]
     assert all(torch.equal(y, layer(x)) for y, layer in zip(found, pair, strict=True))
+
+
+def test_what_has_to_be_broadcast_stays_eager(monkeypatch):
+    """As where a hook puts one mean in the place of all outputs; so do two dtypes whose product is wider."""
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    for name in ("triton_add_rms_norm", "triton_gelu_gated", "triton_rotate"):
+        monkeypatch.setattr(dispatch, name, lambda *x: pytest.fail("a kernel runs"))
+    stream, mean, weight, act_fn = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8), dispatch.GELU_TANH()
+    monkeypatch.setattr(dispatch, "triton_rms_norm", lambda x, weight, eps: None)
+    for x, residual in ((mean, stream), (mean[None, None], stream), (stream, stream[:1])):
+        normed, total = add_rms_norm(x, residual, weight, 1e-6)
+        assert torch.equal(total, residual + x) and normed.shape == stream.shape
+        assert torch.equal(gated(act_fn, x, residual), act_fn(x) * residual)
+    assert gated(act_fn, stream, stream.bfloat16()).dtype == torch.float32
+    heads, angles = torch.randn(2, 3, 4, 8), torch.randn(1, 3, 8)
+    assert torch.equal(rotate(heads, angles, angles), rotate.__wrapped__(heads, angles, angles))
 
 
 def test_norm_of_a_sum():
