@@ -80,6 +80,15 @@ def test_a_class_whose_forward_was_replaced_is_called(cls, monkeypatch):
     assert all(torch.equal(y, layer(x)) for y, layer in zip(found, pair, strict=True))
 
 
+def test_linear_layers_whose_function_was_replaced_are_called(monkeypatch):
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    monkeypatch.setattr(dispatch, "joined_linears", lambda *x: pytest.fail("another function runs"))
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *x: real(*x).roll(1, -1))
+    x, pair = torch.randn(2, 1, 6), [torch.nn.Linear(6, 3) for _ in range(2)]
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(linears(x, *pair), pair, strict=True))
+
+
 def test_what_has_to_be_broadcast_stays_eager(monkeypatch):
     """As where a hook puts one mean in the place of all outputs; so do two dtypes whose product is wider."""
     monkeypatch.setattr(dispatch, "pays", lambda *x: True)
