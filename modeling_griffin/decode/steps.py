@@ -18,6 +18,7 @@ from .agreement import check_step
 from .fingerprint import forward_fingerprint, fused_fingerprint
 from .forward import ForwardStep
 from .lease import Lease
+from .packed import unpack
 from .state import DecodeStep
 
 
@@ -126,6 +127,8 @@ def _ready(model, step, kind: str, like: tuple | None) -> bool:
         return True
     try:
         with on_its_device(step.token):
+            if kind == "fused":
+                _settle(model, step)
             step.prepare(model, like)
             if step.on_gpu or kind == "fused":
                 check_step(model, step)
@@ -136,6 +139,17 @@ def _ready(model, step, kind: str, like: tuple | None) -> bool:
         if not step.checked:
             step.release()
     return step.checked
+
+
+@torch.no_grad()
+def _settle(model, step) -> None:
+    """Quantised layers are called once: bitsandbytes then puts biases into the dtype in which it computes.
+
+    A recording made before would go on reading where they were.
+    """
+    if any(unpack(module) is not None for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        model(step.token[:1, None], use_cache=False, logits_to_keep=1)
+        step.fingerprint = fused_fingerprint(model)
 
 
 def _failed(model, kind: str, rows: int, error: Exception) -> Lease:

@@ -54,7 +54,9 @@ def read_adapter(module: nn.Module) -> Adapted | None:
         return None
     adapted = Adapted(base.weight, base.bias, down.weight, up.weight, module.scaling[name])
     weight, bias, *_, scaling = adapted
-    if up.bias is not None or weight.requires_grad or bias is not None and bias.requires_grad:
+    if down.bias is not None or up.bias is not None:
+        return None
+    if weight.requires_grad or bias is not None and bias.requires_grad:
         return None
     if type(scaling) not in (int, float):  # a tensor, where adapters are changed under a compiled model
         return None

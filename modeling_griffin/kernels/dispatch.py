@@ -87,12 +87,17 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     if not pays(residual, x, weight) or residual.shape[-1] > LARGEST_ROW:
         return None
+    if x is not None and x.shape != residual.shape:
+        return None  # a hook may return one mean for all tokens; kernels broadcast nothing
     return triton_add_rms_norm(x, residual, weight, eps)
 
 
 def gated(act_fn: nn.Module, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """One kernel for the activation of the paper's and DeepMind's models."""
-    return triton_gelu_gated(gate, x) if pays(gate, x) and _is_plain_gelu(act_fn) else None
+    if not pays(gate, x) or not _is_plain_gelu(act_fn):
+        return None
+    alike = gate.shape == x.shape and torch.promote_types(gate.dtype, x.dtype) == x.dtype
+    return triton_gelu_gated(gate, x) if alike else None
 
 
 def _is_plain_gelu(act_fn: nn.Module) -> bool:
@@ -111,7 +116,9 @@ def is_gelu_tanh(module: nn.Module) -> bool:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
-    return triton_rotate(x, cos, sin) if pays(x, cos, sin) else None
+    if not pays(x, cos, sin) or not x.shape[:2] == cos.shape[:2] == sin.shape[:2]:
+        return None
+    return triton_rotate(x, cos, sin)
 
 
 def linears(x: torch.Tensor, *modules: nn.Module) -> tuple[torch.Tensor, ...] | None:

@@ -3,11 +3,20 @@
 from collections.abc import Callable
 
 from torch import nn
+from transformers.activations import ACT2FN
+
+from ..rg_lru import BlockDiagonalLinear
 
 
 # What PyTorch gives every module that no forward pass reads: other hooks, and marks of hooks.
 OF_A_FORWARD = ("training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 UNREAD_BY_A_FORWARD = frozenset(vars(nn.Module())) - frozenset(OF_A_FORWARD)
+# What kernels stand for: these classes' forwards, and the function that a linear layer's calls, as they were imported.
+# Somebody may replace them for all modules.
+STOOD_FOR = {
+    cls: cls.forward for cls in (nn.Linear, nn.Identity, BlockDiagonalLinear, type(ACT2FN["gelu_pytorch_tanh"]))
+}
+LINEAR = nn.functional.linear
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -22,12 +31,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, cls: type) -> bool:
-    """Whether calling the module does no more than the forward of its class.
+    """Whether calling the module does no more than the forward that its class was imported with.
 
     Not so for what PEFT and parametrizations put in its place, nor with hooks, which may bring the weights (ZeRO-3,
     offloading to the CPU, the latter by a `forward` of the instance) or want to see the result.
     """
-    return type(module) is cls and "forward" not in vars(module) and not has_hooks(module)
+    if type(module) is not cls or "forward" in vars(module) or has_hooks(module):
+        return False
+    if cls is nn.Linear and nn.functional.linear is not LINEAR:
+        return False
+    return STOOD_FOR.get(cls, cls.forward) is cls.forward
 
 
 def has_global_hooks() -> bool:

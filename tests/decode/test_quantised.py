@@ -96,6 +96,18 @@ def test_what_the_fused_step_refuses(base, packed_on_a_cpu):
     assert next(fused_obstacles(model)) == "layers.0.mlp_block.up_proj is a Linear4bit, not a Linear"
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_biases_that_the_library_casts_at_its_first_call(base, scheme, packed_on_a_cpu, paths, monkeypatch):
+    """As it does where 4 bits are computed in another dtype than the model's: a recording reads where they lie then."""
+    model, ids, places = load_quantised(base, scheme), random_ids(2, 6), []
+    bias, prepare = model.model.layers[0].mlp_block.up_proj.bias, DecodeStep.prepare
+    bias.data = bias.data.double()
+    monkeypatch.setattr(DecodeStep, "prepare", lambda *given: (places.append(bias.data_ptr()), prepare(*given))[1])
+    found = [run(model, ids) for _ in range(2)]
+    assert places == [bias.data_ptr()] and bias.dtype == torch.float32
+    assert {path.step for path in paths} == {"fused"} and torch.equal(*found)
+
+
 def test_four_bits_without_fast_kernels_are_read_by_the_library(base, monkeypatch, paths):
     monkeypatch.setattr(packed, "ON", ("cuda", "cpu"))
     model, ids = load_quantised(base, "nf4"), random_ids(2, 6)

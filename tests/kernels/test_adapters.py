@@ -218,6 +218,9 @@ SPOILED = {
     "dropout": lambda: adapted(lora_dropout=0.5),
     "DoRA": lambda: adapted(use_dora=True),
     "a bias in the adapter": lambda: adapted(lora_bias=True),
+    "a bias of one's own in A": lambda layers: setattr(
+        layers[1].lora_A["default"], "bias", nn.Parameter(torch.ones(2).double())
+    ),
     "several adapters": second_adapter,
     "no adapter": lambda layers: layers[1].set_adapter([]),
     "another adapter's name": lambda layers: setattr(layers[1], "_active_adapter", "other"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, rms_norm
+from modeling_griffin.elementwise import add_rms_norm, gated, gated_linears, linears, rms_norm, rotate
 from modeling_griffin.kernels import dispatch
+from modeling_griffin.rg_lru import BlockDiagonalLinear, gates
 
 
 PAYS = dispatch.pays
@@ -58,6 +59,50 @@ def test_an_activation_that_does_more_is_called(change, monkeypatch):
     expected = act_fn(gate(x)) * up(x)
     assert torch.equal(gated_linears(act_fn, x, gate, up), expected)
     assert torch.equal(gated(act_fn, gate(x), up(x)), expected)
+
+
+@pytest.mark.parametrize("cls", [torch.nn.Linear, BlockDiagonalLinear, dispatch.GELU_TANH])
+def test_a_class_whose_forward_was_replaced_is_called(cls, monkeypatch):
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    for name in ("joined_linears", "rg_lru_gates", "triton_gelu_gated"):
+        monkeypatch.setattr(dispatch, name, lambda *x: pytest.fail("a kernel runs"))
+    monkeypatch.setattr(dispatch, "gates_unavailable_reason", lambda *x: None)
+    real = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: real(self, x).roll(1, -1))
+    x = torch.randn(2, 1, 6)
+    if cls is dispatch.GELU_TANH:
+        assert torch.equal(gated(cls(), x, x), cls()(x) * x)
+        return
+    pair = [cls(6, 2) for _ in range(2)]
+    for parameter in (parameter for layer in pair for parameter in layer.parameters()):
+        torch.nn.init.normal_(parameter)
+    found = linears(x, *pair) if cls is torch.nn.Linear else gates(x, *pair)[:2]
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(found, pair, strict=True))
+
+
+def test_linear_layers_whose_function_was_replaced_are_called(monkeypatch):
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    monkeypatch.setattr(dispatch, "joined_linears", lambda *x: pytest.fail("another function runs"))
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *x: real(*x).roll(1, -1))
+    x, pair = torch.randn(2, 1, 6), [torch.nn.Linear(6, 3) for _ in range(2)]
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(linears(x, *pair), pair, strict=True))
+
+
+def test_what_has_to_be_broadcast_stays_eager(monkeypatch):
+    """As where a hook puts one mean in the place of all outputs; so do two dtypes whose product is wider."""
+    monkeypatch.setattr(dispatch, "pays", lambda *x: True)
+    for name in ("triton_add_rms_norm", "triton_gelu_gated", "triton_rotate"):
+        monkeypatch.setattr(dispatch, name, lambda *x: pytest.fail("a kernel runs"))
+    stream, mean, weight, act_fn = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8), dispatch.GELU_TANH()
+    monkeypatch.setattr(dispatch, "triton_rms_norm", lambda x, weight, eps: None)
+    for x, residual in ((mean, stream), (mean[None, None], stream), (stream, stream[:1])):
+        normed, total = add_rms_norm(x, residual, weight, 1e-6)
+        assert torch.equal(total, residual + x) and normed.shape == stream.shape
+        assert torch.equal(gated(act_fn, x, residual), act_fn(x) * residual)
+    assert gated(act_fn, stream, stream.bfloat16()).dtype == torch.float32
+    heads, angles = torch.randn(2, 3, 4, 8), torch.randn(1, 3, 8)
+    assert torch.equal(rotate(heads, angles, angles), rotate.__wrapped__(heads, angles, angles))
 
 
 def test_norm_of_a_sum():
