@@ -177,6 +177,7 @@ def test_bad_parquet(tmp_path):
         ({}, ["--config_overrides", '{"bos_token_id": 3}'], r"config_overrides sets \['bos_token_id'\]"),
         ({"config_name": None, "model_name_or_path": "/nowhere/at/all"}, [], "'/nowhere/at/all'"),
         ({"use_cpu": None}, ["--device", "cuda"], "unknown key 'device'"),
+        ({}, ["--include_num_input_tokens_seen", "false"], "include_num_input_tokens_seen = false: allowed is true"),
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, settings, overrides, message):
