@@ -169,10 +169,21 @@ def first_fault(folder: Path, files: dict[str, dict]) -> str | None:
     return next((f"{name} holds other bytes than were written" for name in files if now[name] != files[name]), None)
 
 
+@contextlib.contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Gives another path to write to: the file then takes the place of the older one, or leaves it as it is."""
+    half = path.with_name(f"{path.stem}.half{path.suffix}")
+    try:
+        yield half
+        os.replace(half, path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+
+
 def _write(path: Path, content: dict) -> None:
-    half = path.with_suffix(".half")
-    half.write_text(json.dumps({**content, "sha256": _checksum_of(content)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    with in_one_step(path) as half:
+        half.write_text(json.dumps({**content, "sha256": _checksum_of(content)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _checksum_of(content: dict) -> str:

@@ -1,6 +1,7 @@
 """Stock Trainer with what Griffin and several processes need: decay, exact last batches, whole saves, loud failures."""
 
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,24 @@ class GriffinTrainer(Trainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             self.model.config.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The tokenizer's files take the places of older ones when all are written, as the model's do."""
+        folder = Path(output_dir or self.args.output_dir)
+        tokenizer, self.processing_class = self.processing_class, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = tokenizer
+        if not self.args.should_save:
+            return
+        with tempfile.TemporaryDirectory(dir=folder, prefix="tokenizer.half.") as beside:
+            tokenizer.save_pretrained(beside)
+            for path in Path(beside).iterdir():
+                if path.is_dir():  # of chat templates
+                    shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+                else:
+                    path.replace(folder / path.name)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Whole or not there: the manifest comes last, and only when it is on the disk do older checkpoints go."""

@@ -1,5 +1,6 @@
 """A resumed run of train.py is the unbroken one, whatever it logs, evaluates and keeps; SIGTERM; a Hub out of reach."""
 
+import errno
 import json
 import shutil
 import sys
@@ -10,10 +11,12 @@ import pytest
 import torch
 import train
 from _script_helpers import write_run
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from train import run
 from training.checkpoint import NotSaved, find_checkpoint
 from training.interruption import SaveAfterStep
+from transformers import PreTrainedTokenizerFast
 
 
 STEPS = dict(max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
@@ -166,6 +169,42 @@ def test_told_to_stop_in_the_last_step_it_ends_as_always(tmp_path, monkeypatch):
     monkeypatch.setattr(train.GriffinTrainer, "training_step", told)
     run([path])
     assert_same_end(tmp_path / "out", tmp_path / "whole")
+
+
+# A save that fails leaves the old files
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "metrics.json", "loss_curve.png"])
+def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch, name):
+    """Of a run that goes on where a finished one has left its model: the disk is full in the middle of this file."""
+    path, out = write_run(tmp_path, **STEPS), tmp_path / "out"
+    run([path])
+    before = (out / name).read_bytes()
+
+    def torn(target: Path) -> None:
+        target.write_bytes(before[:20])
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    write_text, save_pretrained = Path.write_text, PreTrainedTokenizerFast.save_pretrained
+
+    def write_torn(self, *text, **more):
+        return torn(self) if self.name.startswith("metrics") else write_text(self, *text, **more)
+
+    def save_torn(self, folder):
+        return save_pretrained(self, folder) if "checkpoint-" in str(folder) else torn(Path(folder) / name)
+
+    patches = {
+        "tokenizer.json": (PreTrainedTokenizerFast, "save_pretrained", save_torn),
+        "metrics.json": (Path, "write_text", write_torn),
+        "loss_curve.png": (Figure, "savefig", lambda self, target, **more: torn(Path(target))),
+    }
+    monkeypatch.setattr(*patches[name])
+    with pytest.raises(NotSaved, match="No space left on device; .*--resume continues from checkpoint-8"):
+        run([path, "--resume", "--max_steps", "8", "--allow_changed", "max_steps"])
+    assert (out / name).read_bytes() == before and not [each.name for each in out.iterdir() if "half" in each.name]
+    monkeypatch.undo()
+    run([path, "--resume", "--max_steps", "8"])
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 8
 
 
 # The Hub
