@@ -26,6 +26,7 @@ class GriffinTrainer(Trainer):
     checkpoint: the one that `train` is told to continue from.
     """
 
+    processing_class: Any  # stock Trainer's: the tokenizer
     data_ranks = data_rank = None
     fingerprint: dict = {}
     checkpoint: str | None = None
