@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from training.checkpoint import NotSaved, read_manifest, read_state, saving, wri
 from training.fingerprint import check_same_rows, rows_of, settings_of, settings_together
 from training.float8 import check_float8, convert
 from training.hub_ids import require_on_hub
+from training.hub_push import push
+from training.interruption import Stopped, check_ended, is_evaluated, save_after_step
 from training.launch import check_checkpoint, check_launch, check_processes, describe, read_request
 from training.masking import mask_secrets
 from training.ranks import check_same_on_all_ranks, decided_by_rank_0, explain_silence, leave_together
@@ -208,6 +211,7 @@ def make_trainer(
         preprocess_logits_for_metrics=token_losses,
     )
     trainer.fingerprint = {"settings": settings, "data": data}
+    save_after_step(trainer)
     print_table(trainer, facts["eval_bytes"] / max(rows["eval_data"].num_predicted, 1))
     if trainer.accelerator.is_fsdp2:
         keep_lambda_float32(trainer.model)  # before accelerate shards, and casts, the rest
@@ -229,14 +233,15 @@ def train(trainer: GriffinTrainer, facts: dict, checkpoint: str | None) -> dict:
     """
     before: dict = {"num_input_tokens_seen": 0}
     if checkpoint is not None:
-        before = read_state(checkpoint)
+        before, trainer.checkpoint = read_state(checkpoint), checkpoint
+        trainer.args.eval_on_start = False  # the run has begun, and been evaluated there
     begun = len(before.get("log_history", []))
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    check_ended(trainer)
     history = trainer.state.log_history
     seconds = result.metrics["train_runtime"] - sum(entry.get("eval_runtime", 0) for entry in history[begun:])
     tokens = trainer.state.num_input_tokens_seen - before["num_input_tokens_seen"]
-    evaluated = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history)
-    if not evaluated or trainer.args.load_best_model_at_end:
+    if not is_evaluated(trainer.state) or trainer.args.load_best_model_at_end:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switches it off; who loads the model wants it
     with saving(Path(trainer.args.output_dir)):
@@ -268,6 +273,8 @@ def report(trainer: GriffinTrainer, facts: dict, tokens_per_second: float) -> di
     )
     plot_losses(output_dir / "loss_curve.png", metrics)
     trainer.create_model_card()  # again, now that metrics and curve are there
+    if trainer.args.push_to_hub:
+        push(trainer)
     last = output_dir / f"checkpoint-{metrics['steps']}"
     if read_manifest(last) is not None:
         write_final(last, output_dir)
@@ -337,6 +344,11 @@ def main() -> None:
         if line is None:
             raise
         stop(RuntimeError(line))
+    except Stopped as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(error)
+        leave_together()
+        raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         print("\ninterrupted; --resume continues from the newest checkpoint in output_dir, if there is one")
         raise SystemExit(130) from None

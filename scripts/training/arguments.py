@@ -267,6 +267,8 @@ def _check_training(training: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"{name} = {getattr(training, name)}: allowed are whole numbers from 1")
+    if training.include_num_input_tokens_seen == "no":
+        raise ValueError("include_num_input_tokens_seen = false: allowed is true, the loss curve is drawn over tokens")
 
 
 def _as_words(key: str, value) -> list[str]:

@@ -41,11 +41,12 @@ def saving(folder: Path) -> Iterator[None]:
         raise NotSaved(f"{folder} cannot be written: {_disk_error(error)}; {_space_at(folder)}") from error
 
 
-def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
+def find_checkpoint(resume: str | bool | None, output_dir: str, with_best: bool = False) -> str | None:
     """The checkpoint to continue from, or None. Refuses to mix a new run with another run's checkpoints.
 
     Args:
         resume: None, True (the newest whole checkpoint in output_dir), or a checkpoint's folder.
+        with_best: whether the run is to end with its best model, which then has to be whole too.
     """
     if resume is None:
         if any(read_manifest(each) or read_state(each) for each in _checkpoints_in(output_dir)):
@@ -55,16 +56,16 @@ def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
             )
         return None
     if isinstance(resume, bool):
-        return _newest_whole(output_dir)
-    if fault := fault_of(Path(resume)):
+        return _newest_whole(output_dir, with_best)
+    if fault := fault_of(Path(resume), with_best):
         raise ValueError(f"--resume {resume}: {fault}; allowed are whole checkpoint folders")
     return resume
 
 
-def _newest_whole(output_dir: str) -> str:
+def _newest_whole(output_dir: str, with_best: bool) -> str:
     faults = []
     for checkpoint in _checkpoints_in(output_dir):
-        fault = fault_of(checkpoint)
+        fault = fault_of(checkpoint, with_best)
         if fault is None:
             if faults:
                 print(f"passed over: {'; '.join(faults)}. {checkpoint.name} is whole, the run goes on from there")
@@ -80,8 +81,11 @@ def _checkpoints_in(output_dir: str | Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def fault_of(checkpoint: Path) -> str | None:
-    """Why no run can go on from this folder, naming the file; None where every file is as it was written."""
+def fault_of(checkpoint: Path, with_best: bool = False) -> str | None:
+    """Why no run can go on from this folder, naming the file; None where every file is as it was written.
+
+    with_best: whether the best model of the run so far is needed too.
+    """
     if not checkpoint.is_dir():
         return "there is no such folder"
     if not (checkpoint / MANIFEST).is_file():
@@ -91,7 +95,20 @@ def fault_of(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if manifest.get("only_model"):
         return "it holds only the model (save_only_model), neither optimizer nor random state"
-    return first_fault(checkpoint, manifest["files"])
+    fault = first_fault(checkpoint, manifest["files"])
+    best = best_of(checkpoint) if with_best and fault is None else None
+    if best is None or best == checkpoint or (of_best := fault_of(best)) is None:
+        return fault
+    return f"its best model, {best.name}: {of_best}; load_best_model_at_end = false does without"
+
+
+def best_of(checkpoint: str | Path) -> Path | None:
+    """The checkpoint of the best model so far, beside this one wherever the run's folder has been moved to."""
+    recorded = (read_state(checkpoint) or {}).get("best_model_checkpoint")
+    if recorded is None:
+        return None
+    beside = Path(checkpoint).parent / Path(recorded).name
+    return beside if beside.is_dir() else Path(recorded)
 
 
 def read_state(checkpoint: str | Path) -> dict | None:
@@ -152,10 +169,21 @@ def first_fault(folder: Path, files: dict[str, dict]) -> str | None:
     return next((f"{name} holds other bytes than were written" for name in files if now[name] != files[name]), None)
 
 
+@contextlib.contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Gives another path to write to: the file then takes the place of the older one, or leaves it as it is."""
+    half = path.with_name(f"{path.stem}.half{path.suffix}")
+    try:
+        yield half
+        os.replace(half, path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+
+
 def _write(path: Path, content: dict) -> None:
-    half = path.with_suffix(".half")
-    half.write_text(json.dumps({**content, "sha256": _checksum_of(content)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    with in_one_step(path) as half:
+        half.write_text(json.dumps({**content, "sha256": _checksum_of(content)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _checksum_of(content: dict) -> str:
@@ -185,5 +213,6 @@ def _space_at(folder: Path) -> str:
     """What is free where the folder is or would be, and where to go on from."""
     there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("."))
     space = f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free on its disk (limits of ulimit -f aside)"
-    whole = next((each.name for each in _checkpoints_in(folder.parent) if fault_of(each) is None), None)
+    checkpoints = [*_checkpoints_in(folder), *_checkpoints_in(folder.parent)]  # of a run's folder, or of one of them
+    whole = next((each.name for each in checkpoints if fault_of(each) is None), None)
     return space + (f"; --resume continues from {whole}" if whole else "")

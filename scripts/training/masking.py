@@ -8,6 +8,7 @@ from modeling_griffin.saving.mask_secrets import mask_secrets as mask_json
 
 
 SHORTEST_VALUE = 8  # of an environment variable: a shorter one may stand anywhere by chance
+NO_SECRETS = {"PWD", "OLDPWD"}  # of a shell: the folders it is and was in, with which most paths begin
 is_secret = is_secret_name
 
 
@@ -33,4 +34,5 @@ def _without_environment(obj):
 
 
 def _secrets_of_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= SHORTEST_VALUE and is_secret(name)}
+    named = {name: value for name, value in os.environ.items() if name not in NO_SECRETS and is_secret(name)}
+    return {value for value in named.values() if len(value) >= SHORTEST_VALUE}

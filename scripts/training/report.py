@@ -17,6 +17,7 @@ import tokenizers
 import torch
 import transformers
 
+from training.checkpoint import in_one_step
 from training.launch import launch_command
 from training.masking import mask_secrets, mask_values
 
@@ -79,7 +80,8 @@ def write_metrics(path: Path, log_history: list[dict], **facts: Any) -> dict:
     """Writes `facts`, command, versions and all logged losses as JSON, without any secret; returns them."""
     metrics = {"command": command_again(), "versions": versions(), **facts, **summarize(log_history)}
     metrics = mask_values(metrics)
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    with in_one_step(path) as half:
+        half.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
@@ -115,5 +117,6 @@ def plot_losses(path: Path, metrics: dict) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     pyplot.close(figure)

@@ -25,7 +25,7 @@ def where_to_start(
     float8: str | None = None,
 ) -> tuple[str | None, bool]:
     """(the checkpoint to continue from, or None; whether all of that run is done). Before anything is read."""
-    checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir)
+    checkpoint = find_checkpoint(resume.checkpoint, arguments.output_dir, arguments.load_best_model_at_end)
     check_folder("output_dir", Path(arguments.output_dir))
     if checkpoint is None:
         return None, False

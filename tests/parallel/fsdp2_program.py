@@ -48,12 +48,13 @@ ON_TWO = {
     "mixed": ({}, {"fsdp_size": 2, "fsdp_mixed_precision": True}, {}),
     "bfloat16": ({}, {"fsdp_size": 2}, {"dtype": torch.bfloat16}),
 }
-# name: accelerate's mixed_precision, whether keep_lambda_float32 is called, gradient checkpointing
+# name: accelerate's mixed_precision, whether keep_lambda_float32 is called, gradient checkpointing, dtype of the model
 WITH_ACCELERATE = {
     "accelerate": ("no", True, False),
     "accelerate, checkpointing": ("no", True, True),
     "accelerate, mixed": ("bf16", True, False),
     "accelerate, mixed, not kept": ("bf16", False, False),
+    "accelerate, bfloat16, by name": ("no", False, False, torch.bfloat16),
 }
 
 
@@ -91,15 +92,19 @@ def run_case(folder: Path, fields: dict, sharding: dict, loading: dict) -> dict:
     return compare(alone, model, new_optimizer(model), dist.get_rank() // config.tp_size % 2, folder)
 
 
-def accelerator_of_cpus(precision: str) -> Accelerator:
+def accelerator_of_cpus(precision: str, wrapped: list[str] | None) -> Accelerator:
     """accelerate's own FSDP2, of which only the refusal of CPUs is taken away.
 
     Its state says so by `distributed_type`, which it sets from the launcher's environment.
+    wrapped: the classes that get groups, `fsdp_transformer_layer_cls_to_wrap`.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        transformer_cls_names_to_wrap=wrapped,
     )
     if precision != "no":
         plugin.set_mixed_precision(precision)
@@ -108,10 +113,11 @@ def accelerator_of_cpus(precision: str) -> Accelerator:
     return accelerator
 
 
-def run_accelerate_case(folder: Path, precision: str, keep: bool, checkpointing: bool) -> dict:
-    accelerator = accelerator_of_cpus(precision)
+def run_accelerate_case(folder: Path, precision: str, keep: bool, checkpointing: bool, dtype=torch.float32) -> dict:
+    wrapped = None if dtype == torch.float32 else ["GriffinDecoderLayer", "Decay"]  # docs/distributed.md
+    accelerator = accelerator_of_cpus(precision, wrapped)
     alone = make_audible(GriffinForCausalLM(make_config("griffin", **SHAPES, **TIED)))
-    model = GriffinForCausalLM.from_pretrained(save_for_all(alone, folder))
+    model = GriffinForCausalLM.from_pretrained(save_for_all(alone, folder), dtype=dtype)
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()

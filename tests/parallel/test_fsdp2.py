@@ -11,7 +11,7 @@ from tests.tolerances import assert_close
 
 
 CASES = [*program.ON_FOUR, *program.ON_TWO, *program.WITH_ACCELERATE]
-ROUNDED = [name for name in CASES if "mixed" in name or name == "bfloat16"]
+ROUNDED = [name for name in CASES if "mixed" in name or "bfloat16" in name]
 EXACT = [name for name in CASES if name not in ROUNDED]
 NOT_KEPT = "accelerate, mixed, not kept"
 

@@ -74,6 +74,13 @@ def raise_on_one(rank: int, *_) -> None:
         raise RuntimeError("the disk of rank 1 is full")
 
 
+def tell_one(rank: int, *_) -> None:
+    """SIGTERM, which `enable_jit_checkpoint` takes for serious when no SIGKILL has followed for three seconds."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3.5)
+
+
 def spoil_on_one(rank: int, inputs, model) -> None:
     """An infinity in the activations of one row, of rank 1 only."""
     if rank == 1:
@@ -89,6 +96,9 @@ def main(config: str, folder: Path) -> None:
         "kill_one": start("kill_one", folder, run, kill_one, 7),
         "kill_all": start("kill_all", folder, [*run, "--resume"], kill, 14),
         "resumed": start("resumed", folder, [*run, "--resume"]),
+        "told": start(
+            "told", folder, [config, "--output_dir", str(folder / "told"), "--enable_jit_checkpoint"], tell_one, 3
+        ),
         "raised": start("raised", folder, [config, "--output_dir", str(folder / "raised")], raise_on_one, 2),
         "spoiled": start("spoiled", folder, [config, "--output_dir", str(folder / "spoiled")], spoil_on_one, 3),
     }

@@ -46,6 +46,8 @@ def test_a_secret_in_any_text(text, hidden):
 def test_a_value_that_the_environment_holds(monkeypatch):
     monkeypatch.setenv("MY_SERVICE_TOKEN", "plain-looking-value")
     assert mask_secrets("--train_data /mnt/plain-looking-value/x") == f"--train_data /mnt/{MASK}/x"
+    monkeypatch.setenv("PWD", "/home/me/project")  # where a shell is: no secret, though a name that ends so would be
+    assert mask_secrets("--train_data /home/me/project/text") == "--train_data /home/me/project/text"
     monkeypatch.setenv("MY_SERVICE_TOKENS", "another-plain-value")
     assert mask_secrets("--train_data another-plain-value") == "--train_data another-plain-value"
 

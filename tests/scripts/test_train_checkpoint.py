@@ -1,5 +1,6 @@
 """Checkpoints of train.py: verified before a resume, of the same run; and a last save that was killed is made good."""
 
+import errno
 import json
 import os
 import re
@@ -270,6 +271,13 @@ def test_only_the_disk_is_called_the_disk(tmp_path):
             torch.save(torch.zeros(10_000), tmp_path / "x.pt")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_a_last_save_that_fails_says_from_where_to_go_on(finished, tmp_path):
+    _, out = copy_of(finished, tmp_path)
+    with pytest.raises(NotSaved, match="out cannot be written: No space left.*; --resume continues from checkpoint-6$"):
+        with saving(out):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_checksums_are_those_of_the_files(tmp_path):

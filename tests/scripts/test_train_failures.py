@@ -11,6 +11,7 @@ from _script_helpers import made_once, run_program, save_model, write_run
 from safetensors.torch import load_file
 from train import run
 from training.arguments import read_arguments
+from training.checkpoint import fault_of
 from training.text_data import load_documents
 
 
@@ -48,6 +49,13 @@ def test_resumed_in_two_processes_bit_for_bit(jobs):
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
+
+
+def test_one_process_told_to_stop_stops_both_after_the_same_step(jobs):
+    job = jobs["told"]
+    assert job["printed"].count("stopped by SIGTERM after step 3 of 40; --resume continues from checkpoint-3") == 1
+    assert job["failed"] and job["seconds"] < SECONDS and "Traceback" not in job["printed"]
+    assert fault_of(jobs["folder"] / "told" / "checkpoint-3") is None
 
 
 def test_an_error_on_one_process_ends_the_job_with_its_message(jobs):
@@ -177,6 +185,7 @@ def test_bad_parquet(tmp_path):
         ({}, ["--config_overrides", '{"bos_token_id": 3}'], r"config_overrides sets \['bos_token_id'\]"),
         ({"config_name": None, "model_name_or_path": "/nowhere/at/all"}, [], "'/nowhere/at/all'"),
         ({"use_cpu": None}, ["--device", "cuda"], "unknown key 'device'"),
+        ({}, ["--include_num_input_tokens_seen", "false"], "include_num_input_tokens_seen = false: allowed is true"),
     ],
 )
 def test_wrong_settings_end_in_one_line(tmp_path, settings, overrides, message):
