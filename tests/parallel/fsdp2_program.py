@@ -92,11 +92,11 @@ def run_case(folder: Path, fields: dict, sharding: dict, loading: dict) -> dict:
     return compare(alone, model, new_optimizer(model), dist.get_rank() // config.tp_size % 2, folder)
 
 
-def accelerator_of_cpus(precision: str, wrapped: list[str] | None) -> Accelerator:
+def accelerator_of_cpus(precision: str, wrapped: list[str] | None = None) -> Accelerator:
     """accelerate's own FSDP2, of which only the refusal of CPUs is taken away.
 
     Its state says so by `distributed_type`, which it sets from the launcher's environment.
-    wrapped: the classes that get groups, `fsdp_transformer_layer_cls_to_wrap`.
+    wrapped: the classes that get groups, `fsdp_transformer_layer_cls_to_wrap`; None: as the model says.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
