@@ -65,9 +65,8 @@ class RGLRUScan(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, d_hidden: torch.Tensor, d_last_state: torch.Tensor) -> tuple:
         x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # Where the backward pass is differentiated, too: the plain root's derivative is infinite at a = 1, as at padding.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        sqrt = BoundedSqrt.apply if again else torch.sqrt
+        # Where the backward pass is differentiated: the plain root's derivative is infinite at a = 1, as at padding.
+        sqrt = torch.sqrt if torch.compiler.is_compiling() or not torch.is_grad_enabled() else BoundedSqrt.apply
         r, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype, sqrt)
 
         # dh_t = d_hidden_t + a_{t+1} dh_{t+1}: the same scan, backwards in time. Its first a has no state to act on.
