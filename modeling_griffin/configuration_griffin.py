@@ -274,13 +274,14 @@ def _check_rotary(config: GriffinConfig) -> None:
     if rope_type != "default":
         # The window bounds every distance, so that scaled rotations have nothing to extend.
         raise ValueError(f"rope_parameters['rope_type'] = {rope_type!r}: allowed is 'default'")
+    if kinds := [name for name, value in config.rope_parameters.items() if isinstance(value, dict)]:
+        raise ValueError(f"rope_parameters has {kinds}: allowed are the numbers themselves, which all layers share")
     _check_range("rope_parameters['rope_theta']", theta, "rope_theta")
-    if not isinstance(factor, int | float):
-        raise ValueError(f"rope_parameters['partial_rotary_factor'] = {factor!r}: allowed are numbers in (0, 1]")
-    if not 0 < factor <= 1 or int(config.head_dim * factor) % 2 or int(config.head_dim * factor) == 0:
+    rotated = int(config.head_dim * factor) if isinstance(factor, int | float) and 0 < factor <= 1 else 0
+    if rotated == 0 or rotated % 2:
         raise ValueError(
-            f"rope_parameters['partial_rotary_factor'] = {factor}: allowed are numbers in (0, 1] that rotate an even, "
-            f"positive number of the head_dim = {config.head_dim} dimensions"
+            f"rope_parameters['partial_rotary_factor'] = {factor!r}: allowed are numbers in (0, 1] that rotate an "
+            f"even, positive number of the head_dim = {config.head_dim} dimensions"
         )
 
 

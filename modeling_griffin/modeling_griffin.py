@@ -414,9 +414,9 @@ class GriffinModel(GriffinPreTrainedModel):
             raise ValueError("input_ids and inputs_embeds: allowed is exactly one of them")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0:
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[0] == 0 or inputs_embeds.shape[1] == 0:
             shape = tuple(inputs_embeds.shape[:-1])
-            raise ValueError(f"input_ids or inputs_embeds has shape {shape}: allowed is (batch, time) with time >= 1")
+            raise ValueError(f"input_ids or inputs_embeds has shape {shape}: allowed is (batch, time), both above 0")
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if checkpointing and past_key_values is not None:
             raise ValueError("past_key_values with gradient checkpointing: allowed is one of them, layers run twice")

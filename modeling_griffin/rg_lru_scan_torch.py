@@ -5,7 +5,7 @@ Legend: B batch, T time, C channels. dX stands for the gradient of the loss with
 
 import torch
 
-from .rg_lru_scan_reference import MAX_SQRT_GRADIENT
+from .rg_lru_scan_reference import MAX_SQRT_GRADIENT, BoundedSqrt
 
 
 def linear_scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -29,21 +29,18 @@ def linear_scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def _gates(recurrence_gate, input_gate, log_decay, reset, dtype):
+def _gates(recurrence_gate, input_gate, log_decay, reset, dtype, sqrt=torch.sqrt):
     """sigmoid of both gates, a (0 at a reset) and the input's multiplier (1 at a reset), all (B, T, C) in `dtype`."""
     r, i = torch.sigmoid(recurrence_gate.to(dtype)), torch.sigmoid(input_gate.to(dtype))
     log_a = log_decay.to(dtype) * r
-    a, multiplier = torch.exp(log_a), torch.sqrt(-torch.expm1(2 * log_a))
+    a, multiplier = torch.exp(log_a), sqrt(-torch.expm1(2 * log_a))
     if reset is not None:
         a, multiplier = a.masked_fill(reset[..., None], 0.0), multiplier.masked_fill(reset[..., None], 1.0)
     return r, i, a, multiplier
 
 
 class RGLRUScan(torch.autograd.Function):
-    """Keeps x, both gates and the hidden states for the backward pass; the rest is recomputed.
-
-    Second derivatives are right where a < 1; at a step with a = 1 exactly, such as padding, they are NaN.
-    """
+    """Keeps x, both gates and the hidden states for the backward pass; the rest is recomputed."""
 
     generate_vmap_rule = True
 
@@ -68,7 +65,9 @@ class RGLRUScan(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, d_hidden: torch.Tensor, d_last_state: torch.Tensor) -> tuple:
         x, recurrence_gate, input_gate, log_decay, initial_state, reset, hidden = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
-        r, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype)
+        # Where the backward pass is differentiated: the plain root's derivative is infinite at a = 1, as at padding.
+        sqrt = torch.sqrt if torch.compiler.is_compiling() or not torch.is_grad_enabled() else BoundedSqrt.apply
+        r, i, a, multiplier = _gates(recurrence_gate, input_gate, log_decay, reset, dtype, sqrt)
 
         # dh_t = d_hidden_t + a_{t+1} dh_{t+1}: the same scan, backwards in time. Its first a has no state to act on.
         length = x.shape[1]

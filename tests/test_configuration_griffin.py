@@ -68,6 +68,14 @@ BAD_VALUES = {
         {"rope_parameters": {"partial_rotary_factor": "a"}},
         "partial_rotary_factor.* = 'a'",
     ),
+    "rotary factor of nan": (
+        {"rope_parameters": {"partial_rotary_factor": float("nan")}},
+        "partial_rotary_factor.*nan",
+    ),
+    "rotation of each kind of layer": (
+        {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}},
+        r"rope_parameters has \['sliding_attention'\]: allowed",
+    ),
     "scaled rotation by an older name": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type.*'linear'"),
     # extremes: of tensors, of float32, of the vocabulary
     "vocab_size of 2^63": ({"vocab_size": 2**63}, "vocab_size = 9223372036854775808: allowed"),

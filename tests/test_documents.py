@@ -321,7 +321,7 @@ def test_offsets_that_are_no_packing_raise(offsets, small_model):
         small_model()(torch.ones(1, 10, dtype=torch.long), cu_seq_lens_q=torch.tensor(offsets))
 
 
-@pytest.mark.parametrize("shape", [(1, 0), (3,)])
+@pytest.mark.parametrize("shape", [(1, 0), (0, 5), (3,)])
 def test_inputs_of_another_shape_raise(shape, small_model):
     with pytest.raises(ValueError, match="input_ids or inputs_embeds has shape"):
         small_model()(torch.zeros(shape, dtype=torch.long))

@@ -301,6 +301,35 @@ def test_gradcheck_and_double_backward(resets, length):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("transformed", [False, True])
+def test_second_derivatives_at_padding(transformed):
+    """Where a = 1 exactly, and at a reset there too: those of the definition, which bounds the root's derivative."""
+    length = 9
+    inputs = make_inputs(length, torch.float64)
+    inputs[3][0] = 0.0  # a channel that forgets nothing
+    padding = torch.rand(B, length, 1) < 0.4
+    reset = make_reset("inside", length)
+
+    def loss(backend, x, r, *others):
+        x, r = x.masked_fill(padding, 0.0), r.masked_fill(padding, -torch.inf)
+        hidden, last = as_function(reset, backend)(x, r, *others)
+        return hidden.sin().sum() + last.cos().sum()
+
+    def penalty(gradients):
+        return sum(gradient.sin().square().sum() for gradient in gradients)
+
+    def second(backend):
+        if transformed:
+            first = torch.func.grad(lambda *leaves: loss(backend, *leaves), argnums=tuple(range(5)))
+            return torch.func.grad(lambda *leaves: penalty(first(*leaves)), argnums=tuple(range(5)))(*inputs)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        first = torch.autograd.grad(loss(backend, *leaves), leaves, create_graph=True)
+        return torch.autograd.grad(penalty(first), leaves)
+
+    for found, expected in zip(second("torch"), second("reference")):
+        assert_close("scan float64", found, expected)
+
+
 @pytest.mark.parametrize("which", range(5), ids=NAMES)
 def test_torch_func_vmap_and_grad(which):
     """vmap over each argument alone, of values and of every gradient, against a Python loop."""
