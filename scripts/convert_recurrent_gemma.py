@@ -329,6 +329,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.reader and not arguments.reverse:
         parser.error(f"--for {arguments.reader}: allowed is with --reverse only")
+    is_file = Path(arguments.source).is_file()
+    for name in ("attention_window_size", "logits_soft_cap", "no_scale_embeddings"):
+        if getattr(arguments, name) != parser.get_default(name) and not is_file:
+            parser.error(
+                f"--{name.replace('_', '-')}: allowed is with DeepMind's .pt file only, which does not tell it"
+            )
+    if arguments.revision is not None and Path(arguments.source).exists():
+        parser.error(f"--revision {arguments.revision}: allowed is with a Hub id only; {arguments.source} is here")
     arguments.reader = arguments.reader or "transformers"
     return arguments
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,3 +60,12 @@ def stop(script: str, error: Exception | str, where: str = "") -> NoReturn:
     end = SystemExit(line)
     end.code = 2 if isinstance(error, ValueError) else 1  # the interpreter would print a line again
     raise end from (error if isinstance(error, Exception) else None)
+
+
+@contextmanager
+def writing(script: str) -> Iterator[None]:
+    """Ends the process with one line where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        stop(script, error)

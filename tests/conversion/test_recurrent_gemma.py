@@ -241,6 +241,17 @@ def test_script_refuses_an_existing_target(source, tmp_path):
             script.main([str(source), str(tmp_path / target)])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--revision", "a"], ["--logits-soft-cap", "0"], ["--attention-window-size", "9"], ["--no-scale-embeddings"]],
+)
+def test_script_refuses_what_it_would_not_heed(source, tmp_path, words, capsys):
+    with pytest.raises(SystemExit):
+        script.main([str(source), str(tmp_path / "griffin"), *words])
+    assert f"{words[0]}" in (said := capsys.readouterr().err) and "allowed is with" in said
+    assert not (tmp_path / "griffin").exists()
+
+
 DAMAGES = {
     "missing shard": "missing; allowed are checkpoints in safetensors",
     "cut shard": "Error while deserializing header",
