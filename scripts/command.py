@@ -76,6 +76,10 @@ def run(verb: str, words: list[str]) -> None:
             raise
         extra = f"pip install 'modeling-griffin[{EXTRAS[missing]}]'"
         spoken.stop(verb, f"{missing} is not installed: {extra} brings it")
+    except BrokenPipeError:
+        if not spoken.is_output_closed():
+            raise
+        raise SystemExit(141) from None  # as a shell has it of programs that SIGPIPE ends
     except KeyboardInterrupt:
         print(f"\ngriffin {verb}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,6 +1,7 @@
 """How the program that runs was called, in words that a person can say again; and how it ends with one line."""
 
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,3 +70,16 @@ def writing(script: str) -> Iterator[None]:
         yield
     except OSError as error:
         stop(script, error)
+
+
+def is_output_closed() -> bool:
+    """Whether who read our output, `head` for example, has gone; what is left of it is then dropped."""
+    if not hasattr(select, "poll"):
+        return False
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
