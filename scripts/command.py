@@ -28,6 +28,7 @@ EXTRAS |= dict.fromkeys(("accelerate", "datasets", "matplotlib", "psutil", "scip
 
 
 def main(argv: list[str] | None = None) -> None:
+    spoken.write_what_can_be_written()
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(overview())

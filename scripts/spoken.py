@@ -1,5 +1,6 @@
 """How the program that runs was called, in words that a person can say again; and how it ends with one line."""
 
+import codecs
 import os
 import select
 import sys
@@ -83,3 +84,10 @@ def is_output_closed() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True
+
+
+def write_what_can_be_written() -> None:
+    """Has letters that a terminal does not know, such as Λ outside of UTF-8, replaced; they would end the process."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if hasattr(sys.stdout, "reconfigure") and codecs.lookup(encoding).name != "utf-8":
+        sys.stdout.reconfigure(errors="replace")

@@ -153,6 +153,13 @@ def test_an_interrupt_is_no_traceback(monkeypatch, tmp_path, capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "\ngriffin generate: interrupted\n"
 
 
+def test_a_terminal_without_greek_letters():
+    words = [sys.executable, str(ROOT / "scripts" / "command.py"), "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "what each initialisation of ? means" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("gone", [True, False])
 def test_who_reads_the_output_may_leave(tmp_path, gone):
     """As `griffin generate ... | head` does; another pipe that breaks is a fault."""
