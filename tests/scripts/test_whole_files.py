@@ -33,6 +33,8 @@ def test_what_is_raised_on_the_way_stays_what_it_is(tmp_path):
     path = tmp_path / "page.md"
     with pytest.raises(FileNotFoundError, match="nowhere"), in_one_step(path):
         (tmp_path / "nowhere").read_text()
+    with pytest.raises(OSError, match="^encoder error$"), in_one_step(path):
+        raise OSError("encoder error")
     with pytest.raises(KeyError), in_one_step(path):
         raise KeyError
     assert not [*tmp_path.iterdir()]
