@@ -31,6 +31,7 @@ from planning.memory_formulas import parameters, sizes_of
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, record_training
 
@@ -325,7 +326,8 @@ def plot(report: dict, path: Path) -> None:
     axes.set(xlabel="processes", ylabel="tokens/s", title=f"{Path(report['run']['config']).stem}; dashed: ideal")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     plt.close(figure)
 
 
@@ -378,10 +380,10 @@ def main(argv: list[str] | None = None) -> None:
     run = base | {"config": config, "layers": None}
     for found in benchmark(run, processes, arguments.engines, arguments.largest):
         report = {"birth": birth, **found, "run": run | {"config": arguments.config}}
-        output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        output.with_suffix(".md").write_text(text_of(report), encoding="utf-8")
+        write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+        write_whole(with_ending(output, ".md"), text_of(report))
         if report["rows"]:
-            plot(report, output.with_suffix(".png"))
+            plot(report, with_ending(output, ".png"))
     print(text_of(report), end="")
     print(f"wrote {output}.json, .md and .png")
 

@@ -26,6 +26,7 @@ from benchmarks.birth_certificate import birth_certificate, birth_lines, short_d
 from command_line import Parser
 from training.text_tokenizer import byte_tokenizer
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import record_training
 
@@ -192,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
             if device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-            output.with_suffix(".md").write_text(text(report))
+            write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+            write_whole(with_ending(output, ".md"), text(report))
     print(text(report), end="")
 
 

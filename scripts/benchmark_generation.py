@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.cache_name import CACHE_NAME
@@ -118,10 +119,10 @@ def main(argv: list[str] | None = None) -> None:
     models = make_models(config, settings, report, arguments.contestants)
     for part in arguments.parts:
         for _ in PARTS[part](models, settings, report) or [None]:
-            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-            output.with_suffix(".md").write_text(text_of(report))
+            write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+            write_whole(with_ending(output, ".md"), text_of(report))
         if "context" in report:
-            plot(report, output.with_suffix(".png"))
+            plot(report, with_ending(output, ".png"))
     print(text_of(report))
     print(f"written: {output}.json, .md{', .png' if 'context' in report else ''}")
 
@@ -543,7 +544,8 @@ def plot(report: dict, path: Path) -> None:
     speed.legend(fontsize=8)
     figure.suptitle(f"{report['dtype']}, {report['birth']['hardware']}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     plt.close(figure)
 
 

@@ -30,6 +30,7 @@ from benchmarks.quantised import SCHEMES, bytes_of, dequantised, quantise, witho
 from command_line import Parser
 from training.float8 import compile_blocks, convert
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import LORA_TARGETS, GriffinConfig, GriffinForCausalLM
 from modeling_griffin.decode import generate as decode_generate
@@ -76,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         for row in MEASURES[part](arguments, output):
             report[part].append(row)
             print(json.dumps(row), flush=True)
-            output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-            output.with_suffix(".md").write_text(text(report))
+            write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+            write_whole(with_ending(output, ".md"), text(report))
             _free(arguments.device)
 
 

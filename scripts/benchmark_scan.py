@@ -22,6 +22,7 @@ import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from command_line import Parser
 from torch import nn
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin.rg_lru import RGLRU
 from modeling_griffin.rg_lru_scan import rg_lru_scan
@@ -55,17 +56,17 @@ def main(argv: list[str] | None = None) -> None:
         from benchmarks.scan_varlen import benchmark_varlen, varlen_text  # which imports this file
 
         report = {"birth": birth, "rows": benchmark_varlen()}
-        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        output.with_suffix(".md").write_text(varlen_text(report))
+        write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+        write_whole(with_ending(output, ".md"), varlen_text(report))
         print(varlen_text(report))
         return
     for report in benchmark_cuda() if arguments.device == "cuda" else benchmark_cpu():
         report = {"birth": birth, **report}
         text = (_cuda_text if arguments.device == "cuda" else _cpu_text)(report)
-        output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-        output.with_suffix(".md").write_text(text)
+        write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+        write_whole(with_ending(output, ".md"), text)
         if arguments.device == "cuda":
-            _plot(report, output.with_suffix(".png"))
+            _plot(report, with_ending(output, ".png"))
     print(text)
 
 
@@ -357,7 +358,8 @@ def _plot(report: dict, path: Path) -> None:
     axes.set_title(f"RG-LRU scan, B = 1, C = 2560, bfloat16, {report['birth']['hardware']}", fontsize=10)
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _with_lora
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from benchmarks.host_time import host_table, host_time
 from command_line import Parser
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import record_training, stop_recording
 
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
                 row["mfu"] = 6 * row["parameters"] * row["tokens_per_second"] / PEAK_FLOPS.get(name, float("nan"))
                 report["rows"].append(row)
                 print(line(row), flush=True)
-                output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-                output.with_suffix(".md").write_text(text(report))
+                write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+                write_whole(with_ending(output, ".md"), text(report))
 
 
 def measure(name: str, adapted: bool, cells: list[tuple[int, int]], arguments: argparse.Namespace) -> Iterator[dict]:

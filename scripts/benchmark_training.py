@@ -32,6 +32,7 @@ from transformers import (
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.kernels import dispatch
@@ -92,9 +93,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(report: dict, output: Path) -> None:
-    output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    output.with_suffix(".md").write_text(text(report))
-    plot(report, output.with_suffix(".png"))
+    write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+    write_whole(with_ending(output, ".md"), text(report))
+    plot(report, with_ending(output, ".png"))
 
 
 def _is_installed(name: str) -> bool:
@@ -446,7 +447,8 @@ def plot(report: dict, path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"Forward and backward, {report['size']}, {report['dtype']}, {report['birth']['hardware']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     plt.close(figure)
 
 

@@ -24,6 +24,7 @@ from benchmark_training import SIZES, _griffin_config
 from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
 from benchmarks.checks import random_ids, shortfall
 from command_line import Parser
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import GenerationRequest, GriffinForCausalLM
 
@@ -197,8 +198,8 @@ def judged(way: str, model: GriffinForCausalLM, prompts: list[list[int]], found:
 
 
 def write(report: dict, output: Path) -> None:
-    output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    output.with_suffix(".md").write_text(text_of(report))
+    write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+    write_whole(with_ending(output, ".md"), text_of(report))
 
 
 def text_of(report: dict) -> str:

@@ -28,6 +28,7 @@ EXTRAS |= dict.fromkeys(("accelerate", "datasets", "matplotlib", "psutil", "scip
 
 
 def main(argv: list[str] | None = None) -> None:
+    spoken.write_what_can_be_written()
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(overview())
@@ -76,6 +77,10 @@ def run(verb: str, words: list[str]) -> None:
             raise
         extra = f"pip install 'modeling-griffin[{EXTRAS[missing]}]'"
         spoken.stop(verb, f"{missing} is not installed: {extra} brings it")
+    except BrokenPipeError:
+        if not spoken.is_output_closed():
+            raise
+        raise SystemExit(141) from None  # as a shell has it of programs that SIGPIPE ends
     except KeyboardInterrupt:
         print(f"\ngriffin {verb}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

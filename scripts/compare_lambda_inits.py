@@ -30,7 +30,7 @@ from lambda_study.run import make_config, run_one
 from lambda_study.tasks import SYNTHETIC_TASKS, prepare_text
 from presets import find_preset
 from tqdm import tqdm
-from yaml_file import read_yaml
+from yaml_file import check_shapes, read_yaml
 
 from modeling_griffin import GriffinConfig
 
@@ -45,8 +45,11 @@ def read_sweep(path: Path, text: list[str]) -> dict:
     if missing := [key for key in ("tasks", "arms", "reference", "seeds", "tuning_seed") if key not in sweep]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it describes no comparison")
     check_mappings(path, sweep)
+    check_shapes(path, sweep, seeds="a list of whole numbers, at least one")
+    check_shapes(path, {"common": {}, **sweep}, common="a mapping")
     for name, task in sweep["tasks"].items():
         task = {**sweep.get("common", {}), **task}
+        check_shapes(path, {"arms": [], **task}, f" of task {name!r}", arms="a list of names")
         if unknown := set(task.get("arms", [])) - set(sweep["arms"]):
             raise ValueError(f"{path}: task {name!r} has the arms {sorted(unknown)}: allowed are {list(sweep['arms'])}")
         if task.get("kind") == TEXT:
@@ -75,6 +78,8 @@ def check_models(path: Path, sweep: dict) -> None:
     for name, task in sweep["tasks"].items():
         if (kind := task.get("kind")) not in kinds:
             raise ValueError(f"{path}: kind = {kind!r} of task {name!r}: allowed are {', '.join(kinds)}")
+        of_runs = {"learning_rates": "a list of numbers, at least one", "steps": "a whole number from 1"}
+        check_shapes(path, task, f" of task {name!r}", **of_runs)
         for arm in task.get("arms", sweep["arms"]):
             try:
                 if unknown := sorted({**task["model"], **sweep["arms"][arm]}.keys() - allowed):

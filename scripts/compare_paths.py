@@ -22,6 +22,7 @@ from benchmarks.birth_certificate import birth_certificate, short_device_name
 from command_line import Parser
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM, decay_parameter_names, rg_lru
 from modeling_griffin.kernels import dispatch, flash_attention
@@ -48,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         with path() as attention:
             report["runs"][name] = train(arguments, attention, seed, name)
     report["differences"] = differences(report["runs"])
-    output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    plot(report, output.with_suffix(".png"))
+    write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+    plot(report, with_ending(output, ".png"))
     print(json.dumps(report["differences"], indent=1))
 
 
@@ -156,7 +157,8 @@ def plot(report: dict, path: Path) -> None:
     axis.legend(fontsize=8)
     figure.suptitle(f"One seed by two paths, {report['birth']['hardware']}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     plt.close(figure)
 
 

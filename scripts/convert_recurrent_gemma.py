@@ -5,9 +5,12 @@ stream through: memory holds about one shard. TARGET must not exist yet; it appe
 """
 
 import argparse
+import glob
 import json
 import os
 import shutil
+import signal
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -237,6 +240,8 @@ def convert(arguments: argparse.Namespace) -> None:
     source_config, target_config, entries, count, change = read
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in sorted(target.parent.glob(f"{glob.escape(target.name)}.unfinished-*")):
+        print(f"{leftover} was left by a conversion that was killed, unless one is running: delete it", file=sys.stderr)
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
     try:
@@ -329,6 +334,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.reader and not arguments.reverse:
         parser.error(f"--for {arguments.reader}: allowed is with --reverse only")
+    is_file = Path(arguments.source).is_file()
+    for name in ("attention_window_size", "logits_soft_cap", "no_scale_embeddings"):
+        if getattr(arguments, name) != parser.get_default(name) and not is_file:
+            parser.error(
+                f"--{name.replace('_', '-')}: allowed is with DeepMind's .pt file only, which does not tell it"
+            )
+    if arguments.revision is not None and Path(arguments.source).exists():
+        parser.error(f"--revision {arguments.revision}: allowed is with a Hub id only; {arguments.source} is here")
     arguments.reader = arguments.reader or "transformers"
     return arguments
 
@@ -341,4 +354,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind then
     main()

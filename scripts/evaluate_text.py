@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from command_line import Parser, check_folder, device
-from generate import load
+from generate import check_ids, load
 from training.hub_ids import require_model
 from training.report import bits_per_byte, versions
 from training.text_data import IGNORED_LABEL, PackedRows, load_documents, tokenize
 from training.text_tokenizer import document_ends
 from transformers import PreTrainedTokenizerBase
+from whole_files import in_one_step, write_whole
 
 from modeling_griffin import GriffinForCausalLM
 from modeling_griffin.cache_name import CACHE_NAME
@@ -51,11 +52,14 @@ def token_bytes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
 
 
 def count_token_bytes(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """For every token of `tokenize(documents)`, the documents' ends (no bytes) included."""
+    """For every token of `tokenize(documents)`, the documents' ends included.
+
+    These have no bytes, but for the end of a document of which the tokenizer makes no token.
+    """
     counts = []
     for record in documents:
         offsets = tokenizer(record["text"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        counts += [0, *token_bytes(record["text"], offsets), 0]
+        counts += [0, *token_bytes(record["text"], offsets), 0] if offsets else [0, len(record["text"].encode())]
     return np.array(counts)
 
 
@@ -178,7 +182,8 @@ def plot(path: Path, result: dict, window: int | None) -> None:
     axes.set_ylabel("bits per byte")
     axes.set_title(f"{result['bits_per_byte']:.3f} bits per byte over {result['bytes']:,} bytes", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     pyplot.close(figure)
 
 
@@ -237,6 +242,11 @@ def main(argv: list[str] | None = None) -> dict:
         require_model("MODEL", arguments.model)  # before the text is read, and the text before the model is
         documents = load_documents(arguments.data, arguments.text_column, arguments.split, arguments.subset, "DATA")
         model, tokenizer = load(arguments.model, arguments.trust_remote_code, join_processes(arguments.device))
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"MODEL = {arguments.model!r} has a tokenizer that does not say which characters its tokens stand for "
+                f"({type(tokenizer).__name__}): allowed are fast tokenizers, with a tokenizer.json"
+            )
     except ValueError as error:
         spoken.stop(__file__, error)
     try:
@@ -244,6 +254,10 @@ def main(argv: list[str] | None = None) -> dict:
     except ValueError as error:
         spoken.stop(__file__, ValueError(f"MODEL = {arguments.model!r} with several processes: {error}"))
     rows = PackedRows(tokenize(documents, tokenizer), arguments.length, document_ends(tokenizer)[1])
+    try:
+        check_ids(max(int(chunk.max()) for chunk in rows.tokens if len(chunk)), model)
+    except ValueError as error:
+        spoken.stop(__file__, ValueError(f"MODEL = {arguments.model!r}: {error}"))
     num_bytes, start = count_token_bytes(documents, tokenizer), time.perf_counter()
     entries = bucket_losses(reader, rows, num_bytes, arguments.max_rows)
     facts = {name: getattr(arguments, name) for name in ("model", "data", "length", "chunk")}
@@ -257,10 +271,11 @@ def main(argv: list[str] | None = None) -> dict:
         if not first:
             return result
     print_table(result)
-    (arguments.output / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     page = text_of(result, birth_certificate(model.device.type, arguments.commit))
-    (arguments.output / "evaluation.md").write_text(page, encoding="utf-8")
-    plot(arguments.output / "evaluation.png", result, getattr(model.config, "attention_window_size", None))
+    with spoken.writing(__file__):
+        write_whole(arguments.output / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        write_whole(arguments.output / "evaluation.md", page)
+        plot(arguments.output / "evaluation.png", result, getattr(model.config, "attention_window_size", None))
     print(f"written to {arguments.output}")
     return result
 

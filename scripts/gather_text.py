@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import spoken
-from command_line import Parser, ShowDefaultsAndLines
+from command_line import Parser, ShowDefaultsAndLines, check_folder
 from text_corpus.archives import CLIENTS, fetch, read_files
 from text_corpus.deduplicate import Deduplicator
 from text_corpus.documents import KINDS, kind_of, share_of, text_of
 from text_corpus.shards import ShardWriter
 from tqdm import tqdm
-from yaml_file import read_yaml
+from whole_files import write_whole
+from yaml_file import check_shapes, read_yaml
 
 
 MEGABYTE = 10**6
@@ -34,6 +35,8 @@ def read_list(path: Path) -> dict:
     """packages (registry, name, version, file, sha256, licence; share, only, without), most (MB by kind), held_out,
     long_document (characters) and held_out_of_long."""
     wanted = read_yaml(path, "files of configuration/text/")
+    numbers = dict.fromkeys(("held_out", "long_document", "held_out_of_long"), "a number")
+    check_shapes(path, wanted, packages="a list of mappings", most="a mapping", **numbers)
     for package in wanted["packages"]:
         if missing := set(FIELDS) - set(package):
             raise ValueError(f"{path}: {package.get('name')} lacks {', '.join(sorted(missing))}")
@@ -103,13 +106,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard", type=int, default=200, help="MB of text in a shard, before compression")
     parser.add_argument("--jobs", type=int, default=2, help="packages read, and shards compressed, at once")
     arguments = parser.parse_args(argv)
+    parser.check_least(arguments, shard=1, jobs=1)
     try:
+        check_folder("--output", arguments.output)
         wanted = read_list(arguments.list)
         facts = gather(wanted, arguments.archives, arguments.output, arguments.shard * MEGABYTE, arguments.jobs)
     except ValueError as error:
         spoken.stop(__file__, error)
     facts = {"list": arguments.list.name, **facts}
-    (arguments.output / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(arguments.output / "facts.json", json.dumps(facts, indent=1) + "\n")
     for kind, numbers in facts["kinds"].items():
         print(f"{kind:12} {numbers['documents']:>8,} documents {numbers['bytes'] / MEGABYTE:>8.1f} MB")
     total = sum(shard["bytes"] for shard in facts["shards"])

@@ -34,13 +34,30 @@ def load(name: str, trust_remote_code: bool, device: str) -> tuple[PreTrainedMod
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"MODEL = {name!r}: allowed are {ALLOWED_MODEL} ({reason})") from error
+    try:
+        document_ends(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"MODEL = {name!r}: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
+def check_ids(largest: int, model: torch.nn.Module) -> None:
+    """Raises ValueError where the tokenizer has given an id that the model has no embedding for."""
+    if largest >= (rows := model.get_input_embeddings().weight.shape[0]):
+        raise ValueError(
+            f"the tokenizer gives the id {largest}, the model's embedding has {rows} rows: allowed is the tokenizer "
+            "that the model was trained with"
+        )
+
+
 def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any) -> torch.Tensor:
-    """Continues a document that begins with `prompt`; streams it to stdout, returns all token ids (1, T)."""
+    """Continues a document that begins with `prompt`; streams it to stdout, returns all token ids (1, T).
+
+    Raises ValueError for a tokenizer that is not the model's.
+    """
     first, _ = document_ends(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    check_ids(max(first, *ids) if ids else first, model)
     input_ids = torch.tensor([[first, *ids]], device=model.device)
     return model.generate(
         input_ids=input_ids,
@@ -74,6 +91,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         ("temperature", "numbers above 0 (or --greedy)", arguments.temperature > 0),
         ("top_k", "whole numbers from 0", arguments.top_k >= 0),
         ("top_p", "numbers above 0 up to 1", 0 < arguments.top_p <= 1),
+        ("seed", "whole numbers from -2^63 below 2^64", -(2**63) <= (arguments.seed or 0) < 2**64),
     ):
         if not holds:
             parser.error(f"--{name} {getattr(arguments, name)}: allowed are {allowed}")
@@ -90,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(arguments.seed)  # not set_seed, which imports PEFT and what that imports
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     options = {"do_sample": False} if arguments.greedy else {"do_sample": True, **sampling}
-    generate(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens, **options)
+    try:
+        generate(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens, **options)
+    except ValueError as error:
+        spoken.stop(__file__, error)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
 
+import spoken
 from command_line import Parser
 from planning import memory_formulas
 from planning.memory_formulas import (
@@ -31,6 +32,7 @@ from planning.memory_formulas import (
     sizes_of,
 )
 from presets import CONFIGURATION, is_installed
+from whole_files import write_whole
 
 from modeling_griffin import GriffinConfig
 from modeling_griffin.training.pieces import PIECE
@@ -412,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.print or is_installed():
         print(text, end="")
         return
-    PAGE.write_text(text, encoding="utf-8")
+    with spoken.writing(__file__):
+        write_whole(PAGE, text)
     print(f"wrote {PAGE}")
 
 

@@ -18,6 +18,7 @@ import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from command_line import Parser, ShowDefaultsAndLines
 from training.hub_ids import require_model
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin import LAMBDA_INITS
 from modeling_griffin.rg_lru import Decay
@@ -169,13 +170,15 @@ def draw(rows: list[Row], text: str, output: Path) -> list[Path]:
         axes.tick_params(labelbottom=True)
     figure.text(0.012, 1 - 0.12 / height, text, va="top", fontsize=9.5, color="#222222", linespacing=1.35)
     figure.text(0.012, 0.14 / height, HEIGHTS, fontsize=7.5, color="#444444")
-    paths = [output.with_suffix(suffix) for suffix in (".png", ".svg")]
+    paths = [with_ending(output, suffix) for suffix in (".png", ".svg")]
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(paths[0], dpi=150)
-    figure.savefig(paths[1], metadata={"Date": None})
+    with in_one_step(paths[0]) as half:
+        figure.savefig(half, dpi=150)
+    with in_one_step(paths[1]) as half:
+        figure.savefig(half, metadata={"Date": None})
     pyplot.close(figure)
-    paths.append(output.with_suffix(".md"))
-    paths[-1].write_text(page(rows, text, paths[0].name), encoding="utf-8")
+    paths.append(with_ending(output, ".md"))
+    write_whole(paths[-1], page(rows, text, paths[0].name))
     return paths
 
 
@@ -249,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             spoken.stop(__file__, error)
     print("\n".join(table(rows)))
-    print("written:", *draw(rows, text, arguments.output))
+    with spoken.writing(__file__):
+        print("written:", *draw(rows, text, arguments.output))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from benchmark_training import OWN, PEAK_FLOPS, SIZES, _cell, _make, _step
 from benchmarks.birth_certificate import birth_certificate, birth_lines, short_device_name
 from command_line import Parser
 from tqdm import tqdm
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import rg_lru_scan
 from modeling_griffin.documents import read_layout
@@ -63,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time_part(part, model, arguments.repeats)
         floor = part.flops / peak + part.bytes / copy
         report["parts"].append({"name": part.name, "count": part.count, "seconds": seconds, "floor": floor})
-    output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    output.with_suffix(".md").write_text(text(report))
+    write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+    write_whole(with_ending(output, ".md"), text(report))
     print(text(report))
 
 

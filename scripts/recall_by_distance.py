@@ -15,12 +15,14 @@ import json
 import time
 from pathlib import Path
 
+import spoken
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
-from command_line import Parser
+from command_line import Parser, device
 from lambda_study.run import make_config, make_model, make_optimizer, train
-from lambda_study.synthetic_tasks import IGNORED, needle
+from lambda_study.synthetic_tasks import IGNORED, VOCABULARY, needle
 from lambda_study.tasks import HELD_OUT_SEED, SyntheticTask
+from whole_files import in_one_step, write_whole
 
 from modeling_griffin import GriffinForCausalLM
 
@@ -160,13 +162,15 @@ def plot(report: dict, path: Path) -> None:
     axes.set(xlabel="tokens between the needle and the question", ylabel="right answers", ylim=(0, 1.02))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=150)
     pyplot.close(figure)
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__file__, description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=usual, help="where it runs")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm for each")
     parser.add_argument("--width", type=int, default=64, help="hidden size, a multiple of 16")
@@ -183,6 +187,12 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
     parser.check_least(arguments, steps=1, rows=1, trained=4, longest=4, held_out_rows=1, chunk=1)
+    for name in arguments.arms:
+        try:
+            make_config(shared_by_arms(vars(arguments)), ARMS[name], VOCABULARY)
+        except ValueError as error:
+            parser.error(f"--width {arguments.width} --layers {arguments.layers} --window {arguments.window}: {error}")
+    parser.make_folder_of(arguments.output)
     return arguments
 
 
@@ -206,13 +216,13 @@ def main(argv: list[str] | None = None) -> dict:
     )
     runs: list[dict] = []
     report = {"birth": birth, "run": {name: getattr(arguments, name) for name in names}, "runs": runs}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for name in arguments.arms:
             runs.append(run_arm(name, seed, arguments))
-            Path(f"{arguments.output}.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-            Path(f"{arguments.output}.md").write_text(text_of(report), encoding="utf-8")
-            plot(report, Path(f"{arguments.output}.png"))
+            with spoken.writing(__file__):
+                write_whole(Path(f"{arguments.output}.json"), json.dumps(report, indent=1))
+                write_whole(Path(f"{arguments.output}.md"), text_of(report))
+                plot(report, Path(f"{arguments.output}.png"))
     print(text_of(report), end="")
     print(f"wrote {arguments.output}.json, .md and .png")
     return report

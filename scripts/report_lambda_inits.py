@@ -13,6 +13,7 @@ from command_line import Parser, ShowDefaultsAndLines
 from compare_lambda_inits import read_records
 from lambda_study.figures import draw_task
 from lambda_study.statistics import METRICS, Comparison, by_arm_and_seed, compare, metrics, pooled_deviation
+from whole_files import write_whole
 
 
 KINDS = {
@@ -328,6 +329,15 @@ def _interval(c: Comparison) -> str:
     return f"{c.difference - c.half_width:+.4f} to {c.difference + c.half_width:+.4f}"
 
 
+def check_fields(path: Path, records: list[dict], fields: tuple[str, ...], writer: str) -> None:
+    """Raises ValueError for records of another study than the one whose page this is."""
+    for record in records:
+        if missing := [field for field in fields if field not in record]:
+            raise ValueError(
+                f"{path}: the run {record['key']} lacks {', '.join(missing)}: allowed are runs of `{writer}`"
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__file__, description=__doc__, formatter_class=ShowDefaultsAndLines)
     parser.add_argument("folder", type=Path, help="the --output of compare_lambda_inits.py")
@@ -337,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{arguments.folder} does not exist: allowed are folders of `{spoken.another('compare-lambda')}`")
     try:
         records = list(read_records(arguments.folder / "runs.jsonl").values())
+        check_fields(arguments.folder / "runs.jsonl", records, ("task", "measured"), spoken.another("compare-lambda"))
     except ValueError as error:
         parser.error(str(error))
     if not any(record["measured"] and record["arm"] == arguments.reference for record in records):
@@ -344,16 +355,22 @@ def main(argv: list[str] | None = None) -> None:
             f"{arguments.folder}/runs.jsonl holds no measured run of the reference {arguments.reference!r}: allowed "
             f"are folders of `{spoken.another('compare-lambda')}` in which it is finished"
         )
+    with spoken.writing(__file__):
+        write_page(arguments.folder, records, arguments.reference)
+
+
+def write_page(folder: Path, records: list[dict], reference: str) -> None:
+    """FOLDER.md, and a picture of each task beside it."""
     pictures = {}
     for task in dict.fromkeys(record["task"] for record in records if record["measured"]):
-        path = arguments.folder.with_name(f"{arguments.folder.name}_{task}.png")
-        draw_task([r for r in records if r["task"] == task and r["measured"]], arguments.reference, task, path)
+        path = folder.with_name(f"{folder.name}_{task}.png")
+        draw_task([r for r in records if r["task"] == task and r["measured"]], reference, task, path)
         pictures[task] = path.name
     records = [record for record in records if record["task"] in pictures]
-    text = page(arguments.folder.name, records, arguments.reference, pictures)
-    output = arguments.folder.with_name(arguments.folder.name + ".md")
-    output.write_text(with_kept_note(output, text), encoding="utf-8")
-    print("written:", output, *(arguments.folder.with_name(name) for name in pictures.values()))
+    text = page(folder.name, records, reference, pictures)
+    output = folder.with_name(folder.name + ".md")
+    write_whole(output, with_kept_note(output, text))
+    print("written:", output, *(folder.with_name(name) for name in pictures.values()))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import spoken
 from command_line import Parser, ShowDefaultsAndLines
 from compare_lambda_inits import read_records
 from lambda_study.figures import COLOURS
 from lambda_study.run import QUANTILES
 from lambda_study.statistics import interval
-from report_lambda_inits import provenance, with_kept_note
+from report_lambda_inits import check_fields, provenance, with_kept_note
+from whole_files import in_one_step, write_whole
 
 
 Runs = list[dict]
@@ -278,7 +280,8 @@ def draw(records: Runs, reference: str, path: Path) -> None:
     _draw_memories(grid[1, 1], longest, colours)
     handles = [pyplot.Line2D([], [], color=colour, linewidth=2.5, label=arm) for arm, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(arms)), frameon=False, fontsize=10)
-    figure.savefig(path, dpi=130)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=130)
     pyplot.close(figure)
 
 
@@ -331,17 +334,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="the --output of study_lambda_long.py")
     parser.add_argument("--reference", default="uniform", help="the arm that others are compared with")
     arguments = parser.parse_args(argv)
+    if not arguments.folder.is_dir():
+        parser.error(f"{arguments.folder} does not exist: allowed are folders of study_lambda_long.py")
     try:
-        records = read_records(arguments.folder / "runs.jsonl").values()
+        records = list(read_records(arguments.folder / "runs.jsonl").values())
+        check_fields(arguments.folder / "runs.jsonl", records, ("size", "tokens", "curve"), "study_lambda_long.py")
     except ValueError as error:
         parser.error(str(error))
     records = [record for record in records if len(record["curve"]) > 1]
     if not any(record["arm"] == arguments.reference for record in records):
         parser.error(f"{arguments.folder}/runs.jsonl holds no run of the reference {arguments.reference!r}")
     folder = arguments.folder
-    draw(records, arguments.reference, folder.with_name(folder.name + ".png"))
     output = folder.with_name(folder.name + ".md")
-    output.write_text(with_kept_note(output, page(folder.name, records, arguments.reference)), encoding="utf-8")
+    with spoken.writing(__file__):
+        draw(records, arguments.reference, folder.with_name(folder.name + ".png"))
+        write_whole(output, with_kept_note(output, page(folder.name, records, arguments.reference)))
     print("written:", output, folder.with_name(folder.name + ".png"))
 
 

@@ -1,7 +1,11 @@
 """How the program that runs was called, in words that a person can say again; and how it ends with one line."""
 
+import codecs
 import os
+import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,3 +62,32 @@ def stop(script: str, error: Exception | str, where: str = "") -> NoReturn:
     end = SystemExit(line)
     end.code = 2 if isinstance(error, ValueError) else 1  # the interpreter would print a line again
     raise end from (error if isinstance(error, Exception) else None)
+
+
+@contextmanager
+def writing(script: str) -> Iterator[None]:
+    """Ends the process with one line where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        stop(script, error)
+
+
+def is_output_closed() -> bool:
+    """Whether who read our output, `head` for example, has gone; what is left of it is then dropped."""
+    if not hasattr(select, "poll"):
+        return False
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def write_what_can_be_written() -> None:
+    """Has letters that a terminal does not know, such as Λ outside of UTF-8, replaced; they would end the process."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if hasattr(sys.stdout, "reconfigure") and codecs.lookup(encoding).name != "utf-8":
+        sys.stdout.reconfigure(errors="replace")

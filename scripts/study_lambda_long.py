@@ -33,7 +33,7 @@ from compare_lambda_inits import (
 )
 from lambda_study.long_runs import SCALE_OF, plan, recorded_settings, run_long, settings_of
 from lambda_study.long_text import prepare_shards
-from yaml_file import read_yaml
+from yaml_file import check_shapes, read_yaml
 
 from modeling_griffin.lambda_init import LAMBDA_INITS
 
@@ -44,6 +44,14 @@ SHORTEST = 60  # seconds that have to be left for a run to be started or continu
 def read_study(path: Path) -> dict:
     """arms, common, sizes and phases of the YAML file, checked against each other."""
     study = read_yaml(path, "files of configuration/training/lambda_long/")
+    named = dict.fromkeys(("arms", "sizes", "phases"), "names, each with a mapping")
+    check_shapes(path, study, **named, text="a mapping", common="a mapping")
+    for name, phase in study["phases"].items():
+        lists = {"arms": "a list of names", "seeds": "a list of whole numbers, at least one"}
+        rates = {"learning_rates": "a list of numbers, at least one"} if "learning_rates" in phase else {}
+        check_shapes(path, phase, f" of phase {name!r}", **lists, **rates, tokens="a number")
+        if not isinstance(phase.get("size"), str):
+            raise ValueError(f"{path}: phase {name!r} has size = {phase.get('size')!r}: allowed is one of sizes")
     for name, arm in study["arms"].items():
         if (other := arm.get(SCALE_OF)) is not None and other not in LAMBDA_INITS:
             raise ValueError(f"{path}: arm {name!r} has {SCALE_OF} = {other!r}: allowed are {', '.join(LAMBDA_INITS)}")

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from command_line import Parser, ShowDefaultsAndLines
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.decode.speculative.verify import VerifyStep
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {name: (sum(p.numel() for p in each.parameters()), bits(each, held_out)) for name, each in models.items()}
     lines += text_of(rows, options.steps, facts)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_whole(with_ending(options.output, ".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -20,6 +20,7 @@ import torch
 from benchmarks.birth_certificate import birth_certificate, birth_lines
 from command_line import Parser, ShowDefaultsAndLines
 from presets import find_preset
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import GenerationRequest, GriffinConfig, GriffinForCausalLM
 from modeling_griffin.serving.watch import Watch
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = ["# Calls one after another", "", *birth_lines(birth_certificate("cpu", options.commit)), ""]
     lines += [*text_of(notes, options.warm_up), *text_of_looks(time_looks())]
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_whole(with_ending(options.output, ".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from benchmark_scan import _time
 from command_line import Parser
+from whole_files import with_ending, write_whole
 
 from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
 from modeling_griffin.gpu import can_overlap
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             lines.append(f"| {name} | {rows} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_whole(with_ending(arguments.output, ".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -26,6 +26,7 @@ from benchmarks.birth_certificate import birth_certificate, birth_lines
 from benchmarks.host_time import host_table, host_time
 from command_line import Parser
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
 from modeling_griffin.kernels import dispatch, flash_attention
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         found = {name: look_at(name, model, launched) for name, model in models.items()}
     text = "\n".join(page(arguments, times, found)) + "\n"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text(text)
+    write_whole(with_ending(arguments.output, ".md"), text)
     print(text, end="")
 
 

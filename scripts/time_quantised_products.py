@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 from command_line import Parser
 from torch import nn
+from whole_files import with_ending, write_whole
 
 from modeling_griffin.decode import linear, packed
 from modeling_griffin.gpu import can_overlap
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             lines.append(_line(rows, scheme, tile, cells))
             print(lines[-1], flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_whole(with_ending(arguments.output, ".md"), "\n".join(lines) + "\n")
 
 
 def _line(rows: int, scheme: str, tile: str, cells: dict) -> str:

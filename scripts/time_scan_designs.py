@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from benchmark_scan import FLOOR, _copy_ceiling, _inputs, _time
 from command_line import Parser
+from whole_files import with_ending, write_whole
 
 from modeling_griffin import rg_lru_scan_triton as scan
 from modeling_griffin.gpu import can_overlap, multiprocessors, register_limit
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     for part in arguments.only:
         lines += {"forward": _forward, "backward": _backward, "resets": _resets}[part](ceiling)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_whole(with_ending(arguments.output, ".md"), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

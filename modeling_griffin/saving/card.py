@@ -30,7 +30,7 @@ from .card_facts import (
 )
 from .card_text import inline, literal
 from .mask_secrets import mask_file, mask_secrets
-from .saved_files import read_json_object
+from .saved_files import in_place_of, read_json_object
 
 
 if TYPE_CHECKING:  # its import needs accelerate
@@ -89,7 +89,7 @@ def write_model_card(folder: str | os.PathLike, *, repo_id: str | None = None, *
     folder = Path(folder)
     mask_file(folder / "metrics.json")
     card = make_card(folder, folder, repo_id or folder.resolve().name, read_metadata(folder / "README.md"), given)
-    card.save(folder / "README.md")
+    _save(card, folder)
     return card
 
 
@@ -123,9 +123,14 @@ def refresh_card(saved: Path, facts: Path, target: Path | None = None) -> None:
         if existing.exists() and not is_generated(existing.read_text(encoding="utf-8")):
             return
         card = make_card(saved, facts, facts.resolve().name, read_metadata(existing), {})
-        card.save((target or saved) / "README.md")
+        _save(card, target or saved)
     except Exception as error:
         logger.warning(f"the model card was not written: {type(error).__name__}: {error}")
+
+
+def _save(card: ModelCard, folder: Path) -> None:
+    with in_place_of(folder / "README.md") as beside:
+        card.save(beside)
 
 
 def card_for_hub(folder: str | os.PathLike, repo_id: str, tags: list[str], token: str | bool | None) -> None:

@@ -29,14 +29,12 @@ from transformers.utils import logging
 
 from ..configuration_griffin import AUTO_MAP, OUR_CLASSES, GriffinConfig
 from .card import card_for_hub, refresh_card
-from .saved_files import TOKENIZER_FILES, is_of_its_folder
+from .saved_files import STAGE_PREFIX, TOKENIZER_FILES, in_place_of, is_of_its_folder
 from .sharded import all_ranks_or_none, gather, is_sharded
 
 
 logger = logging.get_logger(__name__)
 
-# Trainer's uploads leave out names that start with "_", so that what a killed save leaves behind stays at home.
-STAGE_PREFIX = "_unfinished_save_"
 # Weights of an earlier push, which would win over the new ones: removed in the same commit.
 STALE_ON_HUB = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 CARD_FILES = ("README.md", "metrics.json", "loss_curve.png")  # of these, what the folder holds
@@ -50,7 +48,11 @@ def save_config(
     # Its copying of code is done here, where each file takes its place in one step.
     config.__dict__["_auto_class"] = None
     try:
-        stock(save_directory)
+        if Path(save_directory).is_file():
+            stock(save_directory)  # which says what is wrong
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with in_place_of(Path(save_directory) / "config.json") as beside:
+            stock(beside.parent)
     finally:
         del config.__dict__["_auto_class"]
     names = ["config.json", *copy_code(save_directory)]
@@ -203,11 +205,9 @@ def copy_code(folder: str | os.PathLike, model_class: type | None = None) -> lis
         target = Path(folder) / path.name
         if target.exists() and target.samefile(path):
             continue
-        with tempfile.NamedTemporaryFile(dir=os.fspath(folder), prefix=STAGE_PREFIX, delete=False) as beside:
-            pass
-        shutil.copyfile(path, beside.name)
-        shutil.copymode(path, beside.name)
-        os.replace(beside.name, target)
+        with in_place_of(target) as beside:
+            shutil.copyfile(path, beside)
+            shutil.copymode(path, beside)
     return [path.name for path in paths]
 
 

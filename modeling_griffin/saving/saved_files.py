@@ -5,7 +5,11 @@ weights gives it, and what a file holds is checked before it is used.
 """
 
 import json
+import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +22,19 @@ TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
 LICENCE_FILES = ("LICENSE", "NOTICE")
+# Trainer's uploads leave out names that start with "_", so that what a killed save leaves behind stays at home.
+STAGE_PREFIX = "_unfinished_save_"
+
+
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """Gives a path of the same name to write to, whose file then takes the place of `path`; a failure leaves nothing.
+
+    Of several processes that do so at once the last one stays.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=STAGE_PREFIX) as stage:
+        yield Path(stage) / path.name
+        os.replace(Path(stage) / path.name, path)
 
 
 def read_json_object(path: Path) -> dict:

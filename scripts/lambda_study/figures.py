@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from whole_files import in_one_step
 
 from lambda_study.statistics import METRICS, by_arm_and_seed, compare
 
@@ -30,7 +31,8 @@ def draw_task(measured: list[dict], reference: str, task: str, path: Path) -> No
     seeds = len({run["seed"] for run in measured})
     title = f"{task}: lines are means over seeds ({seeds}), bands their range"
     figure.suptitle(f"{title}; below, differences paired by seed with 95% intervals, a tick for each seed", fontsize=11)
-    figure.savefig(path, dpi=130)
+    with in_one_step(path) as half:
+        figure.savefig(half, dpi=130)
     pyplot.close(figure)
 
 

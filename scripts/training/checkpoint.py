@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from whole_files import in_one_step
 
 
 MANIFEST = "manifest.json"  # of a checkpoint: its files, and the fingerprint of its run
@@ -167,18 +167,6 @@ def first_fault(folder: Path, files: dict[str, dict]) -> str | None:
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
     return next((f"{name} holds other bytes than were written" for name in files if now[name] != files[name]), None)
-
-
-@contextlib.contextmanager
-def in_one_step(path: Path) -> Iterator[Path]:
-    """Gives another path to write to: the file then takes the place of the older one, or leaves it as it is."""
-    half = path.with_name(f"{path.stem}.half{path.suffix}")
-    try:
-        yield half
-        os.replace(half, path)
-    except BaseException:
-        half.unlink(missing_ok=True)
-        raise
 
 
 def _write(path: Path, content: dict) -> None:

@@ -16,8 +16,8 @@ import spoken
 import tokenizers
 import torch
 import transformers
+from whole_files import in_one_step
 
-from training.checkpoint import in_one_step
 from training.launch import launch_command
 from training.masking import mask_secrets, mask_values
 

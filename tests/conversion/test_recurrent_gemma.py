@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -239,6 +243,43 @@ def test_script_refuses_an_existing_target(source, tmp_path):
     for target in ("griffin", "link", "source"):
         with pytest.raises(SystemExit, match=f"{target}: exists; allowed is a new folder"):
             script.main([str(source), str(tmp_path / target)])
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_script_that_is_ended_half_way(source, tmp_path, sign, capsys):
+    """SIGTERM leaves nothing; what SIGKILL leaves is named by the next one, which converts all the same."""
+    code = (
+        "import runpy, sys, time, safetensors.torch as files\n"
+        "write = files.save_file\n"
+        "def save_file(*words, **more):\n"
+        "    write(*words, **more); print('half', flush=True); time.sleep(60)\n"
+        "files.save_file, sys.argv[0] = save_file, sys.argv[1]\n"
+        "del sys.argv[1]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [sys.executable, "-c", code, str(SCRIPT), str(source), str(tmp_path / "griffin")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SCRIPT.parents[1], SCRIPT.parent)))}
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        assert process.stdout.readline() == "half\n"
+        process.send_signal(sign)
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith("griffin")]
+    assert left == ([] if sign == signal.SIGTERM else [f"griffin.unfinished-{process.pid}"])
+    script.main([str(source), str(tmp_path / "griffin")])
+    assert all(f"{name} was left by a conversion that was killed" in capsys.readouterr().err for name in left)
+    assert (tmp_path / "griffin" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--revision", "a"], ["--logits-soft-cap", "0"], ["--attention-window-size", "9"], ["--no-scale-embeddings"]],
+)
+def test_script_refuses_what_it_would_not_heed(source, tmp_path, words, capsys):
+    with pytest.raises(SystemExit):
+        script.main([str(source), str(tmp_path / "griffin"), *words])
+    assert f"{words[0]}" in (said := capsys.readouterr().err) and "allowed is with" in said
+    assert not (tmp_path / "griffin").exists()
 
 
 DAMAGES = {

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import modeling_griffin
 import modeling_griffin.saving.save as hub
 from modeling_griffin import GriffinConfig, GriffinForCausalLM
+from modeling_griffin.saving.card import write_model_card
 from modeling_griffin.saving.save import AUTO_MAP, STAGE_PREFIX, all_or_nothing, code_files
 
 
@@ -269,6 +271,27 @@ def test_configuration_alone(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     assert sorted(contents(tmp_path)) == sorted(["config.json", *CODE])
     assert GriffinConfig.from_pretrained(tmp_path).auto_map == AUTO_MAP
+
+
+def test_a_full_disk_leaves_the_old_configuration_card_and_code(tmp_path, model):
+    """RLIMIT_FSIZE is a disk that is full in the middle of a file."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "cache_name.py").write_text("older")
+    older = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        for save in (lambda: model.config.save_pretrained(tmp_path), lambda: write_model_card(tmp_path)):
+            with pytest.raises(OSError, match="File too large"):
+                save()
+        with pytest.raises(OSError, match="File too large"):
+            hub.copy_code(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
+    model.config.save_pretrained(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder" / "config.json").read_bytes() == older["config.json"]
+    assert not list(tmp_path.rglob(f"{STAGE_PREFIX}*"))
 
 
 def test_only_safetensors(tmp_path, model):

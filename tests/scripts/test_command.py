@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +151,29 @@ def test_an_interrupt_is_no_traceback(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["generate", "m"])
     assert end.value.code == 130 and capsys.readouterr().err == "\ngriffin generate: interrupted\n"
+
+
+def test_a_terminal_without_greek_letters():
+    words = [sys.executable, str(ROOT / "scripts" / "command.py"), "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "what each initialisation of ? means" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_who_reads_the_output_may_leave(tmp_path, gone):
+    """As `griffin generate ... | head` does; another pipe that breaks is a fault."""
+    own = "import time\nwhile True: print('word', flush=True); time.sleep(0.01)"
+    (tmp_path / "generate.py").write_text(own if gone else "print('word', flush=True)\nraise BrokenPipeError")
+    code = f"import command, pathlib; command.HERE = pathlib.Path({str(tmp_path)!r}); command.main(['generate'])"
+    words = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "word\n"
+        if gone:
+            process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, "Traceback" in said) == ((141, False) if gone else (1, True)), said
 
 
 def test_a_device_that_is_not_here():

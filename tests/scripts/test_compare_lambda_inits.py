@@ -229,6 +229,18 @@ def test_bad_input(finished, tmp_path, changes, arguments, message):
             yaml.safe_dump({**SWEEP, "tasks": {"a": {**RECALL, "kind": "x"}}}),
             "kind = 'x' of task 'a': allowed are .*recall",
         ),
+        (yaml.safe_dump({**SWEEP, "seeds": 3}), "seeds = 3: allowed is a list of whole numbers"),
+        (yaml.safe_dump({**SWEEP, "seeds": []}), r"seeds = \[\]: allowed is a list of whole numbers, at least one"),
+        (yaml.safe_dump({**SWEEP, "common": [1]}), r"common = \[1\]: allowed is a mapping"),
+        *(
+            (yaml.safe_dump({**SWEEP, "tasks": {"a": {**RECALL, **change}}}), message)
+            for change, message in (
+                ({"learning_rates": []}, r"learning_rates = \[\] of task 'a': allowed is a list of numbers, at least"),
+                ({"learning_rates": ["fast"]}, r"learning_rates = \['fast'\] of task 'a'"),
+                ({"steps": 0}, "steps = 0 of task 'a': allowed is a whole number from 1"),
+                ({"arms": "uniform"}, "arms = uniform of task 'a': allowed is a list of names"),
+            )
+        ),
     ],
 )
 def test_a_file_that_is_no_comparison(tmp_path, text, message):

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +13,10 @@ import torch
 import torch.distributed as dist
 from _script_helpers import ROOT, document_nats, make_text, save_model
 from evaluate_text import count_token_bytes, main, row_losses, token_bytes
+from tokenizers import Tokenizer, models, pre_tokenizers
 from training.text_data import load_documents, tokenize
 from training.text_tokenizer import byte_tokenizer, train_bpe_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.tolerances import assert_close
 
@@ -189,6 +192,45 @@ def test_wrong_arguments(model, data, capsys):
         main([model[1], "no/such/text"])
     with pytest.raises(SystemExit, match="text_column = 'body'"):
         main([model[1], data, "--text_column", "body"])
+
+
+def test_a_document_without_tokens(tmp_path):
+    """Its bytes count for its end, which is predicted."""
+    save_model(tmp_path)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the é", " \n ", "the")))
+    result = main([str(tmp_path), str(data), "--output", str(tmp_path / "out")])
+    assert (result["tokens"], result["bytes"]) == (6, 12)
+
+
+def test_a_tokenizer_that_cannot_be_counted_with(model, data, tmp_path):
+    shutil.copytree(model[1], tmp_path / "slow")
+    (tmp_path / "slow" / "tokenizer.json").unlink()
+    (tmp_path / "slow" / "tokenizer_config.json").unlink()
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "slow")
+    with pytest.raises(SystemExit, match=r"a tokenizer that does not say .* \(ByT5Tokenizer\): allowed are fast"):
+        main([str(tmp_path / "slow"), data, "--output", str(tmp_path / "out")])
+    shutil.copytree(model[1], tmp_path / "other")
+    train_bpe_tokenizer(TEXTS, 320).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"MODEL = '.*other': the tokenizer gives the id \d+, .* has 258 rows"):
+        main([str(tmp_path / "other"), data, "--output", str(tmp_path / "out")])
+
+
+def test_a_full_disk_leaves_the_older_page(model, data, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = [model[1], data, "--output", str(tmp_path / "out"), "--length"]
+    main([*words, "4096"])
+    older = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(SystemExit, match="an older file is as it was: '.*evaluation.json'"):
+            main([*words, "32"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == older
 
 
 def test_peft_stays_out():

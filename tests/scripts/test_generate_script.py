@@ -1,5 +1,6 @@
 """generate.py: what it prints is what the model gives."""
 
+import json
 import shutil
 import time
 
@@ -9,6 +10,7 @@ from _script_helpers import save_model
 from generate import main, read_arguments
 from safetensors.torch import load_file
 from training import hub_ids
+from training.text_tokenizer import train_bpe_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,7 @@ def test_remote_code_is_off_unless_asked_for():
         ("--temperature", "-0.5", "numbers above 0"),
         ("--top_k", "-1", "whole numbers from 0"),
         ("--top_p", "1.5", "numbers above 0 up to 1"),
+        ("--seed", str(2**64), "whole numbers from -2"),
     ],
 )
 def test_wrong_options(option, value, allowed, capsys):
@@ -105,3 +108,19 @@ def test_a_name_on_no_hub_is_answered_in_time(monkeypatch):
     with pytest.raises(SystemExit, match="MODEL = 'me/typo' does not exist .*the Hub .*cannot be reached"):
         main(["me/typo"])
     assert time.monotonic() - begun < 5
+
+
+def test_a_tokenizer_that_is_not_the_models(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    train_bpe_tokenizer([200 * "the quick brown fox "], 300).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match=r"generate.*: error: the tokenizer gives the id 2\d\d, .* has 258 rows"):
+        main([str(tmp_path / "model"), "--prompt", "the quick brown fox", "--max_new_tokens", "1"])
+
+
+def test_a_tokenizer_without_ends_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({name: settings[name] for name in settings if name not in ("bos_token", "eos_token")}))
+    with pytest.raises(SystemExit, match="MODEL = '.*': the tokenizer has neither an eos_token nor a bos_token"):
+        main([str(tmp_path / "model")])

@@ -10,11 +10,12 @@ import gather_text
 import pytest
 import torch
 import yaml
-from _script_helpers import make_text
+from _script_helpers import ROOT, make_text
 from lambda_study import long_runs
 from lambda_study.long_runs import LongRun, ScaledScan, change_input_scale, plan, points, run_long
 from lambda_study.long_text import ResidentTextTask, prepare_shards
 from lambda_study.run import make_config, make_model
+from report_lambda_inits import main as report_inits
 from report_lambda_long import best_rate, measured, rate_table, tokens_to_reach
 from report_lambda_long import main as report
 from study_lambda_long import main as study_main
@@ -298,6 +299,52 @@ def test_what_a_study_may_say(tmp_path):
         path.write_text(yaml.safe_dump({**STUDY, **change}, sort_keys=False))
         with pytest.raises(ValueError, match=message):
             read_study(path)
+    for key in ("arms", "sizes", "phases", "common", "text"):
+        path.write_text(yaml.safe_dump({name: STUDY[name] for name in STUDY if name != key}, sort_keys=False))
+        with pytest.raises(ValueError, match=f"study.yaml lacks {key}: allowed is "):
+            read_study(path)
+    full = STUDY["phases"]["full"]
+    for change, message in (
+        ({"phases": {"full": {**full, "seeds": 3}}}, "seeds = 3 of phase 'full': allowed is a list of whole"),
+        ({"phases": {"full": {**full, "tokens": "many"}}}, "tokens = many of phase 'full': allowed is a number"),
+        ({"phases": {"full": {**full, "size": [1]}}}, r"phase 'full' has size = \[1\]"),
+        ({"sizes": [1]}, r"sizes = \[1\]: allowed is names"),
+    ):
+        path.write_text(yaml.safe_dump({**STUDY, **change}, sort_keys=False))
+        with pytest.raises(ValueError, match=message):
+            read_study(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configuration" / "training" / "lambda_long").glob("*.yaml")), ids=str)
+def test_shipped_studies(path):
+    assert read_study(path)["phases"]
+
+
+def test_a_list_of_packages_that_is_none(tmp_path):
+    shipped = yaml.safe_load((ROOT / "configuration" / "text" / "long.yaml").read_text())
+    path = tmp_path / "list.yaml"
+    for change, message in (
+        ({"packages": [3]}, r"packages = \[3\]: allowed is a list of mappings"),
+        ({"most": 5}, "most = 5: allowed is a mapping"),
+        ({"held_out": "few"}, "held_out = few: allowed is a number"),
+    ):
+        path.write_text(yaml.safe_dump({**shipped, **change}))
+        with pytest.raises(ValueError, match=message):
+            gather_text.read_list(path)
+    path.write_text("phases: {}")
+    with pytest.raises(ValueError, match="list.yaml lacks packages"):
+        gather_text.read_list(path)
+
+
+def test_runs_of_another_study_are_no_page(tmp_path, capsys):
+    for write_report, line in ((report, {"key": "a/b", "task": "a"}), (report_inits, {"key": "a/b", "size": "35m"})):
+        (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(SystemExit):
+            write_report([str(tmp_path)])
+        assert "runs.jsonl: the run a/b lacks " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report([str(tmp_path / "nothing")])
+    assert "nothing does not exist: allowed are folders of study_lambda_long.py" in capsys.readouterr().err
 
 
 def test_long_run_saves_what_it_needs(study, tmp_path):

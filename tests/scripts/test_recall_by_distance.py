@@ -92,10 +92,21 @@ def test_a_run(tmp_path, capsys):
     assert (tmp_path / "out" / "recall.png").stat().st_size > 0
 
 
-def test_wrong_arguments(capsys):
+def test_wrong_arguments(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--longest", "3"])
     assert "--longest 3: allowed are whole numbers from 4" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["--device", "foo"], "'foo' is not here: allowed is cpu"),
+        (["--width", "30"], "--width 30 --layers 5 --window 64: num_attention_heads = 4"),
+        (["--layers", "0"], "num_hidden_layers = 0: allowed are whole numbers from 1"),
+        (["--window", "0"], "attention_window_size = 0"),
+        (["--output", str(tmp_path / "file" / "x")], "file is a file; allowed is a folder"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_titles():
