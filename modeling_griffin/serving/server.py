@@ -197,7 +197,11 @@ class BatchManager(serving.GenerateManager):
             except Exception as error:  # of the model or the GPU: those that run have failed, others may not
                 logger.exception("the requests that ran have failed")
                 with self.lock:
-                    failed = [index for index in self.listeners if index not in dict(self.inbox.waiting)]
+                    waiting = dict(self.inbox.waiting)
+                    failed = [index for index in self.listeners if index not in waiting]
+                    if not failed:  # it failed before it took any, and would again and again
+                        failed = list(waiting)
+                        self.inbox.waiting.clear()
                 for index in failed:
                     self._hand_over(index, None, f"error: {error!r}")
 
