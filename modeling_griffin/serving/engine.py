@@ -107,7 +107,8 @@ class Row:
 
     def _stops(self) -> str | None:
         try:
-            return "stop" if bool(self.stop(torch.tensor([self.tokens]), None)) else None
+            read = getattr(self.stop, "maximum_token_len", 0)  # no more of the end is looked at; 0: all
+            return "stop" if bool(self.stop(torch.tensor([self.tokens[-read:]]), None)) else None
         except Exception as error:  # of the user's tokenizer
             return _error(error)
 

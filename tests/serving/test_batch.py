@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.generation import StopStringCriteria
 
 from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState, GriffinForCausalLM
 from modeling_griffin.decode.state import DecodeStep
@@ -204,6 +205,21 @@ def test_stop_strings(way, small_model):
     stopped, free, unmet = model.generate_batch(queue, tokenizer=tokenizer)
     assert stopped.tokens == whole[: end + 1] and stopped.finish_reason == "stop"
     assert free.tokens == unmet.tokens == whole and unmet.finish_reason == "length"
+
+
+def test_stop_strings_look_at_the_end_alone(small_model, monkeypatch):
+    """Else each token of a long answer would cost more than the one before, for all rows of the batch."""
+    model, read = small_model(), []
+
+    class Counting(StopStringCriteria):
+        def __call__(self, tokens, scores):
+            read.append(tokens.shape[1])
+            return super().__call__(tokens, scores)
+
+    monkeypatch.setattr("modeling_griffin.serving.engine.StopStringCriteria", Counting)
+    request = GenerationRequest([5, 6], max_new_tokens=30, stop=["zzzz", "zq"])
+    (result,) = model.generate_batch([request], tokenizer=letters())
+    assert result.finish_reason == "length" and read == [1, 2, 3, *[4] * 27]
 
 
 @pytest.mark.parametrize("kind", KINDS)
