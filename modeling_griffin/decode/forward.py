@@ -152,6 +152,8 @@ class ForwardStep(Recording, Lease):
         self.clock.padding[rows] = time - length + (0 if padding is None else padding)
         for layer, buffer in zip(cache.layers, self.cache.layers):
             if isinstance(buffer, Ring):
+                for ring in (buffer.keys, buffer.values):
+                    ring.index_fill_(0, rows, 0)  # a masked slot counts 0 times its value, which of NaN is NaN
                 kept = layer.keys.shape[2]
                 slots = (time - kept + torch.arange(kept, device=self.device)) % self.slots
                 buffer.keys[rows[:, None], :, slots] = layer.keys.transpose(1, 2)

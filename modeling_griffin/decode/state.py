@@ -81,6 +81,7 @@ class DecodeStep(RecordedStep, Lease):
     def load_rows(self, rows: torch.Tensor, cache: Cache, length: int, padding: torch.Tensor | None) -> None:
         """As `load`, into these rows (N,) only, as if their last token had been read just now. Others go on."""
         time = self.clock.time
+        self._forget(rows)
         self.clock.padding[rows] = time - length + (0 if padding is None else padding)
         for layer, buffers in zip(cache.layers, self.layers):
             if len(buffers) == 2:
@@ -107,6 +108,7 @@ class DecodeStep(RecordedStep, Lease):
         rows, prompts, lengths, ago, key_rows, tokens = (
             upload(x, self.device) for x in (rows, prompts, lengths, ago, rows[row], ends[row] - ago)
         )
+        self._forget(rows)
         self.clock.padding[rows] = time - lengths
         for pair, buffers in zip(packed.layers, self.layers):
             if len(buffers) == 2:
@@ -119,6 +121,11 @@ class DecodeStep(RecordedStep, Lease):
                 slots = (time + torch.arange(taps, device=self.device)) % taps
                 past[rows[:, None], slots] = pair[0][prompts].transpose(1, 2)
                 state[rows] = pair[1][prompts]
+
+    def _forget(self, rows: torch.Tensor) -> None:
+        """What others left in the rings of these rows: a masked slot counts 0 times its value, which of NaN is NaN."""
+        for ring in self.rings:
+            ring.index_fill_(1, rows, 0)
 
     @torch.no_grad()
     def take_rows(self, other: "DecodeStep", rows: Sequence[int], into: Sequence[int]) -> None:

@@ -23,6 +23,9 @@ from .sampling import Sampler
 from .watch import Watch
 
 
+NO_TOKEN = -1  # in a report: nothing could be drawn
+
+
 class GeneratedToken(NamedTuple):
     """index: the generation's number in the order given. token: None for a generation of no tokens, or an error.
 
@@ -87,6 +90,10 @@ class Row:
         return not self.ended and self.asked < self.request.max_new_tokens
 
     def append(self, token: int) -> GeneratedToken:
+        if token == NO_TOKEN:
+            self.ended = True
+            wrong = "logits are NaN or infinite: allowed are numbers, to sample from"
+            return GeneratedToken(self.index, None, _error(ValueError(wrong)))
         self.tokens.append(token)
         reason = None
         if token in self.eos:
@@ -100,7 +107,8 @@ class Row:
 
     def _stops(self) -> str | None:
         try:
-            return "stop" if bool(self.stop(torch.tensor([self.tokens]), None)) else None
+            read = getattr(self.stop, "maximum_token_len", 0)  # no more of the end is looked at; 0: all
+            return "stop" if bool(self.stop(torch.tensor([self.tokens[-read:]]), None)) else None
         except Exception as error:  # of the user's tokenizer
             return _error(error)
 
@@ -242,6 +250,8 @@ class Engine:
     def _ask(self, rows: list[tuple[Row, int]], tokens: torch.Tensor) -> None:
         for row, _ in rows:
             row.asked += 1
+        if self.sampler.nothing is not None:
+            tokens = torch.where(self.sampler.nothing, NO_TOKEN, tokens)
         if not tokens.is_cuda:
             self.reports.append(Report(rows, tokens.clone(), None))
             return

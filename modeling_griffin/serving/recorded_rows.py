@@ -151,8 +151,19 @@ class PackedBatch(RecordedBatch):
         number: dict[tuple, int] = {}
         prompts = [number.setdefault(tuple(row.request.prompt), len(number)) for row in rows]
         packed = read_packed(self.model, list(number))
+        # Attention counts 0 times what it masks, so that one prompt's NaN spoils the others. A GPU is not asked.
+        if len(number) > 1 and not self.current.on_gpu and bool(packed.logits.isnan().any()):
+            return self._read_apart(rows, prompts)
         self.current.load_packed([row.seat for row in rows], prompts, packed)
         return packed.logits[upload(prompts, packed.logits.device)]
+
+    def _read_apart(self, rows: Sequence, prompts: Sequence[int]) -> torch.Tensor:
+        """The same, each prompt in a pass of its own. prompts: the number of each row's."""
+        logits = torch.empty_like(self.current.logits[: len(rows)])
+        for number in set(prompts):
+            places = [place for place, each in enumerate(prompts) if each == number]
+            logits[places] = self._read_together([rows[place] for place in places])
+        return logits
 
     def step(self, rows: Sequence, last: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[int] | None]:
         size = len(self.current.token) // FEWER

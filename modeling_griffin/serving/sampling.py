@@ -21,13 +21,17 @@ GOLDEN, FIRST, SECOND = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E
 
 
 class Sampler:
-    """What the rows in S seats ask for, and their choice. asked: the request of each seat, None where nobody sits."""
+    """What the rows in S seats ask for, and their choice. asked: the request of each seat, None where nobody sits.
+
+    nothing (N,) bool: where the last choice had nothing to draw from, as logits are NaN or infinite; None: nowhere.
+    """
 
     def __init__(self, seats: int, vocabulary: int, device: torch.device):
         self.asked: list = [None] * seats
         self.vocabulary, self.device = vocabulary, device
         self.settings = torch.zeros(len(SETTINGS), seats, device=device)
         self.key, self.drawn = torch.zeros(2, seats, dtype=torch.long, device=device)
+        self.nothing: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None  # (S, V) bool: tokens of each row's text, for repetition penalties
 
     @torch.no_grad()
@@ -57,7 +61,7 @@ class Sampler:
         """
         asked = [each for each in (self.asked if seats is None else (self.asked[s] for s in seats)) if each is not None]
         penalty = any(each.repetition_penalty != 1 for each in asked)
-        samples = any(each.temperature > 0 for each in asked)
+        samples, self.nothing = any(each.temperature > 0 for each in asked), None
         if not penalty and not samples:
             return logits.argmax(-1) if best is None else best
         index = slice(None) if seats is None else upload(list(seats), self.device)
@@ -69,9 +73,11 @@ class Sampler:
         if samples:
             sampled = settings["temperature"] > 0
             # From the largest down: at a temperature next to 0 the others go to -inf, and none to inf.
-            scores = (scores - scores.amax(-1, keepdim=True)) / torch.where(sampled, settings["temperature"], 1.0)
+            highest = scores.amax(-1, keepdim=True)
+            scores = (scores - highest) / torch.where(sampled, settings["temperature"], 1.0)
             drawn = draw(_kept(scores, settings, asked), uniform(self.key[index], self.drawn[index]))
             token = torch.where(sampled[:, 0], drawn, token)
+            self.nothing = (sampled & ~highest.isfinite())[:, 0]
             self.drawn[index] += 1
         if penalty:
             rows = torch.arange(len(self.asked), device=self.device)[index]

@@ -7,6 +7,7 @@ still goes to `generate`.
 """
 
 import asyncio
+import json
 import logging
 import sys
 import threading
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 import transformers
+from fastapi import HTTPException
 from transformers import GenerationConfig
+from transformers.cli.serving import server as http
 from transformers.cli.serving import utils as serving
 from transformers.cli.transformers import main as transformers_main
 
@@ -54,6 +57,56 @@ def with_batches(max_rows: int) -> None:
                 manager.stop()
 
     serving.GenerationState = State
+    build = http.build_server
+
+    def build_server(*arguments: Any, **options: Any) -> Any:
+        app = build(*arguments, **options)
+        app.add_middleware(LeaveWhenGone)
+        return app
+
+    http.build_server = build_server
+
+
+class LeaveWhenGone:
+    """ASGI: ends the work for a client that has gone before its answer begins; the server itself would finish it.
+
+    A stream, whose answer has begun, is ended by the server.
+    """
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages: asyncio.Queue = asyncio.Queue()
+        answered = gone = False
+
+        async def listen() -> None:
+            nonlocal gone
+            message = {"type": ""}
+            while message["type"] != "http.disconnect":
+                message = await receive()
+                messages.put_nowait(message)
+            if not answered:
+                gone = True
+                work.cancel()
+
+        async def answer(message: dict) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        work = asyncio.ensure_future(self.app(scope, messages.get, answer))
+        listening = asyncio.ensure_future(listen())
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not gone:
+                raise
+        finally:
+            listening.cancel()
 
 
 class Inbox:
@@ -133,7 +186,7 @@ class BatchManager(serving.GenerateManager):
                 self._drop(index)
                 finish_reason = f"error: {error!r}"
             if finish_reason is not None and finish_reason.startswith("error: "):
-                loop.call_soon_threadsafe(queue.put_nowait, serving._StreamError(finish_reason))
+                loop.call_soon_threadsafe(queue.put_nowait, serving._StreamError(_quoted(finish_reason)))
 
         self._run(model, tokenizer, fields, listen)
         return queue, streamer
@@ -150,7 +203,9 @@ class BatchManager(serving.GenerateManager):
         def finish(finish_reason: str) -> None:
             if done.done():  # the client has gone
                 return
-            if finish_reason.startswith("error: "):
+            if finish_reason.startswith("error: ValueError: "):  # of what was asked for
+                done.set_exception(HTTPException(400, finish_reason))
+            elif finish_reason.startswith("error: "):
                 done.set_exception(RuntimeError(finish_reason))
             else:
                 done.set_result(None)
@@ -197,7 +252,11 @@ class BatchManager(serving.GenerateManager):
             except Exception as error:  # of the model or the GPU: those that run have failed, others may not
                 logger.exception("the requests that ran have failed")
                 with self.lock:
-                    failed = [index for index in self.listeners if index not in dict(self.inbox.waiting)]
+                    waiting = dict(self.inbox.waiting)
+                    failed = [index for index in self.listeners if index not in waiting]
+                    if not failed:  # it failed before it took any, and would again and again
+                        failed = list(waiting)
+                        self.inbox.waiting.clear()
                 for index in failed:
                     self._hand_over(index, None, f"error: {error!r}")
 
@@ -218,3 +277,8 @@ class BatchManager(serving.GenerateManager):
         except Exception:  # it must not end the others
             logger.exception("a request could not be answered")
             self._drop(index)
+
+
+def _quoted(message: str) -> str:
+    """As it stands inside of a string of JSON, where the server puts it as it is."""
+    return json.dumps(message)[1:-1]

@@ -4,6 +4,7 @@ Transformers pages the keys of attention; a row of a Griffin's state has one siz
 here and is not read. Everything else of a call is honoured, or refused by name.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase, generation
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from .request import shown
+from .request import end_tokens, shown
 
 
 ARGUMENTS = (
@@ -29,6 +30,13 @@ PROCESSORS = {
     generation.RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
     generation.LogitNormalization: None,  # changes no choice
 }
+MODES = (
+    generation.GenerationMode.GREEDY_SEARCH,
+    generation.GenerationMode.SAMPLE,
+    generation.GenerationMode.ASSISTED_GENERATION,
+)
+# What changes an answer, or adds to it, and is no processor.
+REFUSED = ("max_time", "token_healing", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 MAX_ROWS = 64  # of a call that does not say
 NO_LIMIT = 2**31 - 1  # of new tokens, as in Transformers
 
@@ -107,10 +115,13 @@ def request_fields(
 
     Raises ValueError for what the engine does not know: see `as_transformers`.
     """
-    if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams = {config.num_beams}: allowed is 1; `generate` searches beams")
+    ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
+    ends = [end for end in end_tokens(ends) if end >= 0]
+    prepared = _checked(model, config, ends)
     settings = {"temperature": 1.0 if config.do_sample else 0.0}
-    for processor in model._get_logits_processor(config, input_ids_seq_length=len(prompt)):
+    for processor in model._get_logits_processor(
+        prepared, input_ids_seq_length=len(prompt), encoder_input_ids=torch.zeros(1, 1), device="cpu"
+    ):
         if type(processor) not in PROCESSORS:
             allowed = ", ".join(each.__name__ for each in PROCESSORS)
             raise ValueError(
@@ -121,10 +132,25 @@ def request_fields(
             settings[names[1]] = getattr(processor, names[0])
     if config.stop_strings is not None:
         settings["stop"] = config.stop_strings
-    ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
-    ends = [end for end in ([ends] if isinstance(ends, int) else ends or ()) if end >= 0]
     limit = _limit(config, max_new_tokens, len(prompt), ends)
     return {"prompt": prompt, "max_new_tokens": limit, "eos_token_id": ends, **settings}
+
+
+def _checked(model: torch.nn.Module, config: GenerationConfig, ends: Sequence[int]) -> GenerationConfig:
+    """A copy of it as Transformers' makers of processors read it: without these end tokens they leave some out.
+
+    Raises ValueError for what asks for no processor, and that the engine does not know.
+    """
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams = {config.num_beams}: allowed is 1; `generate` searches beams")
+    if (mode := config.get_generation_mode()) not in MODES:
+        raise ValueError(f"generation_config asks for {mode.value}: allowed are greedy search and samples")
+    for name in REFUSED:
+        if value := getattr(config, name, None):
+            raise ValueError(f"generation_config has {name} = {shown(value)}: allowed is none; `generate` has it")
+    prepared = copy.copy(config)
+    prepared._eos_token_tensor = torch.tensor(ends) if ends else None
+    return prepared
 
 
 def _limit(config, max_new_tokens: int | None, length: int, ends: Sequence[int]) -> int:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.generation import StopStringCriteria
 
 from modeling_griffin import GeneratedToken, GenerationRequest, GenerationState, GriffinForCausalLM
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.decode.steps import STEPS
+from modeling_griffin.serving import recorded_rows
 from modeling_griffin.serving.recorded_rows import _of_similar_lengths, of_bounded_length
 from tests.tolerances import assert_close
 
@@ -205,6 +207,21 @@ def test_stop_strings(way, small_model):
     assert free.tokens == unmet.tokens == whole and unmet.finish_reason == "length"
 
 
+def test_stop_strings_look_at_the_end_alone(small_model, monkeypatch):
+    """Else each token of a long answer would cost more than the one before, for all rows of the batch."""
+    model, read = small_model(), []
+
+    class Counting(StopStringCriteria):
+        def __call__(self, tokens, scores):
+            read.append(tokens.shape[1])
+            return super().__call__(tokens, scores)
+
+    monkeypatch.setattr("modeling_griffin.serving.engine.StopStringCriteria", Counting)
+    request = GenerationRequest([5, 6], max_new_tokens=30, stop=["zzzz", "zq"])
+    (result,) = model.generate_batch([request], tokenizer=letters())
+    assert result.finish_reason == "length" and read == [1, 2, 3, *[4] * 27]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_prompt_and_many_continuations(kind, way, small_model):
     """A system prompt read once: its state, some with questions behind it; the state stays as it was."""
@@ -390,6 +407,52 @@ def test_a_bad_request_leaves_the_others_alone(way, small_model):
     sampled = {"prompt": [5, 6], "temperature": 1.0, "seed": 3}
     found = model.generate_batch([good, {**sampled, "top_k": 10**400}, {**sampled, "top_k": 29}])
     assert found[0] == alone and found[1] == found[2]
+
+
+@pytest.mark.parametrize("on", ["cache", "fused step", "forward step"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_whose_numbers_are_no_numbers_spoils_no_other(kind, on, small_model, monkeypatch):
+    """Beside others in one pass over prompts, before others in the same row, and before `generate`."""
+    model = small_model(kind, "sdpa")
+    monkeypatch.setattr(GriffinForCausalLM, "_fast_generation_devices", () if on == "cache" else ("cpu",))
+    if on == "forward step":
+        model.model.layers[0].mlp_block.act_fn = torch.nn.SiLU()  # for which the fused step is not made
+        monkeypatch.setattr(recorded_rows, "RECORDED_ON", ("cpu",))
+    good = [GenerationRequest(prompt, max_new_tokens=12) for prompt in ([5], [6, 7, 20], [9, 11])]
+    model.generate_batch([*good, good[0]])  # its step is found right before one embedding goes wrong
+    alone = [model.generate_batch([request])[0] for request in good]
+    wrong = min(set(range(21, VOCABULARY)) - {token for result in alone for token in result.tokens})  # of no prompt
+    with torch.no_grad():
+        model.model.embed_tokens.weight[wrong] = torch.nan
+    poison = GenerationRequest([wrong, 9], max_new_tokens=20)
+    queue = [good[0], poison, *good[1:]]
+    found = model.generate_batch(queue)
+    assert [found[0], *found[2:]] == alone
+    for request, result in zip(good, alone):
+        model.generate_batch([poison])
+        assert model.generate_batch([request]) == [result]
+        model.generate_batch([poison])
+        ids = torch.tensor([request.prompt])
+        tokens = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, len(request.prompt) :]
+        assert tokens.tolist() == result.tokens
+
+
+def test_what_cannot_be_sampled_ends_with_an_error(way, small_model):
+    """As in `generate`, which raises; greedy rows and sampled ones beside it go on."""
+    model = small_model()
+    good = [GenerationRequest([5, 6], max_new_tokens=6, temperature=t, seed=1) for t in (0, 1)]
+    alone = [model.generate_batch([request])[0] for request in good]
+    first = alone[1].tokens[0]
+    late = {"prompt": [5, 6], "max_new_tokens": 6, "temperature": 1, "seed": 1}
+    at_once = {**late, "repetition_penalty": 1e-45}  # so that scores are infinite
+    found = model.generate_batch([good[0], at_once, good[1]])
+    assert [found[0], found[2]] == alone
+    error = "error: ValueError: logits are NaN or infinite: allowed are numbers, to sample from"
+    assert (found[1].tokens, found[1].finish_reason) == ([], error)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[first] = torch.nan  # read at the second token
+    (result,) = model.generate_batch([late])
+    assert (result.tokens, result.finish_reason) == ([first], error)
 
 
 def test_stop_strings_that_raise_end_their_own_generation(way, small_model, monkeypatch):

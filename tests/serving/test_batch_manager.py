@@ -58,3 +58,18 @@ def test_what_is_dropped_before_its_turn_is_not_read(manager, monkeypatch, small
     assert index == 1 and listener.ended.wait(60) and (listener.reason, listener.tokens) == ("cancelled", [])
     manager._drop(index)  # it has ended
     assert manager.inbox.dropped == set()
+
+
+def test_what_fails_before_any_request_is_taken_is_answered(manager, monkeypatch, small_model):
+    """A step for which there is no memory, for example: a thread that tried again and again would answer nobody."""
+    model, failed, later = small_model(), Listener(False), Listener(False)
+
+    def out_of_memory(*_):
+        raise MemoryError("no room for a step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "run_arrivals", out_of_memory)
+        manager._run(model, None, FIELDS, failed)
+        assert failed.ended.wait(60) and failed.reason == "error: MemoryError('no room for a step')"
+    manager._run(model, None, FIELDS, later)
+    assert later.ended.wait(60) and later.reason == "length"

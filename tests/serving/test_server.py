@@ -1,5 +1,6 @@
 """`griffin serve`: Transformers' server over HTTP, asked by OpenAI's own client, gives the tokens of `generate`."""
 
+import json
 import os
 import signal
 import socket
@@ -123,3 +124,26 @@ def test_a_client_that_goes_leaves_its_row(folder, client, alone):
         stream.close()
     options = {"model": str(folder), "prompt": "of", "max_tokens": 5, "temperature": 0}
     assert client.completions.create(**options).choices[0].text == alone("of", max_new_tokens=5)
+
+
+def test_a_client_that_goes_before_its_answer_leaves_its_row_too(folder, client, alone):
+    """One that does not stream: its answer begins when it ends."""
+    ended = '{"max_new_tokens": 1000000, "eos_token_id": -1, "pad_token_id": 0}'
+    options = {"model": str(folder), "prompt": "a", "max_tokens": 1_000_000, "temperature": 0}
+    body = json.dumps({**options, "generation_config": ended}).encode()
+    for _ in range(5):
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as asked:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            asked.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            time.sleep(0.2)
+    options = {"model": str(folder), "prompt": "of", "max_tokens": 5, "temperature": 0, "timeout": 60}
+    assert client.completions.create(**options).choices[0].text == alone("of", max_new_tokens=5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_run_is_the_clients_error_and_says_why(stream, folder, client):
+    asked = {"model": str(folder), "prompt": "of", "max_tokens": 5, "temperature": 0, "stop": ['"', ""]}
+    with pytest.raises(openai.APIError if stream else openai.BadRequestError) as error:
+        list(client.completions.create(**asked, stream=stream))
+    said = error.value.body if stream else error.value.body["detail"]
+    assert said == """error: ValueError: stop = ['"', '']: allowed are strings that are not empty"""

@@ -1,5 +1,6 @@
 """`generate_batch` as Transformers and TRL call it: its arguments, its dict of outputs, the tokens of `generate`."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -68,6 +69,15 @@ def test_ends_lengths_and_copies(small_model):
     assert model.generate_batch(PROMPTS[:1], generation_config=config)["req_0"].generated_tokens == whole
 
 
+@pytest.mark.parametrize("form", [torch.tensor, lambda end: torch.tensor([end, 3]), lambda end: [end], np.int64])
+def test_end_tokens_in_any_form(form, small_model):
+    model = small_model()
+    end = alone(model, PROMPTS[0], 5)[4]
+    config = GenerationConfig(max_new_tokens=12, eos_token_id=form(end))
+    tokens = model.generate_batch(PROMPTS[:1], config)["req_0"].generated_tokens
+    assert tokens[-1] == end and len(tokens) <= 5
+
+
 def test_sampling_and_its_seeds(small_model):
     model = small_model()
     config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=1.3, top_k=1)
@@ -116,6 +126,16 @@ def test_generate_with_a_paged_cache_comes_here(small_model):
         ({"num_beams": 2}, "num_beams = 2: allowed is 1"),
         ({"no_repeat_ngram_size": 2}, "asks for NoRepeatNGramLogitsProcessor: allowed are TemperatureLogitsWarper"),
         ({"do_sample": True, "typical_p": 0.5}, "asks for TypicalLogitsWarper"),
+        ({"min_new_tokens": 2, "eos_token_id": 5}, "asks for MinNewTokensLengthLogitsProcessor"),
+        ({"min_length": 9, "eos_token_id": [5, 6]}, "asks for MinLengthLogitsProcessor"),
+        ({"exponential_decay_length_penalty": (1, 1.5), "eos_token_id": 5}, "asks for ExponentialDecayLengthPenalty"),
+        ({"bad_words_ids": [[5]]}, "asks for NoBadWordsLogitsProcessor"),
+        ({"encoder_repetition_penalty": 2.0}, "asks for EncoderRepetitionPenaltyLogitsProcessor"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "asks for contrastive_search: allowed are greedy search and samples"),
+        ({"force_words_ids": [[5]]}, "asks for constrained_beam_search"),
+        ({"max_time": 3.0}, "has max_time = 3.0: allowed is none"),
+        ({"token_healing": True}, "has token_healing = True"),
+        ({"output_scores": True}, "has output_scores = True"),
         ({"max_new_tokens": None}, "max_new_tokens = None: allowed is None only with an eos_token_id"),
     ],
     ids=str,
