@@ -22,7 +22,7 @@ from benchmark_training import SIZES, griffin
 from benchmarks.birth_certificate import birth_certificate, birth_lines, quantiles, short_device_name
 from command_line import Parser
 from torch.nn.parallel import DistributedDataParallel
-from whole_files import write_whole
+from whole_files import with_ending, write_whole
 
 from modeling_griffin.parallel import neighbours, parallelize_sequence
 from modeling_griffin.parallel.sequence import SequenceParallel
@@ -245,8 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         name = f"sequence_{short_device_name(arguments.device)}_x{ranks}_{arguments.length}"
         output = arguments.output or Path("results") / "sequence" / name
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(f"{output}.json"), json.dumps(report, indent=1))
-        write_whole(Path(f"{output}.md"), text_of(report))
+        write_whole(with_ending(output, ".json"), json.dumps(report, indent=1))
+        write_whole(with_ending(output, ".md"), text_of(report))
         print(text_of(report), end="")
     dist.barrier()
     dist.destroy_process_group()

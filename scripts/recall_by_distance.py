@@ -22,7 +22,7 @@ from command_line import Parser, device
 from lambda_study.run import make_config, make_model, make_optimizer, train
 from lambda_study.synthetic_tasks import IGNORED, VOCABULARY, needle
 from lambda_study.tasks import HELD_OUT_SEED, SyntheticTask
-from whole_files import in_one_step, write_whole
+from whole_files import in_one_step, with_ending, write_whole
 
 from modeling_griffin import GriffinForCausalLM
 
@@ -220,9 +220,9 @@ def main(argv: list[str] | None = None) -> dict:
         for name in arguments.arms:
             runs.append(run_arm(name, seed, arguments))
             with spoken.writing(__file__):
-                write_whole(Path(f"{arguments.output}.json"), json.dumps(report, indent=1))
-                write_whole(Path(f"{arguments.output}.md"), text_of(report))
-                plot(report, Path(f"{arguments.output}.png"))
+                write_whole(with_ending(arguments.output, ".json"), json.dumps(report, indent=1))
+                write_whole(with_ending(arguments.output, ".md"), text_of(report))
+                plot(report, with_ending(arguments.output, ".png"))
     print(text_of(report), end="")
     print(f"wrote {arguments.output}.json, .md and .png")
     return report

@@ -19,9 +19,7 @@ def in_one_step(path: Path) -> Iterator[Path]:
         os.replace(half, path)
     except BaseException as error:
         half.unlink(missing_ok=True)
-        if (
-            isinstance(error, OSError) and error.errno and error.filename in (None, str(half))
-        ):  # a full disk names no file
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(half)):  # a full disk names none
             raise OSError(error.errno, f"{error.strerror}; an older file is as it was", str(path)) from error
         raise
 

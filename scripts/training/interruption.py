@@ -47,7 +47,7 @@ def take_up(trainer: Trainer, checkpoint: str) -> dict:
     mean = sum(sums) / len(sums)
     own = sums[trainer.args.process_index] if len(sums) == trainer.args.world_size else mean
     trainer._tr_loss.fill_(own)
-    trainer._total_loss_scalar = -mean  # the mean at the end is that of this session's steps
+    trainer._total_loss_scalar = -mean  # the mean at the end is that of the steps since the resume
     trainer._globalstep_last_logged = facts.pop("logged_step")
     return facts
 

@@ -72,7 +72,7 @@ def test_the_log_and_the_evaluations_are_those_of_the_unbroken_run(tmp_path, set
         assert_same_end(out, whole)
 
 
-def test_the_mean_loss_of_a_session_is_that_of_its_steps(tmp_path):
+def test_the_mean_loss_of_a_resumed_run_is_that_of_its_own_steps(tmp_path):
     path = write_run(tmp_path, **{**STEPS, "logging_steps": 3})
     run([path])
     _, by_step = run([path, "--output_dir", str(tmp_path / "by_step"), "--logging_steps", "1"])
