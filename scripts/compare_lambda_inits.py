@@ -36,19 +36,26 @@ from modeling_griffin import GriffinConfig
 
 
 TEXT = "language_modelling"  # the kind of task that needs text
+SWEEP_KEYS = ("tasks", "arms", "reference", "seeds", "tuning_seed", "common")
+SCHEDULING = ("arms", "learning_rates", "steps", "tuning_steps")  # keys of a task that are not a run's settings
+TASK_KEYS = (*SCHEDULING, "kind", "model", "warmup", "weight_decay", "max_grad_norm", "points", "rows", "held_out_rows",
+             "sizes", "held_out_sizes", "options", "text", "vocab_size", "length", "long_length",
+             "long_rows")  # fmt: skip
 SLACK = 1.2  # a run is started when this many times its expected length is left
 
 
 def read_sweep(path: Path, text: list[str]) -> dict:
     """The YAML file, with `common` merged into every task, and the texts of language tasks made ready."""
     sweep = read_yaml(path, "YAML files and ready-made ones: compare_lambda_inits/cpu, compare_lambda_inits/h100")
-    if missing := [key for key in ("tasks", "arms", "reference", "seeds", "tuning_seed") if key not in sweep]:
+    if missing := [key for key in SWEEP_KEYS[:-1] if key not in sweep]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it describes no comparison")
+    check_known(path, sweep, SWEEP_KEYS)
     check_mappings(path, sweep)
     check_shapes(path, sweep, seeds="a list of whole numbers, at least one")
     check_shapes(path, {"common": {}, **sweep}, common="a mapping")
     for name, task in sweep["tasks"].items():
         task = {**sweep.get("common", {}), **task}
+        check_known(path, task, TASK_KEYS, f" of task {name!r}")
         check_shapes(path, {"arms": [], **task}, f" of task {name!r}", arms="a list of names")
         if unknown := set(task.get("arms", [])) - set(sweep["arms"]):
             raise ValueError(f"{path}: task {name!r} has the arms {sorted(unknown)}: allowed are {list(sweep['arms'])}")
@@ -61,6 +68,12 @@ def read_sweep(path: Path, text: list[str]) -> dict:
         raise ValueError(f"{path}: tuning_seed = {sweep['tuning_seed']} is one of seeds: allowed is any other")
     check_models(path, sweep)
     return sweep
+
+
+def check_known(path: Path, settings: dict, allowed: tuple[str, ...], where: str = "") -> None:
+    """Raises ValueError for a key that nothing reads, such as a misspelt one."""
+    if unknown := [str(key) for key in settings if key not in allowed]:
+        raise ValueError(f"{path}: {', '.join(unknown)}{where}: allowed are {', '.join(allowed)}")
 
 
 def check_mappings(path: Path, sweep: dict) -> None:
@@ -113,9 +126,6 @@ def plan(sweep: dict, records: dict[str, dict], device: str) -> list[dict]:
                 rate = chosen_rate(name, each["arm"], task["learning_rates"], sweep["tuning_seed"], records)
                 runs.append(_with_key({**each, **measured, "seed": seed, "learning_rate": rate}))
     return runs
-
-
-SCHEDULING = ("arms", "learning_rates", "steps", "tuning_steps")  # keys of a task that are not a run's settings
 
 
 def _with_key(run: dict) -> dict:

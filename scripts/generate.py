@@ -20,6 +20,9 @@ from transformers import (
 import modeling_griffin  # noqa: F401  registers the model with the Auto classes
 
 
+SAMPLING = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}  # where nothing is given
+
+
 def load(name: str, trust_remote_code: bool, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or Hub id; weights in safetensors only, never pickles.
 
@@ -73,9 +76,12 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="a folder or Hub id")
     parser.add_argument("--prompt", default="", help="how the document begins (default: nothing)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of sampling, above 0")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k most probable tokens; 0 keeps all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the most probable tokens up to this probability")
+    for name, kind, text in (
+        ("temperature", float, "of sampling, above 0"),
+        ("top_k", int, "keep the k most probable tokens; 0 keeps all"),
+        ("top_p", float, "keep the most probable tokens up to this probability"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=None, help=f"{text} (default: {SAMPLING[name]})")
     parser.add_argument("--greedy", action="store_true", help="always the most probable token (argmax); no sampling")
     parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same text (default: none)")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +92,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
         help="run Python code of the model's repository; not needed for Griffin while modeling_griffin is installed",
     )
     arguments = parser.parse_args(argv)
+    for name, usual in SAMPLING.items():
+        if (given := getattr(arguments, name)) is None:
+            setattr(arguments, name, usual)
+        elif arguments.greedy:
+            parser.error(f"--{name} {given} with --greedy: allowed is one of them, for greedy search draws nothing")
     for name, allowed, holds in (
         ("max_new_tokens", "whole numbers from 1", arguments.max_new_tokens >= 1),
         ("temperature", "numbers above 0 (or --greedy)", arguments.temperature > 0),

@@ -231,6 +231,7 @@ def test_bad_input(finished, tmp_path, changes, arguments, message):
         ),
         (yaml.safe_dump({**SWEEP, "seeds": 3}), "seeds = 3: allowed is a list of whole numbers"),
         (yaml.safe_dump({**SWEEP, "seeds": []}), r"seeds = \[\]: allowed is a list of whole numbers, at least one"),
+        (yaml.safe_dump({**SWEEP, "seed": 3}), "sweep.yaml: seed: allowed are .*seeds"),
         (yaml.safe_dump({**SWEEP, "common": [1]}), r"common = \[1\]: allowed is a mapping"),
         *(
             (yaml.safe_dump({**SWEEP, "tasks": {"a": {**RECALL, **change}}}), message)
@@ -239,6 +240,7 @@ def test_bad_input(finished, tmp_path, changes, arguments, message):
                 ({"learning_rates": ["fast"]}, r"learning_rates = \['fast'\] of task 'a'"),
                 ({"steps": 0}, "steps = 0 of task 'a': allowed is a whole number from 1"),
                 ({"arms": "uniform"}, "arms = uniform of task 'a': allowed is a list of names"),
+                ({"weight_decays": 0.1}, "weight_decays of task 'a': allowed are arms, .*weight_decay, "),
             )
         ),
     ],

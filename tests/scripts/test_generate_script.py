@@ -82,6 +82,14 @@ def test_wrong_options(option, value, allowed, capsys):
     assert f"{option} {value}: allowed are {allowed}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option, value", [("--temperature", "0.5"), ("--top_k", "3"), ("--top_p", "1.0")])
+def test_what_greedy_search_would_ignore_is_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        read_arguments(["m", "--greedy", option, value])
+    assert f"{option} {value} with --greedy: allowed is one of them" in capsys.readouterr().err
+    assert read_arguments(["m"]).temperature == read_arguments(["m", "--greedy"]).temperature == 0.8
+
+
 def test_pickles_are_not_read(folder, tmp_path):
     """Stock loading would take pytorch_model.bin where there are no safetensors."""
     weights = shutil.copytree(folder, tmp_path / "pickled") / "model.safetensors"
