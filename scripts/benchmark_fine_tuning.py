@@ -3,10 +3,11 @@
     python scripts/benchmark_fine_tuning.py                     2.1B parameters, bfloat16, 2,000 rows of 50 to 2,000
     python scripts/benchmark_fine_tuning.py --ways padded --models Griffin
 
-End to end: collator, forward, backward, clipping and AdamW, as the trainers do them; the first steps, in which kernels
-compile and shapes are recorded, are not timed. Lengths are drawn log-uniformly and tokens at random, the same for all
-models; the loss is over all tokens. Real tokens count, padding does not. Writes OUTPUT.json and OUTPUT.md after every
-row.
+End to end: collator, forward, backward, clipping and AdamW, as the trainers do them. Rows are pieces of this project's
+pages and programs, a byte a token, of lengths drawn log-uniformly; they come in one order, so that all models see the
+same ones, and a run of fewer steps sees the first of them. The loss is over all tokens. Not timed are the first steps:
+four of the lengths that recorded steps are padded to, and more, in which kernels compile. Real tokens count, padding
+does not. Writes OUTPUT.json and OUTPUT.md after every row.
 """
 
 import argparse
@@ -41,13 +42,15 @@ WAYS = {  # trainer; whether rows are laid end to end; whether steps are recorde
     "end to end, SFTTrainer": ("SFTTrainer", True, False),
 }
 BUCKETS = 4  # lengths that recorded rows are padded to
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ("docs/**/*.md", "modeling_griffin/**/*.py", "scripts/**/*.py", "tests/**/*.py")
 
 
 class Clock(TrainerCallback):
-    """Time and steps after `warmup` steps; ends the run after `seconds` of them."""
+    """Time and steps after `warmup` steps; ends the run behind `most` of them, or once they took `limit` seconds."""
 
-    def __init__(self, warmup: int, seconds: float):
-        self.warmup, self.limit, self.steps, self.seconds = warmup, seconds, 0, 0.0
+    def __init__(self, warmup: int, most: int, limit: float):
+        self.warmup, self.most, self.limit, self.steps, self.seconds = warmup, most, limit, 0, 0.0
         self.start: float | None = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -58,14 +61,25 @@ class Clock(TrainerCallback):
         now = time.perf_counter()
         self.start = self.start or now
         self.steps, self.seconds = state.global_step - self.warmup, now - self.start
-        control.should_training_stop |= self.seconds > self.limit
+        control.should_training_stop |= self.steps >= self.most or self.seconds > self.limit
 
 
-def rows_of(number: int, shortest: int, longest: int, vocabulary: int) -> list[dict]:
-    """Rows of random tokens, their lengths log-uniform, the same at each call."""
-    drawn, generator = random.Random(0), torch.Generator().manual_seed(0)
-    lengths = [round(math.exp(drawn.uniform(math.log(shortest), math.log(longest)))) for _ in range(number)]
-    return [{"input_ids": torch.randint(0, vocabulary, (n,), generator=generator).tolist()} for n in lengths]
+def text_bytes() -> bytes:
+    """This project's pages and programs, one behind another."""
+    files = sorted(path for pattern in TEXTS for path in ROOT.glob(pattern))
+    return b"".join(path.read_bytes() for path in files)
+
+
+def rows_of(arguments: argparse.Namespace) -> list[dict]:
+    """Pieces of the text, one behind another and from its start again; those of the first steps have set lengths."""
+    drawn, text, begin, rows = random.Random(0), text_bytes(), 0, []
+    low, high = math.log(arguments.shortest), math.log(arguments.longest)
+    first = [length for length in buckets(arguments.longest, False, 1) for _ in range(arguments.batch)]
+    for length in [*first, *(round(math.exp(drawn.uniform(low, high))) for _ in range(arguments.rows))]:
+        begin = 0 if begin + length > len(text) else begin
+        rows.append({"input_ids": list(text[begin : begin + length])})
+        begin += length
+    return rows
 
 
 def pad(examples: list[dict]) -> dict:
@@ -96,7 +110,7 @@ def make_trainer(
         output_dir=folder, num_train_epochs=1000, per_device_train_batch_size=arguments.batch, learning_rate=1e-5,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch", bf16=False,
-        use_cpu=not torch.cuda.is_available(), seed=0,
+        use_cpu=not torch.cuda.is_available(), seed=0, train_sampling_strategy="sequential",
     )  # fmt: skip
     if name == "Trainer":
         collate = DataCollatorWithFlattening() if end_to_end else pad
@@ -114,10 +128,9 @@ def measure(model_name: str, way: str, arguments: argparse.Namespace) -> dict:
     """Tokens a second of one way of one model, over the timed steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _make(MODELS[model_name], arguments.size, device, getattr(torch, arguments.dtype))
-    rows = rows_of(arguments.rows, arguments.shortest, arguments.longest, model.config.vocab_size)
-    clock, seen = Clock(arguments.warmup, arguments.seconds), []
+    clock, seen = Clock(arguments.warmup, arguments.steps, arguments.seconds), []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(way, model, rows, arguments, folder, clock)
+        trainer = make_trainer(way, model, rows_of(arguments), arguments, folder, clock)
         collate = trainer.data_collator
 
         def counted(examples):
@@ -143,9 +156,10 @@ def text(report: dict) -> str:
     asked = report["asked"]
     lines = [f"# Fine-tuning on rows of many lengths, {asked['size']}", "", *birth_lines(report["birth"]), ""]
     lines += [
-        f"{asked['rows']} rows of {asked['shortest']} to {asked['longest']} random tokens, log-uniform,",
-        f"{asked['batch']} a step, {asked['dtype']} weights, AdamW, clipping; the first {asked['warmup']} steps are",
-        "not timed. Real tokens count, padding does not.",
+        f"{asked['rows']} rows of {asked['shortest']} to {asked['longest']} tokens, bytes of this project's text,",
+        f"lengths log-uniform, {asked['batch']} a step, {asked['dtype']} weights, AdamW, clipping. Timed are "
+        f"{asked['steps']} steps behind",
+        f"{asked['warmup']}, over the same rows for all; real tokens count, padding does not.",
         "",
         "| model | way | steps | step, ms | tokens/s | against Llama, the same way | peak, GiB |",
         "|---|---|---|---|---|---|---|",
@@ -171,10 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=2000, help="tokens")
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--warmup", type=int, default=12, help="steps before those that are timed")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long each row is timed")
+    parser.add_argument("--steps", type=int, default=492, help="that are timed; the default: to the end of the rows")
+    parser.add_argument("--seconds", type=float, default=60.0, help="at most, of each line of the table")
     parser.add_argument("--output", type=Path, default=None, help="path without suffix")
     parser.add_argument("--commit", default=None, help="the commit that runs, for a copy without its git history")
     arguments = parser.parse_args(argv)
+    parser.check_least(arguments, warmup=BUCKETS, steps=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = arguments.output or Path("results") / "training" / f"fine_tuning_{short_device_name(device)}"
     parser.make_folder_of(output)

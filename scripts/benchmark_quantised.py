@@ -38,6 +38,7 @@ from modeling_griffin.decode.eligibility import decide
 
 
 PARTS = ("decode", "qlora", "float8", "text")
+QLORA = ("nf4, constants too", "torchao int8")
 TOKENS = 64  # that are compared
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="of decode and text")
     parser.add_argument("--size", choices=SIZES, default="2b", help="of decode and float8")
+    forward = "also one row of the model's own forward pass"
+    parser.add_argument("--forward", action=argparse.BooleanOptionalAction, default=True, help=forward)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64], help="rows of decode")
     parser.add_argument("--new", type=int, default=128, help="tokens of a timed generation of decode")
     parser.add_argument(
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--qlora_cells", type=_cell, nargs="+", default=[(1, 2048), (4, 2048)], metavar="BxT", help="of qlora"
     )
+    parser.add_argument("--qlora_schemes", nargs="+", choices=QLORA, default=list(QLORA), help="of qlora")
     models = ["griffin", "llama"]
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="of qlora")
     parser.add_argument("--cell", type=_cell, default=(8, 2048), metavar="BxT", help="of float8")
@@ -106,7 +110,7 @@ def decode(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
         fixed = {"scheme": scheme, "memory": _allocated(arguments.device) - before, "bytes": bytes_of(model)}
         for rows in arguments.rows:
             yield _try({**fixed, "rows": rows}, _decode_row, model, rows, arguments)
-        if scheme != "bfloat16":
+        if scheme != "bfloat16" and arguments.forward:
             yield _try({**fixed, "rows": 1}, without_kernels, partial(_decode_row, model, 1, arguments, compare=False))
         model = None
 
@@ -162,7 +166,7 @@ def _beside_dequantised(model, found: torch.Tensor) -> dict:
 
 def qlora(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
     for name in arguments.models:
-        for scheme in ("nf4, constants too", "torchao int8"):
+        for scheme in arguments.qlora_schemes:
             try:
                 model = _with_adapters(quantise(_large(name, arguments), scheme), name)
             except Exception as error:

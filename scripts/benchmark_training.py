@@ -40,11 +40,12 @@ from modeling_griffin.kernels import dispatch
 
 # width, depth, MLP of each branch, heads of attention, vocabulary, window
 SIZES = {
-    "tiny": (32, 3, 96, 2, 64, 16),
+    "tiny": (32, 3, 96, 2, 320, 16),  # bytes and the ends of texts fit in
     "10m": (256, 12, 768, 4, 4096, 1024),
     "400m": (1536, 12, 4608, 12, 32000, 1024),
     "2b": (2560, 26, 7680, 20, 32000, 1024),
 }
+PRESETS = ("recurrentgemma-2b", "recurrentgemma-9b")  # sizes that configuration/model/ has
 CELLS = {"cpu": [(1, 256), (1, 1024), (1, 4096)], "cuda": [(8, 2048), (2, 8192), (1, 16384)]}
 PEAK_FLOPS = {"h100": 989e12, "h200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 OWN = "Griffin, this project"
@@ -54,7 +55,7 @@ MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the loss and of th
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__file__, description=__doc__.splitlines()[0])
     parser.add_device()
-    parser.add_argument("--size", choices=SIZES, default=None, help="default 10m on a CPU, 2b on a GPU")
+    parser.add_argument("--size", choices=[*SIZES, *PRESETS], default=None, help="default 10m on a CPU, 2b on a GPU")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default=None, help="default float32 on a CPU, else bfloat16"
     )
@@ -121,7 +122,21 @@ def _cell(word: str) -> tuple[int, int]:
 
 
 def griffin(size: str) -> PreTrainedModel:
-    return GriffinForCausalLM(_griffin_config(size))
+    return GriffinForCausalLM(config_of(size))
+
+
+def config_of(size: str) -> GriffinConfig:
+    return GriffinConfig.from_preset(size) if size in PRESETS else _griffin_config(size)
+
+
+def _shape(size: str) -> tuple[int, ...]:
+    """A line of SIZES, or what the preset would have there."""
+    if size in SIZES:
+        return SIZES[size]
+    config = GriffinConfig.from_preset(size)
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    window = config.attention_window_size
+    return config.hidden_size, layers, config.intermediate_size, heads, config.vocab_size, window
 
 
 def _griffin_config(size: str) -> GriffinConfig:
@@ -137,7 +152,7 @@ def _griffin_config(size: str) -> GriffinConfig:
 
 
 def recurrent_gemma(size: str) -> PreTrainedModel:
-    width, depth, mlp, heads, vocabulary, window = SIZES[size]
+    width, depth, mlp, heads, vocabulary, window = _shape(size)
     config = RecurrentGemmaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -154,7 +169,7 @@ def recurrent_gemma(size: str) -> PreTrainedModel:
 
 
 def llama(size: str) -> PreTrainedModel:
-    width, depth, mlp, heads, vocabulary, _ = SIZES[size]
+    width, depth, mlp, heads, vocabulary, _ = _shape(size)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -171,7 +186,7 @@ def llama(size: str) -> PreTrainedModel:
 def hgrn(size: str) -> PreTrainedModel:
     from fla.models import HGRNConfig, HGRNForCausalLM
 
-    width, depth, mlp, _, vocabulary, _ = SIZES[size]
+    width, depth, mlp, _, vocabulary, _ = _shape(size)
     config = HGRNConfig(
         vocab_size=vocabulary,
         hidden_size=width,

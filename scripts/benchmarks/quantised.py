@@ -51,7 +51,7 @@ def _by_bitsandbytes(linear: nn.Linear, scheme: str) -> nn.Module:
         nested = scheme != "nf4"
         made = bnb.nn.Linear4bit(*sizes, compute_dtype=weight.dtype, compress_statistics=nested, quant_type="nf4")
         made.weight = bnb.nn.Params4bit(
-            weight.data.cpu(), requires_grad=False, compress_statistics=nested, quant_type="nf4", module=made
+            weight.data, requires_grad=False, compress_statistics=nested, quant_type="nf4", module=made
         )
     made.bias = linear.bias
     return made.to(weight.device)  # where bitsandbytes packs

@@ -40,6 +40,18 @@ def test_quantised_where_they_are(scheme, small_model):
     assert (found - before).abs().max() > 1e-3 * before.abs().max()
 
 
+def test_what_is_left_out(tmp_path, usual_four_bits):
+    """The forward pass beside the fused step, and schemes of QLoRA that were not asked for."""
+    pytest.importorskip("bitsandbytes")
+    words = [*TINY, "--parts", "decode", "qlora", "--schemes", "nf4", "--no-forward", "--qlora_schemes"]
+    small = ["--qlora_size", "tiny", "--qlora_cells", "1x16", "--models", "llama"]
+    benchmark_quantised.main([*words, "nf4, constants too", *small, "--output", str(tmp_path / "page")])
+    report = json.loads((tmp_path / "page.json").read_text())
+    assert [row["scheme"] for row in report["decode"]] == ["nf4"]
+    assert [(row["model"], row["scheme"]) for row in report["qlora"]] == [("llama", "nf4, constants too")]
+    assert "failed" not in report["qlora"][0]
+
+
 def test_a_row_that_fails_says_why():
     def measure():
         raise RuntimeError("no such\nkernel")

@@ -48,6 +48,17 @@ def test_models_are_of_one_size():
     assert max(sizes) < 1.15 * min(sizes)
 
 
+@pytest.mark.parametrize("size", benchmark_training.PRESETS)
+def test_presets_are_sizes(size):
+    """A peer's size is the preset's: on tensors without memory."""
+    with torch.device("meta"):
+        own, *peers = (benchmark_training.MODELS[name](size) for name in list(benchmark_training.MODELS)[:3])
+    assert own.config.final_logit_softcapping == 30.0 and own.config.vocab_size == 256000
+    for peer in peers:
+        assert abs(peer.num_parameters() / own.num_parameters() - 1) < 0.1
+        assert peer.config.head_dim == own.config.head_dim
+
+
 def test_nothing_is_timed_that_is_wrong(tmp_path, monkeypatch):
     right = rg_lru.rg_lru_scan
 
