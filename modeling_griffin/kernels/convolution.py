@@ -14,6 +14,7 @@ from ..gpu import ceil_div
 from .device.training import CONVOLUTION_BACKWARD, CONVOLUTION_FORWARD
 from .device.training import ConvolutionTile as Tile
 from .launch import launch, power_of_2
+from .sums import sum_of_rows
 
 
 try:
@@ -106,9 +107,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def _parameter_gradients(partial, weight, bias_dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    total = partial.sum(0)
-    if weight.dtype == bias_dtype:
-        total = total.to(bias_dtype)  # both at once
+    total = sum_of_rows(partial, bias_dtype if weight.dtype == bias_dtype else torch.float32)
     d_weight, d_bias = total.split((weight.numel(), total.numel() - weight.numel()))
     return d_weight.view(weight.shape).to(weight.dtype), d_bias.to(bias_dtype)
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..gpu import multiprocessors, register_limit
 from .device.training import GATED_BACKWARD, GATED_FORWARD, NORM_BACKWARD, ROTATED_ROWS, norm_tile
 from .launch import launch, power_of_2
+from .sums import sum_of_rows
 
 
 try:
@@ -87,7 +88,7 @@ def _norm_gradients(d_normed, d_total, total, weight, eps) -> tuple[torch.Tensor
     d_normed, d_total = (None if d is None else d.contiguous() for d in (d_normed, d_total))
     arguments = (d_normed, d_total, total, weight, d_x, partial, rows, columns, eps)
     launch(_norm_backward, (programs,), *arguments, **tile, **register_limit(registers, total.device))
-    return d_x, partial.sum(0).to(weight.dtype)
+    return d_x, sum_of_rows(partial, weight.dtype)
 
 
 class _GeluGated(torch.autograd.Function):
@@ -146,9 +147,9 @@ def gelu_gated_backward(
     d_gate, d_x, columns = torch.empty_like(gate), torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns
     grid = _grid(GATED_BACKWARD, rows, columns)
-    partial = x.new_empty(2, grid[0], columns, dtype=torch.float32) if sums else None
+    partial = x.new_empty(grid[0], 2 * columns, dtype=torch.float32) if sums else None
     launch(_gated_backward, grid, d_y.contiguous(), gate, x, d_gate, d_x, partial, rows, columns, *GATED_BACKWARD)
-    return d_gate, d_x, partial.sum(1).to(x.dtype).unbind(0) if sums else None
+    return d_gate, d_x, sum_of_rows(partial, x.dtype).split(columns) if sums else None
 
 
 def _grid(tile: tuple[int, int, int], rows: int, columns: int) -> tuple[int, int]:
@@ -255,7 +256,6 @@ if triton is not None:
             tl.store(p_d_x + i, d_x.to(p_d_x.dtype.element_ty), mask=m)
             sum_gate, sum_x = sum_gate + d_gate, sum_x + d_x
         if p_partial is not None:
-            i_partial = tl.program_id(0).to(tl.int64) * D + i_column
-            p_second = p_partial + tl.num_programs(0).to(tl.int64) * D
+            i_partial = tl.program_id(0).to(tl.int64) * (2 * D) + i_column
             tl.store(p_partial + i_partial, tl.sum(sum_gate, 0), mask=i_column < D)
-            tl.store(p_second + i_partial, tl.sum(sum_x, 0), mask=i_column < D)
+            tl.store(p_partial + i_partial + D, tl.sum(sum_x, 0), mask=i_column < D)
