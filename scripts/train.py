@@ -236,7 +236,9 @@ def train(trainer: GriffinTrainer, facts: dict, checkpoint: str | None) -> dict:
         before, trainer.checkpoint = read_state(checkpoint), checkpoint
         trainer.args.eval_on_start = False  # the run has begun, and been evaluated there
     begun = len(before.get("log_history", []))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    # The backward pass in this thread: what is written in Python takes twice as long in one of autograd's own.
+    with torch.autograd.set_multithreading_enabled(False):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     check_ended(trainer)
     history = trainer.state.log_history
     seconds = result.metrics["train_runtime"] - sum(entry.get("eval_runtime", 0) for entry in history[begun:])
