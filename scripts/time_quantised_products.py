@@ -51,7 +51,7 @@ SCHEMES = ("bfloat16", "nf4", "nf4, constants too", "int8", "float8", "library")
 BYTES = {"bfloat16": 2.0, "nf4": 0.5 + 4 / 64, "nf4, constants too": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0,
          "float8": 1.0, "library": 0.5 + 4 / 64}  # fmt: skip
 TILES = {
-    "few nf4": ["4x5x1x0x0", "4x2x1x4", "8x3x1x3", "8x2x1x2", "16x2x1x2", "8x1x2x2"],
+    "few nf4": ["4x5x1x0x0", "4x2x1x4", "8x3x1x3", "8x4x1x2", "16x2x1x2", "8x1x2x2"],
     "few bytes": ["4x2x3", "8x2x3", "4x2x5", "2x2x5"],
     "many": ["64x128x4x4", "128x128x3x8", "64x64x6x4", "64x128x3x8"],
 }

@@ -19,6 +19,7 @@ from torch import nn
 from modeling_griffin.decode import linear as decode_linear
 from modeling_griffin.decode import packed
 from modeling_griffin.decode.linear import Gemms
+from modeling_griffin.kernels.device import decode as tables
 
 
 pytest.importorskip("triton")
@@ -79,14 +80,26 @@ if not INTERPRETED:  # which is too slow for them
 
 @pytest.mark.parametrize("rows, inputs, outputs", CASES)
 @pytest.mark.parametrize("kind", ["nf4", "nf4, constants too"])
-@torch.no_grad()
 def test_values(kind, rows, inputs, outputs, monkeypatch):
+    poison_what_is_new(monkeypatch)
+    assert_values(kind, rows, inputs, outputs)
+
+
+def test_values_of_two_blocks_a_program(monkeypatch):
+    """Whose tiles are asked for as they are used, from one block to the next."""
+    for table in (tables.MATVEC_NF4, tables.MATVEC_GATED_NF4):
+        monkeypatch.setitem(table, 1, {(0, 0): (2, 1, 2, 0, 1)})
+    poison_what_is_new(monkeypatch)
+    assert_values("nf4, constants too", 1, 1216, 33)
+
+
+@torch.no_grad()
+def assert_values(kind, rows, inputs, outputs):
     x, norm = normal(rows, inputs, dtype=DTYPE), make_norm(inputs, DTYPE)
     layers = [make_packed(kind, inputs, size, DTYPE, bias=False) for size in (outputs, 16, 3)]
     gate, up = (make_packed(kind, inputs, outputs, DTYPE) for _ in range(2))
     up.bias = nn.Parameter(up.bias.float())
     residual = normal(rows, outputs, dtype=DTYPE)
-    poison_what_is_new(monkeypatch)
     gemms = Gemms({"PDL": False}, True)
 
     for some in (layers, layers[:2], layers[:1]):
