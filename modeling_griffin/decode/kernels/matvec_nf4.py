@@ -8,7 +8,12 @@ bitsandbytes' own kernel for one row does, and x (1 + norm). Scales and sums are
 A warp takes 16 outputs and 128 inputs at a time, with instructions of matrix units over 16 outputs, 16 inputs and 8
 columns. Of a group of four threads, each loads 16 bytes of one output and of the one 8 below. Only the sum over inputs
 is fixed, so that inputs need no order: each thread's weights meet the inputs that stand in front of them. A column is
-a row of x, one of the two groups of 64 inputs that have a scale, and one of 4 / ROWS tiles: elsewhere it is zero.
+a row of x, one of the two groups of 64 inputs that have a scale (for the other it is zero), and one of 4 / ROWS tiles:
+what it makes of the weights of others is not taken.
+
+Between the end of the kernel in front and its own a kernel waits for x, for sums, and for one exchange between warps.
+All else is had before: weights, into the cache of all programs too where there is one instruction for that (compute
+capability 9), scales, norm, bias.
 
 Tensors here have one element a thread, so that `inline assembly` of a warp sees the elements that it is meant for.
 In Triton's interpreter, which has no assembly, the same is written out.
@@ -275,6 +280,7 @@ def _asked_for(
     EACH: tl.constexpr = (TILES + WARPS - 1) // WARPS  # tiles of a warp
     SLOTS: tl.constexpr = 4 // ROWS  # tiles whose sums have columns of their own
     STEPS: tl.constexpr = (EACH + SLOTS - 1) // SLOTS
+    STEPS_AHEAD: tl.constexpr = 2 if ROWS == 1 else 1  # whose inputs are asked for at once
     i_thread = tl.arange(0, 32 * WARPS)
     i_lane = i_thread % 32
     i_row, i_quarter = i_lane // 4, i_lane % 4  # of weights
@@ -296,8 +302,9 @@ def _asked_for(
     norms = ()
     if NORM:
         for step in tl.static_range(STEPS):
-            i_d, is_there = _inputs_of_columns(i_lane, i_tile, step, D, EACH, SLOTS, ROWS)
-            norms = norms + _load_row(p_norm + i_d, is_there)
+            if step < STEPS_AHEAD:
+                i_d, is_there = _inputs_of_columns(i_lane, i_tile, step, D, EACH, SLOTS, ROWS)
+                norms = norms + _load_row(p_norm + i_d, is_there)
     table = _table(p_code, i_lane, p_norm.dtype.element_ty)
     factors = ()
     for step in tl.static_range(BLOCKS * STEPS):
@@ -331,7 +338,7 @@ def _inputs_of_columns(
 
 @triton.jit
 def _products(
-    p_x, p_code, matrices, asked, i_first, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
+    p_x, p_norm, p_code, matrices, asked, i_first, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
     NORM: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """norm(x) w^T for outputs from i_first on: of each block of 16 and each matrix two (8, ROWS), float32.
@@ -343,6 +350,7 @@ def _products(
     EACH: tl.constexpr = (TILES + WARPS - 1) // WARPS
     SLOTS: tl.constexpr = 4 // ROWS
     STEPS: tl.constexpr = (EACH + SLOTS - 1) // SLOTS
+    STEPS_AHEAD: tl.constexpr = 2 if ROWS == 1 else 1  # whose inputs are asked for at once
     words, factors, norms, table = asked
     i_thread = tl.arange(0, 32 * WARPS)
     i_lane = i_thread % 32
@@ -350,18 +358,21 @@ def _products(
     i_tile = i_thread // 32 * EACH
     zero = tl.zeros((32 * WARPS,), tl.float32)
     squares = (zero, zero, zero, zero)
+    p_row = p_x + i_lane // 8 % ROWS * D
     xs = ()
     for step in tl.static_range(STEPS):
-        i_d, is_there = _inputs_of_columns(i_lane, i_tile, step, D, EACH, SLOTS, ROWS)
-        xs = xs + _load_row(p_x + i_lane // 8 % ROWS * D + i_d, is_there)
+        if step < STEPS_AHEAD:
+            i_d, is_there = _inputs_of_columns(i_lane, i_tile, step, D, EACH, SLOTS, ROWS)
+            xs = xs + _load_row(p_row + i_d, is_there)
     if PTX:
         tl.inline_asm_elementwise(ASKED, "=r,r", [i_thread], dtype=tl.int32, is_pure=False, pack=1)
     if NORM:
         scaled = ()
         for step in tl.static_range(STEPS):
-            squares = _add_squares(xs, 16 * step, squares, dtype, WARPS)
-            for i in tl.static_range(16):
-                scaled = scaled + (_times_norm(xs[16 * step + i], norms[16 * step + i], dtype),)
+            if step < STEPS_AHEAD:
+                squares = _add_squares(xs, 16 * step, squares, dtype, WARPS)
+                for i in tl.static_range(16):
+                    scaled = scaled + (_times_norm(xs[16 * step + i], norms[16 * step + i], dtype),)
         xs = scaled
     totals = ()
     of_block = ()
@@ -399,6 +410,16 @@ def _products(
                     * factors[4 * MATRICES * (STEPS * (i // EACH) + i % EACH // SLOTS) + 2 * part + 1],
                 )
             of_block = new
+            if i < EACH and i // SLOTS + STEPS_AHEAD < STEPS:
+                i_d, is_there = _inputs_of_columns(i_lane, i_tile, i // SLOTS + STEPS_AHEAD, D, EACH, SLOTS, ROWS)
+                x = _load_row(p_row + i_d, is_there)
+                if NORM:
+                    squares = _add_squares(x, 0, squares, dtype, WARPS)
+                    norm = _load_row(p_norm + i_d, is_there)
+                    for word in tl.static_range(16):
+                        xs = xs + (_times_norm(x[word], norm[word], dtype),)
+                else:
+                    xs = xs + x
         if i % EACH == EACH - 1:
             totals = totals + of_block
     if NORM:  # of products of columns those with themselves
@@ -492,7 +513,7 @@ def nf4_matvec_kernel(
     for i in tl.static_range(2 * BLOCKS if RESIDUAL else 0):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
         residuals = residuals + (tl.load(p_residual + i_m * N + i_n, mask=i_n < N, other=0.0).to(tl.float32),)
-    ys = _products(p_x, p_code, matrix, asked, i_first, eps, N, D, ROWS, 1, NORM, WARPS, AHEAD, BLOCKS)
+    ys = _products(p_x, p_norm, p_code, matrix, asked, i_first, eps, N, D, ROWS, 1, NORM, WARPS, AHEAD, BLOCKS)
     for i in tl.static_range(2 * BLOCKS):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
         y = ys[i] + biases[i]
@@ -520,7 +541,7 @@ def nf4_gated_matvec_kernel(
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-    ys = _products(p_x, p_code, both, asked, i_first, eps, N, D, ROWS, 2, True, WARPS, AHEAD, BLOCKS)
+    ys = _products(p_x, p_norm, p_code, both, asked, i_first, eps, N, D, ROWS, 2, True, WARPS, AHEAD, BLOCKS)
     i_m = tl.arange(0, ROWS)[None, :]
     for i in tl.static_range(2 * BLOCKS):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
