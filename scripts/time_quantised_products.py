@@ -5,8 +5,9 @@
 
 The products of the 2.1-billion model, each in a CUDA graph of launches over copies of the weights that do not fit the
 cache, so that bytes come from memory. A setting is first compared with float64 over the numbers that the weights stand
-for. "now" is what the package takes; other tiles are, for 1 to 4 rows: of NF4 warps x tiles ahead, of 8 bits outputs x
-warps x tiles ahead; for more, outputs x inputs x stages x warps. `library` is bitsandbytes' own kernel, where it is
+for. "now" is what the package takes; other tiles are, for 1 to 4 rows: of NF4 warps x tiles ahead [x blocks of outputs
+x programs a multiprocessor x whether all weights are first asked for], of 8 bits outputs x warps x tiles ahead; for
+more, outputs x inputs x stages x warps [x programs]. `library` is bitsandbytes' own kernel, where it is
 installed. A step is the sum over the model's layers. Writes OUTPUT.md and prints it.
 """
 
@@ -50,7 +51,7 @@ SCHEMES = ("bfloat16", "nf4", "nf4, constants too", "int8", "float8", "library")
 BYTES = {"bfloat16": 2.0, "nf4": 0.5 + 4 / 64, "nf4, constants too": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0,
          "float8": 1.0, "library": 0.5 + 4 / 64}  # fmt: skip
 TILES = {
-    "few nf4": ["4x3", "4x5", "8x3", "8x5"],
+    "few nf4": ["4x5x1x0x0", "4x2x1x4", "8x3x1x3", "8x4x1x2", "16x2x1x2", "8x1x2x2"],
     "few bytes": ["4x2x3", "8x2x3", "4x2x5", "2x2x5"],
     "many": ["64x128x4x4", "128x128x3x8", "64x64x6x4", "64x128x3x8"],
 }
@@ -144,12 +145,20 @@ def _with_tile(tile: str, rows: int, scheme: str) -> Iterator[None]:
         replaced = patch.object(linear, "unpack", lambda each: each.held if isinstance(each, Layer) else unpack(each))
         stack.enter_context(replaced)
         if tile != "now":
-            numbers = tuple(map(int, tile.split("x")))
+            numbers = _numbers(tile, rows, scheme)
             for table in _tables(rows, scheme):
-                of_rows = {key: {(0, 0): numbers if len(numbers) == 2 else (*numbers, 1)} for key in table}
-                fixed = {(0, 0): numbers} if (0, 0) in table else of_rows
+                fixed = {(0, 0): numbers} if (0, 0) in table else {key: {(0, 0): numbers} for key in table}
                 stack.enter_context(patch.dict(table, fixed, clear=True))
         yield
+
+
+def _numbers(tile: str, rows: int, scheme: str) -> tuple[int, ...]:
+    """What a tile leaves out is 1 block, no limit to registers, and asking first; 1 program of a GEMM."""
+    numbers = tuple(map(int, tile.split("x")))
+    few = rows in tables.MATVEC_ROWS if scheme.startswith("nf4") else rows == 1
+    if few:
+        return (*numbers, *(1, 0, 1)[len(numbers) - 2 :]) if scheme.startswith("nf4") else numbers
+    return (*numbers, *(1,)[len(numbers) - 4 :])
 
 
 def _tables(rows: int, scheme: str) -> tuple[dict, dict]:

@@ -6,6 +6,9 @@ A byte holds an even input and the odd one behind it, so that a tile of bytes is
 Names and PDL as in `gemv`. Legend: M rows, D inputs of a product, N outputs, G groups of 64 inputs in a tile.
 """
 
+import os
+
+
 try:
     import triton
     import triton.language as tl
@@ -17,6 +20,7 @@ from .gemm import _add_up, _prefetch_tile, _scaled
 from .gemv import PTX
 
 
+SPLIT_IN_TWO = tl.constexpr(os.environ.get("NF4_SPLIT_IN_TWO") == "1")  # to be compared, then one of both goes
 GROUP = tl.constexpr(64)  # weights that share a scale
 NESTED_BLOCK = tl.constexpr(256)  # scales that share theirs
 # Thread l of each 16 keeps number l of the code, and a shuffle fetches the one that the last four bits ask for.
@@ -122,12 +126,16 @@ def _all_sums(
             x32 = x.to(tl.float32)
             squares += tl.sum(x32 * x32, 1)
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
-        x_even, x_odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
         each = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, G, GROUP // 2)), (BLOCK_N, HALF))
         even = (_look_up(p_code, own, packed >> 4) * each).to(x.dtype)
         odd = (_look_up(p_code, own, packed) * each).to(x.dtype)
-        sums = tl.dot(even, tl.trans(x_even), sums, input_precision="ieee")
-        sums = tl.dot(odd, tl.trans(x_odd), sums, input_precision="ieee")
+        if SPLIT_IN_TWO:
+            x_even, x_odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
+            sums = tl.dot(even, tl.trans(x_even), sums, input_precision="ieee")
+            sums = tl.dot(odd, tl.trans(x_odd), sums, input_precision="ieee")
+        else:
+            w = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
+            sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
         if NESTED:
             scale = _finish(stored, p_nested_code, p_nested_scale, p_offset, i_n, i + 1, N, D, NESTED)
             stored = _load_stored(p_scales, i_n, i + 2, N, D, G)

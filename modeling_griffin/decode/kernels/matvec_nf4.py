@@ -8,7 +8,12 @@ bitsandbytes' own kernel for one row does, and x (1 + norm). Scales and sums are
 A warp takes 16 outputs and 128 inputs at a time, with instructions of matrix units over 16 outputs, 16 inputs and 8
 columns. Of a group of four threads, each loads 16 bytes of one output and of the one 8 below. Only the sum over inputs
 is fixed, so that inputs need no order: each thread's weights meet the inputs that stand in front of them. A column is
-a row of x, one of the two groups of 64 inputs that have a scale, and one of 4 / ROWS tiles: elsewhere it is zero.
+a row of x, one of the two groups of 64 inputs that have a scale (for the other it is zero), and one of 4 / ROWS tiles:
+what it makes of the weights of others is not taken.
+
+Between the end of the kernel in front and its own a kernel waits for x, for sums, and for one exchange between warps.
+All else is had before: weights, into the cache of all programs too where there is one instruction for that (compute
+capability 9), scales, norm, bias.
 
 Tensors here have one element a thread, so that `inline assembly` of a warp sees the elements that it is meant for.
 In Triton's interpreter, which has no assembly, the same is written out.
@@ -23,7 +28,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 from ...kernels.arithmetic import gelu
-from .gemv import PTX, wait_for_the_kernel_before
+from .gemv import PTX
 
 
 GROUP = tl.constexpr(64)  # weights that share a scale
@@ -42,19 +47,21 @@ def _store_entry_ptx() -> str:
 
 
 def _tile_ptx() -> str:
-    """$0 to $3: sums; $4: the table; $5 to $8: words of an output; $9 to $12: of the one 8 below; $13 to $28: x;
-    $29 to $32: sums before."""
-    lines = [".reg .b32 a<4>;", ".reg .f32 c<4>;", *(f"mov.f32 c{i}, ${29 + i};" for i in range(4))]
+    """$0 to $3: sums; $4: the table; $5 to $8: words of an output; $9 to $12: of the one 8 below; $13 to $28: x.
+
+    Two sums in turn, since a product waits for the sum that it adds to.
+    """
+    lines = [".reg .b32 a<4>;", ".reg .f32 c<8>;", *(f"mov.f32 c{i}, 0f00000000;" for i in range(8))]
     for half in range(8):
         for i in range(4):  # this output and the one below, one byte; then the next byte
             word, byte = half // 2 + 4 * (i % 2) + 5, 2 * (half % 2) + i // 2
             lines.append(f"prmt.b32 a{i}, ${word}, 0, 0x444{byte};")
             lines.append(f"mad.lo.u32 a{i}, a{i}, 128, $4;")
             lines.append(f"ld.shared.b32 a{i}, [a{i}];")
-        c, x = "{c0, c1, c2, c3}", 13 + 2 * half
+        c, x = "{c0, c1, c2, c3}" if half % 2 else "{c4, c5, c6, c7}", 13 + 2 * half
         lines.append("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 " + c)
         lines.append(", {a0, a1, a2, a3}, {$" + f"{x}, ${x + 1}" + "}, " + c + ";")
-    return "{" + "\n".join([*lines, *(f"mov.f32 ${i}, c{i};" for i in range(4))]) + "}"
+    return "{" + "\n".join([*lines, *(f"add.f32 ${i}, c{i}, c{i + 4};" for i in range(4))]) + "}"
 
 
 def _squares_ptx() -> str:
@@ -76,9 +83,15 @@ LOAD_AGAIN = tl.constexpr(LOAD_WORDS.value.replace("HINT", "L1::evict_last"))
 LOADED = tl.constexpr("=&r,=&r,=&r,=&r,l,r")
 STORE_ENTRY = tl.constexpr(_store_entry_ptx())
 TILE_PRODUCT = tl.constexpr(_tile_ptx())
-TILE_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 25 + ",f" * 4)
+TILE_OPERANDS = tl.constexpr("=&f,=&f,=&f,=&f" + ",r" * 25)
 SQUARES = tl.constexpr(_squares_ptx())
 SQUARES_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 16 + ",f" * 4)
+# Asks for bytes into the cache of all programs; nothing waits for them. Compute capability 9.
+PREFETCH_ROWS = tl.constexpr(
+    "{.reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3;} mov.b32 $0, 0;"
+)
+# No load is moved behind it: the compiler would rather save registers than ask for all at once.
+ASKED = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
 TIMES_NORM = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $1;")
 
 
@@ -153,23 +166,24 @@ def _columns(a, b, WARPS: tl.constexpr):
 
 @triton.jit
 def _tile_product(
-    p_code, table, words, x, sums, AT: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr, WARPS: tl.constexpr
-):
-    """sums + w x of a tile: two columns of a thread's output, and of the one 8 below. Words from AT on, sums from C."""
+    p_code, table, words, xs, AT: tl.constexpr, X: tl.constexpr, dtype: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """w x of a tile: two columns of a thread's output, and of the one 8 below. Words from AT on, x from X."""
     if PTX:
         dtypes: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
         return tl.inline_asm_elementwise(
             TILE_PRODUCT, TILE_OPERANDS,
             [table, words[AT], words[AT + 1], words[AT + 2], words[AT + 3],
              words[AT + 4], words[AT + 5], words[AT + 6], words[AT + 7],
-             x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15],
-             sums[C], sums[C + 1], sums[C + 2], sums[C + 3]],
+             xs[X], xs[X + 1], xs[X + 2], xs[X + 3], xs[X + 4], xs[X + 5], xs[X + 6], xs[X + 7], xs[X + 8], xs[X + 9],
+             xs[X + 10], xs[X + 11], xs[X + 12], xs[X + 13], xs[X + 14], xs[X + 15]],
             dtype=dtypes, is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        c0, c1, c2, c3 = sums[C], sums[C + 1], sums[C + 2], sums[C + 3]
+        c0 = tl.zeros((32 * WARPS,), tl.float32)
+        c1, c2, c3 = c0, c0, c0
         for i in tl.static_range(32):
-            number = _half(x[i // 2], i % 2, dtype)
+            number = _half(xs[X + i // 2], i % 2, dtype)
             first = words[AT + i // 8] >> (8 * (i % 8 // 2) + 4 * (1 - i % 2))
             second = words[AT + 4 + i // 8] >> (8 * (i % 8 // 2) + 4 * (1 - i % 2))
             a0, a1 = _columns(tl.load(p_code + (first & 15)).to(dtype).to(tl.float32), number, WARPS)
@@ -179,20 +193,21 @@ def _tile_product(
 
 
 @triton.jit
-def _add_squares(x, sums, dtype: tl.constexpr, WARPS: tl.constexpr):
-    """sums + products of each two columns of x, of which only those with themselves are wanted."""
+def _add_squares(xs, X: tl.constexpr, sums, dtype: tl.constexpr, WARPS: tl.constexpr):
+    """sums + products of each two columns of x (from X on), of which only those with themselves are wanted."""
     if PTX:
         dtypes: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
         return tl.inline_asm_elementwise(
             SQUARES, SQUARES_OPERANDS,
-            [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15],
+            [xs[X], xs[X + 1], xs[X + 2], xs[X + 3], xs[X + 4], xs[X + 5], xs[X + 6], xs[X + 7], xs[X + 8], xs[X + 9],
+             xs[X + 10], xs[X + 11], xs[X + 12], xs[X + 13], xs[X + 14], xs[X + 15],
              sums[0], sums[1], sums[2], sums[3]],
             dtype=dtypes, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         c0, c1, c2, c3 = sums
         for i in tl.static_range(32):
-            number = _half(x[i // 2], i % 2, dtype)
+            number = _half(xs[X + i // 2], i % 2, dtype)
             a0, a1 = _columns(number, number, WARPS)
             c0, c1 = c0 + a0, c1 + a1
         return c0, c1, c2, c3
@@ -239,112 +254,227 @@ def _load_scales(
 
 
 @triton.jit
-def _scales(p_nested_code, p_offset, scale, shared, NESTED: tl.constexpr):
+def _prefetch(matrices, i_first, i_thread, N, D: tl.constexpr, MATRICES: tl.constexpr, BLOCKS: tl.constexpr,
+              WARPS: tl.constexpr):  # fmt: skip
+    """All of a program's weights, which lie side by side: of each warp some rows."""
+    if PTX:
+        ROWS: tl.constexpr = 16 * BLOCKS // WARPS
+        i_n = i_first + i_thread // 32 * ROWS
+        wanted = ((i_thread % 32 == 0) & (i_n + ROWS <= N)).to(tl.int32)
+        for i in tl.static_range(MATRICES):
+            p = (matrices[5 * i] + i_n.to(tl.int64) * (D // 2)).to(tl.int64)
+            tl.inline_asm_elementwise(
+                PREFETCH_ROWS, "=r,l,r,r", [p, wanted, ROWS * D // 2], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+
+@triton.jit
+def _asked_for(
+    p_norm, p_code, matrices, i_first, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
+    NORM: tl.constexpr, NESTED: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """What can be had before the kernel in front has ended: words of the first AHEAD tiles, all factors of sums, the
+    norm's words, and the table."""
+    TILES: tl.constexpr = (D + 127) // 128
+    EACH: tl.constexpr = (TILES + WARPS - 1) // WARPS  # tiles of a warp
+    SLOTS: tl.constexpr = 4 // ROWS  # tiles whose sums have columns of their own
+    STEPS: tl.constexpr = (EACH + SLOTS - 1) // SLOTS
+    STEPS_AHEAD: tl.constexpr = 2 if ROWS == 1 else 1  # whose inputs are asked for at once
+    i_thread = tl.arange(0, 32 * WARPS)
+    i_lane = i_thread % 32
+    i_row, i_quarter = i_lane // 4, i_lane % 4  # of weights
+    i_tile = i_thread // 32 * EACH  # the warp's first
+    if PREFETCH:
+        _prefetch(matrices, i_first, i_thread, N, D, MATRICES, BLOCKS, WARPS)
+    words = ()
+    for i in tl.static_range(BLOCKS * EACH):
+        if i < AHEAD:
+            words = words + _load_weights(
+                matrices, i_first + i // EACH * 16, i_tile + i % EACH, i_row, i_quarter, N, D, MATRICES
+            )
+    stored = ()
+    for i in tl.static_range(BLOCKS * STEPS):
+        stored = stored + _load_scales(
+            matrices, i_first + i // STEPS * 16, i_tile + i % STEPS * SLOTS + i_quarter // ROWS, i_row, N, D, MATRICES,
+            NESTED,
+        )  # fmt: skip
+    norms = ()
+    if NORM:
+        for step in tl.static_range(STEPS):
+            if step < STEPS_AHEAD:
+                i_d, is_there = _inputs_of_columns(i_lane, i_tile, step, D, EACH, SLOTS, ROWS)
+                norms = norms + _load_row(p_norm + i_d, is_there)
+    table = _table(p_code, i_lane, p_norm.dtype.element_ty)
+    factors = ()
+    for step in tl.static_range(BLOCKS * STEPS):
+        for i in tl.static_range(4 * MATRICES):
+            factors = factors + (
+                _scale(
+                    matrices[5 * (i // 4) + 2], matrices[5 * (i // 4) + 4],
+                    stored[8 * MATRICES * step + 4 * (i // 2) + i % 2],
+                    stored[8 * MATRICES * step + 4 * (i // 2) + i % 2 + 2], NESTED,
+                ),
+            )  # fmt: skip
+    return words, factors, norms, table
+
+
+@triton.jit
+def _scale(p_nested_code, p_offset, scale, shared, NESTED: tl.constexpr):
     if NESTED:
         scale = tl.load(p_nested_code + scale.to(tl.int32)) * shared + tl.load(p_offset)
     return scale
 
 
 @triton.jit
-def _products(
-    p_x, p_norm, p_code, matrices, i_first, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
-    NORM: tl.constexpr, NESTED: tl.constexpr, PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+def _inputs_of_columns(
+    i_lane, i_tile, step: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """norm(x) w^T for outputs from i_first on: of each matrix two (8, ROWS), float32.
+    """Where a thread's 32 inputs begin, and whether its column has them: one of a step's tiles, of that one group."""
+    i_column, i_slot, i_quarter = i_lane // 4, i_lane // 8 // ROWS, i_lane % 4
+    i_d = (i_tile + step * SLOTS + i_slot) * TILE + i_quarter * 32
+    return i_d, (step * SLOTS + i_slot < EACH) & (i_d < D) & (i_column % 2 == i_quarter // 2)
+
+
+@triton.jit
+def _products(
+    p_x, p_norm, p_code, matrices, asked, i_first, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
+    NORM: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """norm(x) w^T for outputs from i_first on: of each block of 16 and each matrix two (8, ROWS), float32.
 
     matrices: as in `nf4_matvec_kernel`: weights, scales, and three of the scales' own, of each.
     """
     dtype: tl.constexpr = p_x.dtype.element_ty
-    TILES: tl.constexpr = (D + TILE - 1) // TILE
-    EACH: tl.constexpr = (TILES + WARPS - 1) // WARPS  # tiles of a warp
-    SLOTS: tl.constexpr = 4 // ROWS  # tiles whose sums have columns of their own
+    TILES: tl.constexpr = (D + 127) // 128
+    EACH: tl.constexpr = (TILES + WARPS - 1) // WARPS
+    SLOTS: tl.constexpr = 4 // ROWS
     STEPS: tl.constexpr = (EACH + SLOTS - 1) // SLOTS
+    STEPS_AHEAD: tl.constexpr = 2 if ROWS == 1 else 1  # whose inputs are asked for at once
+    words, factors, norms, table = asked
     i_thread = tl.arange(0, 32 * WARPS)
     i_lane = i_thread % 32
-    i_row, i_quarter = i_lane // 4, i_lane % 4  # of weights
-    i_column, i_slot = i_lane // 4, i_lane // 8 // ROWS  # of x
-    i_tile = i_thread // 32 * EACH  # the warp's first
-    words = ()
-    scales = ()
-    for tile in tl.static_range(EACH):  # of the first tiles; nothing waits for them yet
-        if tile < AHEAD:
-            words = words + _load_weights(matrices, i_first, i_tile + tile, i_row, i_quarter, N, D, MATRICES)
-    for step in tl.static_range(STEPS):
-        if step * SLOTS < AHEAD:
-            scales = scales + _load_scales(
-                matrices, i_first, i_tile + step * SLOTS + i_quarter // ROWS, i_row, N, D, MATRICES, NESTED
-            )
-    table = _table(p_code, i_lane, dtype)
+    i_row, i_quarter = i_lane // 4, i_lane % 4
+    i_tile = i_thread // 32 * EACH
     zero = tl.zeros((32 * WARPS,), tl.float32)
     squares = (zero, zero, zero, zero)
-    totals = ()
-    for _ in tl.static_range(2 * MATRICES):
-        totals = totals + (zero,)
-    wait_for_the_kernel_before(PDL)
+    p_row = p_x + i_lane // 8 % ROWS * D
+    xs = ()
     for step in tl.static_range(STEPS):
-        # A column has one of the step's tiles, and of that one group.
-        i_d = (i_tile + step * SLOTS + i_slot) * TILE + i_quarter * 32
-        is_there = (step * SLOTS + i_slot < EACH) & (i_d < D) & (i_column % 2 == i_quarter // 2)
-        x = _load_row(p_x + i_lane // 8 % ROWS * D + i_d, is_there)
-        if NORM:
-            squares = _add_squares(x, squares, dtype, WARPS)
-            norm = _load_row(p_norm + i_d, is_there)
-            scaled = ()
-            for i in tl.static_range(16):
-                scaled = scaled + (_times_norm(x[i], norm[i], dtype),)
-            x = scaled
-        factors = ()
-        for i in tl.static_range(2 * MATRICES):
-            for group in tl.static_range(2):
-                factors = factors + (
-                    _scales(
-                        matrices[5 * (i // 2) + 2], matrices[5 * (i // 2) + 4],
-                        scales[4 * (2 * MATRICES * step + i) + group],
-                        scales[4 * (2 * MATRICES * step + i) + group + 2], NESTED,
-                    ),
-                )  # fmt: skip
-        sums = ()
-        for _ in tl.static_range(4 * MATRICES):
-            sums = sums + (zero,)
-        for slot in tl.static_range(SLOTS):
-            if step * SLOTS + slot < EACH:
-                of_slot = x
-                if SLOTS > 1:
-                    mask = tl.where(i_slot == slot, -1, 0)
-                    of_slot = ()
-                    for i in tl.static_range(16):
-                        of_slot = of_slot + (x[i] & mask,)
-                new = ()
-                for matrix in tl.static_range(MATRICES):
-                    new = new + _tile_product(
-                        p_code, table, words, of_slot, sums, 8 * (MATRICES * (step * SLOTS + slot) + matrix),
-                        4 * matrix, dtype, WARPS,
-                    )  # fmt: skip
-                sums = new
-                if step * SLOTS + slot + AHEAD < EACH:
-                    words = words + _load_weights(
-                        matrices, i_first, i_tile + step * SLOTS + slot + AHEAD, i_row, i_quarter, N, D, MATRICES
-                    )
-                    if (step * SLOTS + slot + AHEAD) % SLOTS == 0:
-                        scales = scales + _load_scales(
-                            matrices, i_first, i_tile + step * SLOTS + slot + AHEAD + i_quarter // ROWS, i_row,
-                            N, D, MATRICES, NESTED,
-                        )  # fmt: skip
-        new_totals = ()
-        for i in tl.static_range(2 * MATRICES):
-            part = sums[2 * i] * factors[2 * i] + sums[2 * i + 1] * factors[2 * i + 1]
-            new_totals = new_totals + (totals[i] + part,)
-        totals = new_totals
-    scale = 1.0
+        if step < STEPS_AHEAD:
+            i_d, is_there = _inputs_of_columns(i_lane, i_tile, step, D, EACH, SLOTS, ROWS)
+            xs = xs + _load_row(p_row + i_d, is_there)
+    if PTX:
+        tl.inline_asm_elementwise(ASKED, "=r,r", [i_thread], dtype=tl.int32, is_pure=False, pack=1)
     if NORM:
+        scaled = ()
+        for step in tl.static_range(STEPS):
+            if step < STEPS_AHEAD:
+                squares = _add_squares(xs, 16 * step, squares, dtype, WARPS)
+                for i in tl.static_range(16):
+                    scaled = scaled + (_times_norm(xs[16 * step + i], norms[16 * step + i], dtype),)
+        xs = scaled
+    totals = ()
+    of_block = ()
+    sums = ()
+    for i in tl.static_range(BLOCKS * EACH):  # tile i % EACH of block i // EACH
+        if i % EACH == 0:
+            of_block = ()
+            for _ in tl.static_range(2 * MATRICES):
+                of_block = of_block + (zero,)
+        if i % EACH % SLOTS == 0:
+            sums = ()
+            for _ in tl.static_range(4 * MATRICES):
+                sums = sums + (zero,)
+        new = ()
+        for matrix in tl.static_range(MATRICES):
+            found = _tile_product(
+                p_code, table, words, xs, 8 * (MATRICES * i + matrix), 16 * (i % EACH // SLOTS), dtype, WARPS
+            )
+            for c in tl.static_range(4):  # columns of other slots have met weights that are not theirs
+                is_own = i_quarter // ROWS == i % EACH % SLOTS
+                new = new + (tl.where(is_own, found[c], sums[4 * matrix + c]),)
+        sums = new
+        if i + AHEAD < BLOCKS * EACH:
+            words = words + _load_weights(
+                matrices, i_first + (i + AHEAD) // EACH * 16, i_tile + (i + AHEAD) % EACH, i_row, i_quarter,
+                N, D, MATRICES,
+            )  # fmt: skip
+        if i % EACH % SLOTS == SLOTS - 1 or i % EACH == EACH - 1:
+            new = ()
+            for part in tl.static_range(2 * MATRICES):
+                new = new + (
+                    of_block[part]
+                    + sums[2 * part] * factors[4 * MATRICES * (STEPS * (i // EACH) + i % EACH // SLOTS) + 2 * part]
+                    + sums[2 * part + 1]
+                    * factors[4 * MATRICES * (STEPS * (i // EACH) + i % EACH // SLOTS) + 2 * part + 1],
+                )
+            of_block = new
+            if i < EACH and i // SLOTS + STEPS_AHEAD < STEPS:
+                i_d, is_there = _inputs_of_columns(i_lane, i_tile, i // SLOTS + STEPS_AHEAD, D, EACH, SLOTS, ROWS)
+                x = _load_row(p_row + i_d, is_there)
+                if NORM:
+                    squares = _add_squares(x, 0, squares, dtype, WARPS)
+                    norm = _load_row(p_norm + i_d, is_there)
+                    for word in tl.static_range(16):
+                        xs = xs + (_times_norm(x[word], norm[word], dtype),)
+                else:
+                    xs = xs + x
+        if i % EACH == EACH - 1:
+            totals = totals + of_block
+    if NORM:  # of products of columns those with themselves
         own = tl.where(i_row == 2 * i_quarter, squares[0], 0.0) + tl.where(i_row == 2 * i_quarter + 1, squares[1], 0.0)
-        of_columns = tl.sum(tl.sum(tl.reshape(own, (WARPS, 8, 4)), 2), 0)
+        totals = totals + (own,)
+    results = _added_up(totals, WARPS, SLOTS, ROWS)
+    if NORM:
+        of_columns = tl.sum(results[2 * MATRICES * BLOCKS], 1)
         of_rows = tl.sum(tl.sum(tl.reshape(of_columns, (SLOTS, ROWS, 2)), 2), 0)
         scale = tl.rsqrt(of_rows / D + eps)[None, :]
-    results = ()
-    for i in tl.static_range(2 * MATRICES):
-        results = results + (tl.sum(tl.sum(tl.reshape(totals[i], (WARPS, 8, SLOTS, ROWS)), 2), 0) * scale,)
+        scaled = ()
+        for i in tl.static_range(2 * MATRICES * BLOCKS):
+            scaled = scaled + (results[i] * scale,)
+        results = scaled
     return results
+
+
+@triton.jit
+def _added_up(parts, WARPS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr):
+    """(8, ROWS) of each part: the sums over warps and slots, all in one exchange."""
+    LEVELS: tl.constexpr = (len(parts) > 1) + (len(parts) > 2) + (len(parts) > 4) + (len(parts) > 8)
+    SIZE: tl.constexpr = 1 << LEVELS
+    for _ in tl.static_range(SIZE - len(parts)):
+        parts = parts + (parts[0],)
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for i in tl.static_range(SIZE >> (level + 1)):
+            joined = joined + (tl.join(parts[i], parts[i + (SIZE >> (level + 1))]),)
+        parts = joined
+    whole = tl.permute(tl.reshape(parts[0], (WARPS, 8, SLOTS, ROWS, SIZE)), (1, 3, 4, 0, 2))
+    sums = tl.sum(tl.reshape(whole, (8, ROWS, SIZE, WARPS * SLOTS)), 3)
+    parts = (sums,)
+    for level in tl.static_range(LEVELS):
+        firsts, seconds = (), ()
+        for i in tl.static_range(1 << level):
+            first, second = tl.split(tl.reshape(parts[i], (8, ROWS, SIZE >> (level + 1), 2)))
+            firsts, seconds = firsts + (first,), seconds + (second,)
+        parts = firsts + seconds
+    results = ()
+    for i in tl.static_range(SIZE):
+        results = results + (tl.reshape(parts[i], (8, ROWS)),)
+    return results
+
+
+@triton.jit
+def _load_bias(p_b, i_first, N, BIAS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Of each 8 outputs (8, 1), or zeros."""
+    biases = ()
+    for i in tl.static_range(2 * BLOCKS):
+        i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
+        if BIAS:
+            biases = biases + (tl.load(p_b + i_n, mask=i_n < N, other=0.0).to(tl.float32),)
+        else:
+            biases = biases + (tl.zeros((8, 1), tl.float32),)
+    return biases
 
 
 @triton.jit
@@ -352,32 +482,43 @@ def nf4_matvec_kernel(
     p_x, p_norm, p_code, p_w0, p_s0, p_c0, p_n0, p_o0, p_b0, p_y0, p_w1, p_s1, p_c1, p_n1, p_o1, p_b1, p_y1,
     p_w2, p_s2, p_c2, p_n2, p_o2, p_b2, p_y2, p_residual, eps, N0, N1, N2, D: tl.constexpr, ROWS: tl.constexpr,
     MATRICES: tl.constexpr, NORM: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). Program: 16 outputs.
+    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). Program: BLOCKS of 16 outputs.
 
     Of each matrix: weights, their scales, and what these mean: a code of 256, scales and an offset.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    HEIGHT: tl.constexpr = 16 * BLOCKS
     i_block = tl.program_id(0)
     p_w, p_s, p_c, p_n, p_o, p_b, p_y, N = p_w0, p_s0, p_c0, p_n0, p_o0, p_b0, p_y0, N0
     if MATRICES > 1:
-        end0 = tl.cdiv(N0, 16)
-        end1 = end0 + tl.cdiv(N1, 16)
+        end0 = tl.cdiv(N0, HEIGHT)
+        end1 = end0 + tl.cdiv(N1, HEIGHT)
         if i_block >= end1:
             p_w, p_s, p_c, p_n, p_o, p_b, p_y, N, i_block = p_w2, p_s2, p_c2, p_n2, p_o2, p_b2, p_y2, N2, i_block - end1
         elif i_block >= end0:
             p_w, p_s, p_c, p_n, p_o, p_b, p_y, N, i_block = p_w1, p_s1, p_c1, p_n1, p_o1, p_b1, p_y1, N1, i_block - end0
-    i_first = i_block * 16
+    i_first = i_block * HEIGHT
     matrix = (p_w, p_s, p_c, p_n, p_o)
-    ys = _products(p_x, p_norm, p_code, matrix, i_first, eps, N, D, ROWS, 1, NORM, NESTED, PDL, WARPS, AHEAD)
+    biases = _load_bias(p_b, i_first, N, BIAS, BLOCKS)
+    asked = _asked_for(
+        p_norm, p_code, matrix, i_first, N, D, ROWS, 1, NORM, NESTED, WARPS, AHEAD, BLOCKS, PREFETCH
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     i_m = tl.arange(0, ROWS)[None, :]
-    for below in tl.static_range(2):
-        i_n = (i_first + 8 * below + tl.arange(0, 8))[:, None]
-        y = ys[below]
-        if BIAS:
-            y += tl.load(p_b + i_n, mask=i_n < N, other=0.0).to(tl.float32)
+    residuals = ()
+    for i in tl.static_range(2 * BLOCKS if RESIDUAL else 0):
+        i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
+        residuals = residuals + (tl.load(p_residual + i_m * N + i_n, mask=i_n < N, other=0.0).to(tl.float32),)
+    ys = _products(p_x, p_norm, p_code, matrix, asked, i_first, eps, N, D, ROWS, 1, NORM, WARPS, AHEAD, BLOCKS)
+    for i in tl.static_range(2 * BLOCKS):
+        i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
+        y = ys[i] + biases[i]
         if RESIDUAL:
-            y += tl.load(p_residual + i_m * N + i_n, mask=i_n < N, other=0.0).to(tl.float32)
+            y += residuals[i]
         tl.store(p_y + i_m * N + i_n, y.to(p_y.dtype.element_ty), mask=i_n < N)
 
 
@@ -385,16 +526,25 @@ def nf4_matvec_kernel(
 def nf4_gated_matvec_kernel(
     p_x, p_norm, p_code, p_w_gate, p_s_gate, p_c_gate, p_n_gate, p_o_gate, p_b_gate,
     p_w_up, p_s_up, p_c_up, p_n_up, p_o_up, p_b_up, p_y, eps, N, D: tl.constexpr, ROWS: tl.constexpr,
-    NESTED: tl.constexpr, PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    NESTED: tl.constexpr, PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (ROWS, D) -> (ROWS, N). Program: 16 outputs."""
-    i_first = tl.program_id(0) * 16
+    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (ROWS, D) -> (ROWS, N). Program: BLOCKS of 16."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    i_first = tl.program_id(0) * (16 * BLOCKS)
     both = (p_w_gate, p_s_gate, p_c_gate, p_n_gate, p_o_gate, p_w_up, p_s_up, p_c_up, p_n_up, p_o_up)
-    ys = _products(p_x, p_norm, p_code, both, i_first, eps, N, D, ROWS, 2, True, NESTED, PDL, WARPS, AHEAD)
+    b_gate = _load_bias(p_b_gate, i_first, N, True, BLOCKS)
+    b_up = _load_bias(p_b_up, i_first, N, True, BLOCKS)
+    asked = _asked_for(
+        p_norm, p_code, both, i_first, N, D, ROWS, 2, True, NESTED, WARPS, AHEAD, BLOCKS, PREFETCH
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    ys = _products(p_x, p_norm, p_code, both, asked, i_first, eps, N, D, ROWS, 2, True, WARPS, AHEAD, BLOCKS)
     i_m = tl.arange(0, ROWS)[None, :]
-    for below in tl.static_range(2):
-        i_n = (i_first + 8 * below + tl.arange(0, 8))[:, None]
-        b_gate = tl.load(p_b_gate + i_n, mask=i_n < N, other=0.0).to(tl.float32)
-        b_up = tl.load(p_b_up + i_n, mask=i_n < N, other=0.0).to(tl.float32)
-        y = gelu(ys[below] + b_gate) * (ys[2 + below] + b_up)
+    for i in tl.static_range(2 * BLOCKS):
+        i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
+        # of a block two of the gate, then two of the other
+        y = gelu(ys[i // 2 * 4 + i % 2] + b_gate[i]) * (ys[i // 2 * 4 + i % 2 + 2] + b_up[i])
         tl.store(p_y + i_m * N + i_n, y.to(p_y.dtype.element_ty), mask=i_n < N)

@@ -35,10 +35,17 @@ GATED_BYTES = {(0, 0): (4, 2, 3)}
 # compute capability 9.0, more outputs or tiles spill.
 PROJECT_NF4 = {(0, 0): (2, 2, 3)}
 GATED_NF4 = {(0, 0): (1, 2, 3)}
-# The same by matrix units. MATVEC_ROWS: (warps that share the inputs of 16 outputs, tiles of 128 inputs asked for
-# ahead). Compiled for compute capability 9.0 without spills; others were not timed.
-MATVEC_NF4 = {1: {(0, 0): (4, 5)}, 2: {(0, 0): (8, 3)}, 4: {(0, 0): (8, 3)}}
-MATVEC_GATED_NF4 = {1: {(0, 0): (4, 5)}, 2: {(0, 0): (8, 3)}, 4: {(0, 0): (8, 3)}}
+# The same by matrix units. MATVEC_ROWS: (warps that share the inputs of outputs, tiles of 128 inputs that each asks for
+# ahead, blocks of 16 outputs of a program, programs that a multiprocessor has registers for, whether a program first
+# asks for all of its weights into the GPU's cache). Compiled for compute capability 9.0; not timed.
+MATVEC_NF4 = {
+    1: {(0, 5120): (8, 2, 1, 3, 1), (0, 0): (8, 2, 1, 3, 1)},
+    2: {(0, 0): (8, 3, 1, 2, 1)},
+    4: {(0, 0): (8, 3, 1, 0, 1)},
+}
+MATVEC_GATED_NF4 = {1: {(0, 0): (4, 1, 1, 4, 1)}, 2: {(0, 0): (8, 2, 1, 2, 1)}, 4: {(0, 0): (8, 2, 1, 0, 1)}}
+OLDEST_FOR_PREFETCH = (9, 0)
+REGISTERS = 65536  # of a multiprocessor
 MATVEC_NF4_DTYPES = (torch.bfloat16,)
 NF4_OUTPUTS = 16  # of a program
 RECURRENT_ROW = {"BLOCK_C": 32, "num_warps": 4}
@@ -107,10 +114,14 @@ def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str,
     }
 
 
-def nf4_matvec_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:
+def nf4_matvec_tile(table: dict, outputs: int, inputs: int, rows: int, gpu: GPU) -> dict[str, int]:
     """Of NF4 weights by matrix units."""
-    warps, ahead = _first_fit(table[rows], outputs, inputs)
-    return {"WARPS": warps, "AHEAD": ahead, "num_warps": warps}
+    warps, ahead, blocks, programs, prefetch = _first_fit(table[rows], outputs, inputs)
+    prefetch = prefetch if gpu.vendor == "nvidia" and gpu.capability >= OLDEST_FOR_PREFETCH else 0
+    tile = {"WARPS": warps, "AHEAD": ahead, "BLOCKS": blocks, "PREFETCH": prefetch, "num_warps": warps}
+    if programs and gpu.vendor == "nvidia":
+        tile["maxnreg"] = REGISTERS // (32 * warps * programs) // 8 * 8
+    return tile
 
 
 def matmul_tile(table: dict, sizes: list[int], inputs: int, rows: int, gpu: GPU) -> dict[str, int]:
