@@ -44,11 +44,13 @@ def _prefetch_tile(p_w, i_n, i, end, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _sums(
-    p_x, p_norm, p_w, i_n, M, N, D: tl.constexpr, NORM: tl.constexpr,
+    p_x, p_norm, p_w, p_residual, i_n, M, N, D: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """w (x (1 + norm))^T (BLOCK_N, BLOCK_M) and sums of x's squares (BLOCK_M,), for a split's inputs.
+
+    Behind these the residual stream (BLOCK_M, BLOCK_N), asked for as soon as it may be read, or 0.
 
     p_w: of the matrix, or (BLOCK_N, 1) of each output's. i_n: the row of each output in it.
 
@@ -64,6 +66,10 @@ def _sums(
         for i_tile in tl.static_range(STAGES):
             _prefetch_tile(p_w, i_n, first + i_tile, end, N, D, BLOCK_D)
         tl.extra.cuda.gdc_wait()
+    residual = 0.0
+    if RESIDUAL:
+        mask = (i_m < M)[:, None] & (i_n < N)[None, :]
+        residual = tl.load(p_residual + i_m[:, None] * N + i_n[None, :], mask=mask, other=0.0)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(0, TURNS, num_stages=STAGES):
@@ -81,7 +87,7 @@ def _sums(
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
         w = w.to(x.dtype)  # exact: of 8 bits, or as it is
         sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
-    return sums, squares
+    return sums, squares, residual
 
 
 @triton.jit
@@ -109,37 +115,43 @@ def _add_up(p_part, p_squares, p_count, sums, squares, SPLITS: tl.constexpr):
 
 @triton.jit
 def _all_sums(
-    p_x, p_norm, p_w, p_part, p_squares, p_count, i_n, M, N, D: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_x, p_norm, p_w, p_residual, p_part, p_squares, p_count, i_n, M, N, D: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `_sums` over all inputs, and whether this program is the one that has them."""
+    """As `_sums` over all inputs; last, whether this program is the one that has them."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # it waits in turn for the end of this one and so of those before
-    sums, squares = _sums(p_x, p_norm, p_w, i_n, M, N, D, NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES)
+    sums, squares, residual = _sums(
+        p_x, p_norm, p_w, p_residual, i_n, M, N, D, NORM, RESIDUAL, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES
+    )
     is_last = True
     if SPLITS > 1:
         i_tile = tl.program_id(0)
         p_part += i_tile * (SPLITS * BLOCK_N * BLOCK_M)
         p_squares += i_tile * (SPLITS * BLOCK_M)
         sums, squares, is_last = _add_up(p_part, p_squares, p_count + i_tile, sums, squares, SPLITS)
-    return sums, squares, is_last
+    return sums, squares, residual, is_last
 
 
 @triton.jit
-def _scaled(
-    sums, squares, eps, unit, p_s, p_b, i_n, N, D: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-):  # fmt: skip
+def _load_bias(p_b, i_n, N, BIAS: tl.constexpr):
+    """Asked for before the wait: from memory, behind the sums, it would hold up all kernels behind."""
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(p_b + i_n, mask=i_n < N, other=0.0).to(tl.float32)[:, None]
+    return bias
+
+
+@triton.jit
+def _scaled(sums, squares, eps, scale, bias, D: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr):
     """(BLOCK_M, BLOCK_N), what the product's definition says."""
     y = sums
     if SCALED:
-        y = y * load_scale(p_s, i_n, unit, N, True)[:, None]
+        y = y * scale[:, None]
     if NORM:
         y = y * tl.rsqrt(squares / D + eps)[None, :]
-    if BIAS:
-        y += tl.load(p_b + i_n, mask=i_n < N, other=0.0).to(tl.float32)[:, None]
-    return tl.trans(y)
+    return tl.trans(y + bias)
 
 
 @triton.jit
@@ -163,17 +175,18 @@ def matmul_kernel(
         elif i_tile >= end0:
             p_w, p_s, p_b, p_y, N, i_tile = p_w1, p_s1, p_b1, p_y1, N1, i_tile - end0
     i_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums, squares, is_last = _all_sums(
-        p_x, p_norm, p_w, p_part, p_squares, p_count, i_n, M, N, D,
-        NORM, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
+    scale, bias = load_scale(p_s, i_n, unit, N, SCALED), _load_bias(p_b, i_n, N, BIAS)
+    sums, squares, residual, is_last = _all_sums(
+        p_x, p_norm, p_w, p_residual, p_part, p_squares, p_count, i_n, M, N, D,
+        NORM, RESIDUAL, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
     )  # fmt: skip
     if is_last:
-        y = _scaled(sums, squares, eps, unit, p_s, p_b, i_n, N, D, NORM, SCALED, BIAS)
+        y = _scaled(sums, squares, eps, scale, bias, D, NORM, SCALED)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         i_y = i_m * N + i_n[None, :]
         mask = (i_m < M) & (i_n < N)[None, :]
         if RESIDUAL:
-            y += tl.load(p_residual + i_y, mask=mask, other=0.0).to(tl.float32)
+            y += residual.to(tl.float32)
         tl.store(p_y + i_y, y.to(p_y.dtype.element_ty), mask=mask)
 
 
@@ -193,14 +206,16 @@ def gated_matmul_kernel(
     apart = ((p_w_up.to(tl.int64) - p_w_gate.to(tl.int64)) // 16) * STEP
     p_w = p_w_gate + tl.where(i_row < BLOCK_N, 0, 1)[:, None] * apart
     i_both = tl.program_id(0) * BLOCK_N + i_row % BLOCK_N
-    sums, squares, is_last = _all_sums(
-        p_x, p_norm, p_w, p_part, p_squares, p_count, i_both, M, N, D,
-        True, EVEN, PDL, BLOCK_M, 2 * BLOCK_N, BLOCK_D, SPLITS, STAGES,
+    i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    s_gate, b_gate = load_scale(p_s_gate, i_n, unit, N, SCALED), _load_bias(p_b_gate, i_n, N, True)
+    s_up, b_up = load_scale(p_s_up, i_n, unit, N, SCALED), _load_bias(p_b_up, i_n, N, True)
+    sums, squares, _, is_last = _all_sums(
+        p_x, p_norm, p_w, p_x, p_part, p_squares, p_count, i_both, M, N, D,
+        True, False, EVEN, PDL, BLOCK_M, 2 * BLOCK_N, BLOCK_D, SPLITS, STAGES,
     )  # fmt: skip
     if is_last:
         sums_gate, sums_up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
-        i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        gate = _scaled(sums_gate, squares, eps, unit, p_s_gate, p_b_gate, i_n, N, D, True, SCALED, True)
-        y = gelu(gate) * _scaled(sums_up, squares, eps, unit, p_s_up, p_b_up, i_n, N, D, True, SCALED, True)
+        gate = _scaled(sums_gate, squares, eps, s_gate, b_gate, D, True, SCALED)
+        y = gelu(gate) * _scaled(sums_up, squares, eps, s_up, b_up, D, True, SCALED)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         tl.store(p_y + i_m * N + i_n[None, :], y.to(p_y.dtype.element_ty), mask=(i_m < M) & (i_n < N)[None, :])

@@ -65,6 +65,19 @@ def _load_weights(
 
 
 @triton.jit
+def _load_norms(
+    p_norm, start: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr
+):
+    """The norm's weights in front of as many tiles."""
+    norms = ()
+    for i_tile in tl.static_range(AHEAD):
+        if NORM and start + i_tile * BLOCK_D < D:
+            i_d = start + i_tile * BLOCK_D + tl.arange(0, BLOCK_D)
+            norms = norms + (tl.load(p_norm + i_d, mask=i_d < D, other=0.0, eviction_policy="evict_last"),)
+    return norms
+
+
+@triton.jit
 def load_scale(p_s, i_n, unit, N, SCALED: tl.constexpr):
     """Of each output's weights, which are whole numbers or float8; 1 for those that are what they mean."""
     scale = 1.0
@@ -90,18 +103,26 @@ def _load_row(p_x, i_d, D: tl.constexpr):
 
 @triton.jit
 def _products(
-    p_x, p_norm, p_ws, i_n, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr, NORM: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    p_x, p_norm, p_ws, p_residual, i_n, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
+    NORM: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """norm(x) w^T for outputs i_n of each matrix: a tuple of ROWS * MATRICES tensors (BLOCK_N,), float32.
 
-    EVEN: all of i_n are outputs.
+    EVEN: all of i_n are outputs. RESIDUAL: of each row those of the residual stream follow, as they are stored.
 
     Weights are asked for before anything else is done, even before the kernel that computes x has ended: how many are
     on their way at a time is what decides the speed. The norm costs no pass of its own, its scale is one number a row.
+    What comes from memory late would hold up all kernels behind: so the norm is asked for with the weights, and the
+    residual stream as soon as it may be read.
     """
     tiles = _load_weights(p_ws, i_n, 0, N, D, MATRICES, EVEN, BLOCK_D, AHEAD)
+    norms = _load_norms(p_norm, 0, D, NORM, BLOCK_D, AHEAD)
     wait_for_the_kernel_before(PDL)
+    residuals = ()
+    if RESIDUAL:
+        for row in tl.static_range(ROWS):
+            residuals = residuals + (tl.load(p_residual + row * N + i_n, mask=i_n < N, other=0.0),)
     sums = ()
     squares = ()
     for _ in tl.static_range(ROWS):
@@ -114,7 +135,7 @@ def _products(
                 i_d = start + i_tile * BLOCK_D + tl.arange(0, BLOCK_D)
                 scale = tl.zeros((BLOCK_D,), tl.float32)
                 if NORM:
-                    scale = 1.0 + _load_row(p_norm, i_d, D)
+                    scale = 1.0 + norms[i_tile].to(tl.float32)
                 new_sums = ()
                 new_squares = ()
                 for row in tl.static_range(ROWS):
@@ -131,6 +152,7 @@ def _products(
                 squares = new_squares
         if start + AHEAD * BLOCK_D < D:
             tiles = _load_weights(p_ws, i_n, start + AHEAD * BLOCK_D, N, D, MATRICES, EVEN, BLOCK_D, AHEAD)
+            norms = _load_norms(p_norm, start + AHEAD * BLOCK_D, D, NORM, BLOCK_D, AHEAD)
     results = ()
     for row in tl.static_range(ROWS):
         scale = 1.0
@@ -138,7 +160,7 @@ def _products(
             scale = tl.rsqrt(tl.sum(squares[row], 0) / D + eps)
         for matrix in tl.static_range(MATRICES):
             results = results + (tl.sum(sums[row * MATRICES + matrix], 1) * scale,)
-    return results
+    return results + residuals
 
 
 @triton.jit
@@ -153,11 +175,13 @@ def _project_rows(
     b = tl.zeros((BLOCK_N,), tl.float32)
     if BIAS:
         b = tl.load(p_b + i_n, mask=m_n, other=0.0).to(tl.float32)
-    ys = _products(p_x, p_norm, (p_w,), i_n, eps, N, D, ROWS, 1, NORM, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD)
+    ys = _products(
+        p_x, p_norm, (p_w,), p_residual, i_n, eps, N, D, ROWS, 1, NORM, RESIDUAL, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD
+    )
     for row in tl.static_range(ROWS):
         y = ys[row] * s + b
         if RESIDUAL:
-            y += tl.load(p_residual + row * N + i_n, mask=m_n, other=0.0).to(tl.float32)
+            y += ys[ROWS + row].to(tl.float32)
         tl.store(p_y + row * N + i_n, y.to(p_y.dtype.element_ty), mask=m_n)
 
 
@@ -206,7 +230,10 @@ def gated_project_kernel(
     s_up = load_scale(p_s_up, i_n, unit, N, SCALED)
     b_gate = tl.load(p_b_gate + i_n, mask=m_n, other=0.0).to(tl.float32)
     b_up = tl.load(p_b_up + i_n, mask=m_n, other=0.0).to(tl.float32)
-    ys = _products(p_x, p_norm, (p_w_gate, p_w_up), i_n, eps, N, D, ROWS, 2, True, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD)
+    both = (p_w_gate, p_w_up)
+    ys = _products(
+        p_x, p_norm, both, p_x, i_n, eps, N, D, ROWS, 2, True, False, EVEN, PDL, BLOCK_N, BLOCK_D, AHEAD
+    )  # fmt: skip
     for row in tl.static_range(ROWS):
         y = gelu(ys[2 * row] * s_gate + b_gate) * (ys[2 * row + 1] * s_up + b_up)
         tl.store(p_y + row * N + i_n, y.to(p_y.dtype.element_ty), mask=m_n)
