@@ -149,75 +149,77 @@ def _take_tile(p_words, n_tiles, CHANNELS: tl.constexpr, CHAINED: tl.constexpr):
 def _load_marks(
     p_marks, p_reset, n_steps, i_t, i_s, t, T, VARLEN: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """(kind, marks, last, numbers). Of each segment, bit 16 + i of marks says that row i is a reset, bit i that it is a
-    sequence's first one, bit i of last that it is a last one; kind and numbers are as in `lay_out_kernel`."""
+    """(kind, marks, ends, n, n_end) as in `lay_out_kernel`: of each segment, bits 31 - i and 15 - i of marks say that
+    row i is a reset and a first one, bits 31 - i and i of ends that it is a first one and no reset, and a last one."""
     if VARLEN:
-        p_segment = p_marks + n_steps + i_t * SEGMENTS + i_s
-        words, numbers = tl.load(p_segment), tl.load(p_segment + n_steps * SEGMENTS)
-        return tl.load(p_marks + i_t), words.to(tl.int32), (words >> 32).to(tl.int32), numbers
+        p_segment, count = p_marks + n_steps + i_t * SEGMENTS + i_s, n_steps * SEGMENTS
+        words, n, n_end = tl.load(p_segment), tl.load(p_segment + count), tl.load(p_segment + 2 * count)
+        return tl.load(p_marks + i_t), words.to(tl.int32), (words >> 32).to(tl.int32), n, n_end
     else:
         marks = t * 0
         if p_reset is not None:  # row by row: a sum over rows would lie in other threads, and each of its bits be moved
             for i in tl.static_range(ROWS):
-                marks |= tl.load(p_reset + t + i, mask=t + i < T, other=0).to(tl.int32) << (16 + i)
-        return 0 if p_reset is None else SEVERAL, marks, marks, marks
+                marks |= tl.load(p_reset + t + i, mask=t + i < T, other=0).to(tl.int32) << (31 - i)
+        return 0 if p_reset is None else SEVERAL, marks, marks, marks, marks
 
 
 @triton.jit
 def _has(marks, bit: tl.constexpr):
-    return ((marks >> bit) & 1) != 0
+    return (marks & ((1 << bit) if bit < 31 else -(1 << 31))) != 0
 
 
 @triton.jit
-def _entering_state(p_states, marks, numbers, C, c, KIND: tl.constexpr):
-    """Of each segment's one sequence that goes on, asked for long before it is used; 0 where none does."""
-    if KIND != SINGLE or p_states is None:
-        return 0.0
+def _state_of(p_states, n, marks, C, c, IS_THERE: tl.constexpr):
+    """One state of each segment that has a mark, asked for long before it is used; else 0."""
+    if IS_THERE:
+        return tl.load(p_states + (n * C + c), mask=tl.where(c < C, marks, 0) != 0, other=0.0)
     else:
-        m = (marks & ~(marks >> 16) & 0xFFFF) != 0
-        return tl.load(p_states + (numbers & 0x7FFFFFFF) * C + c, mask=m & (c < C), other=0.0)
-
-
-@triton.jit
-def _load_state(p_states, p_sequence, single, t, C, c, mask, KIND: tl.constexpr):
-    """Of the sequence of token t, (SEGMENTS, CHANNELS) float32; 0 and no load where the mask is False."""
-    if p_states is None or KIND == SINGLE:
-        return single
-    else:
-        n = tl.load(p_sequence + t, mask=mask, other=0)
-        return tl.load(p_states + n.to(tl.int64) * C + c, mask=mask & (c < C), other=0.0)
-
-
-@triton.jit
-def _store_state(p_states, p_sequence, n, t, C, c, state, mask, KIND: tl.constexpr):
-    if KIND != SINGLE:
-        n = tl.load(p_sequence + t, mask=mask, other=0)
-    tl.store(p_states + n.to(tl.int64) * C + c, state, mask=mask & (c < C))
+        return tl.zeros(c.shape, tl.float32)
 
 
 @triton.jit
 def _forward_maps(
-    rs, gs, xs, log_decay, marks, numbers, p_initial_state, p_sequence, t, C, c,
-    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    rs, gs, xs, log_decay, marks, entering,
+    MARKED: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of each row its map, and of each segment that of all its rows."""
+    """Of each row its map, and of each segment that of all its rows, which forgets what came before its last start."""
     a_rows, b_rows = (), ()
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
-    state = _entering_state(p_initial_state, marks, numbers, C, c, KIND)
     for i in tl.static_range(ROWS):
-        reset = _has(marks, 16 + i) if KIND > 0 else None
+        reset = _has(marks, 31 - i) if MARKED else None
         a, y = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, reset)
         b = (square_root(y, EXACT) * sigmoid(to_float32(gs[i]), EXACT)) * to_float32(xs[i])
-        if KIND > 0 and VARLEN:  # a sequence goes on from its own state, not from the token in front of it
-            is_first = _has(marks, i)
-            if HAS_INITIAL:
-                m = is_first & (reset == 0)
-                entering = _load_state(p_initial_state, p_sequence, state, t + i, C, c, m, KIND)
-                b = tl.fma(a, tl.where(is_first, entering, 0.0), b)
-            a = tl.where(is_first, 0.0, a)
-        a_s, b_s = a_s * a, tl.fma(a, b_s, b)
+        if not (MARKED and VARLEN):
+            a_s, b_s = a_s * a, tl.fma(a, b_s, b)
         a_rows, b_rows = a_rows + (a,), b_rows + (b,)
+    if MARKED and VARLEN:  # behind all rows: the state is on its way meanwhile
+        for i in tl.static_range(ROWS):
+            a_s, b_s = a_s * a_rows[i], tl.fma(a_rows[i], tl.where(_has(marks, 15 - i), entering, b_s), b_rows[i])
+        a_s = tl.where((marks & 0xFFFF) != 0, 0.0, a_s)
     return a_rows, b_rows, a_s, b_s
+
+
+@triton.jit
+def _forward_rows(
+    a_rows, b_rows, h, marks, ends, n, entering, p_initial_state, p_last_state, p_sequence, p_hidden, t, T, C, c,
+    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Stores the states of all rows, given the one that enters the first, and those that leave sequences."""
+    firsts, ends = marks & 0xFFFF, tl.where(c < C, ends, 0)  # masks of channels must not be broadcast from segments
+    last_first, others = firsts & -firsts, ends & ((firsts - 1) << 16)
+    if KIND == SEVERAL:
+        n = tl.load(p_sequence + t, mask=t < T, other=0)
+    for i in tl.static_range(ROWS):
+        if KIND == SEVERAL:
+            n = tl.load(p_sequence + t + i, mask=_has(firsts, 15 - i), other=n)
+        if KIND > 0:
+            h = tl.where(_has(last_first, 15 - i), entering, h)
+        if KIND == SEVERAL and HAS_INITIAL:
+            h = tl.load(p_initial_state + (n * C + c), mask=_has(others, 31 - i), other=h)
+        h = tl.fma(a_rows[i], h, b_rows[i])
+        store(p_hidden + i * C, h, (c < C) & (t + i < T), MASKED)
+        if KIND > 0:
+            tl.store(p_last_state + (n * C + c), h, mask=_has(ends, i))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -242,6 +244,9 @@ def forward_kernel(
     first = (i_b * T + i_t * (SEGMENTS * ROWS)) * C  # where the tile starts; 64-bit, the rest fits 32
     offset = i_s * (ROWS * C) + c
     m_c = c < C
+    p_row = p_reset + i_b * T if HAS_RESET else None
+    # First of all, so that the state which they name is asked for together with the rows.
+    kind, marks, ends, n, n_end = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
     # Every load comes before the first store: past one, the compiler may not move a load.
     rs, gs, xs = (), (), ()
     for i in tl.static_range(ROWS):
@@ -250,15 +255,12 @@ def forward_kernel(
         gs = gs + (load(p_input_gate + first + i * C + offset, m, 0.0, MASKED),)
         xs = xs + (load(p_x + first + i * C + offset, m, 0.0, MASKED),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
-    p_row = p_reset + i_b * T if HAS_RESET else None
-    kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
-    states = (log_decay, marks, numbers, p_initial_state, p_sequence, t, C, c)
-    if kind == 0:
-        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, 0, False, False, EXACT, ROWS)
-    elif kind == SINGLE:
-        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SINGLE, HAS_INITIAL, VARLEN, EXACT, ROWS)
+    goes_on = (ends >> 16) & (marks & 0xFFFF) & -(marks & 0xFFFF)  # the last first one, if it does
+    entering = _state_of(p_initial_state, n, goes_on, C, c, VARLEN and HAS_INITIAL)
+    if (kind if VARLEN or HAS_RESET else 0) == 0:
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, log_decay, marks, entering, False, VARLEN, EXACT, ROWS)
     else:
-        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, *states, SEVERAL, HAS_INITIAL, VARLEN, EXACT, ROWS)
+        a_rows, b_rows, a_s, b_s = _forward_maps(rs, gs, xs, log_decay, marks, entering, True, VARLEN, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == SEGMENTS - 1
@@ -275,36 +277,30 @@ def forward_kernel(
     if CHAINED:
         _publish(p_word, tl.zeros_like(state), state, m_end)
 
-    h = tl.fma(a_start, carry, b_start)
-    for i in tl.static_range(ROWS):
-        h = tl.fma(a_rows[i], h, b_rows[i])
-        store(p_hidden + first + i * C + offset, h, m_c & (t + i < T), MASKED)
-    if VARLEN:
-        for KIND in tl.static_range(SINGLE, SEVERAL + 1):
-            if kind == KIND:
-                h = tl.fma(a_start, carry, b_start)
-                for i in tl.static_range(ROWS):
-                    h = tl.fma(a_rows[i], h, b_rows[i])
-                    _store_state(p_last_state, p_sequence, numbers >> 32, t + i, C, c, h, _has(last, i), KIND)
-    elif (i_t + 1) * (SEGMENTS * ROWS) >= T:
+    rows = (a_rows, b_rows, tl.fma(a_start, carry, b_start), marks, ends, n_end, entering)
+    places = (p_initial_state, p_last_state, p_sequence, p_hidden + first + offset, t, T, C, c)
+    for KIND in tl.static_range(SEVERAL + 1):
+        if (kind if VARLEN else 0) == KIND:
+            _forward_rows(*rows, *places, KIND, HAS_INITIAL, MASKED, ROWS)
+    if not VARLEN and (i_t + 1) * (SEGMENTS * ROWS) >= T:
         tl.store(p_last_state + i_b * C + c, state, mask=m_end & m_c)
 
 
 @triton.jit
 def _backward_fold(
-    rs, ds, log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c,
+    rs, ds, log_decay, marks, ends, d_last,
     KIND: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of each segment the map of all its rows, from the last to the first."""
+    """Of each segment the map of its rows, from the last to the first, which forgets what is behind its first end."""
     a_s, b_s = tl.full(log_decay.shape, 1.0, tl.float32), tl.full(log_decay.shape, 0.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        reset = _has(marks, 16 + i) if KIND == SEVERAL else None
+        reset = _has(marks, 31 - i) if KIND == SEVERAL else None
         a, _ = decay(log_decay, sigmoid(to_float32(rs[i]), EXACT), EXACT, reset)
         if KIND > 0 and VARLEN:
-            is_last = _has(last, i)
-            a_s = tl.where(is_last, 0.0, a_s)
-            b_s = tl.where(is_last, _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, is_last, KIND), b_s)
+            b_s = tl.where(_has(ends, i), d_last, b_s)
         a_s, b_s = a_s * a, a * (b_s + to_float32(ds[i]))
+    if KIND > 0 and VARLEN:
+        a_s = tl.where((ends & 0xFFFF) != 0, 0.0, a_s)
     return a_s, b_s
 
 
@@ -319,38 +315,46 @@ def _compute_again(x):
 
 @triton.jit
 def _backward_rows(
-    rs, ds, gs, xs, hs, k, log_decay, marks, last, numbers, d_last,
+    rs, ds, gs, xs, hs, k, log_decay, marks, ends, n, entering, d_last,
     p_initial_state, p_d_last_state, p_d_initial_state, p_sequence,
     p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C: tl.constexpr, c,
-    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
+    KIND: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_D_LAST: tl.constexpr, VARLEN: tl.constexpr,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of each row, given the k that enters the last; returns the segments' d_log_decay."""
     d_log_decay = tl.full(log_decay.shape, 0.0, tl.float32)
-    state = _entering_state(p_initial_state, marks, numbers, C, c, KIND)
+    firsts, cuts = marks & 0xFFFF, marks | (marks >> 16)  # nothing comes over a cut: a first one or a reset
+    last_first, others = firsts & -firsts, tl.where(c < C, ends & ((firsts - 1) << 16), 0)
+    stored, other_ends = tl.where(c < C, firsts, 0), tl.where(c < C, ends & (ends - 1), 0)
+    if KIND == SEVERAL and VARLEN:
+        n = tl.load(p_sequence + t + (ROWS - 1), mask=t + (ROWS - 1) < T, other=0)
     for i in tl.static_range(ROWS - 1, -1, -1):
-        reset = _has(marks, 16 + i) if KIND > 0 else None
+        reset = _has(marks, 31 - i) if KIND > 0 else None
+        if KIND == SEVERAL and VARLEN:
+            n = tl.load(p_sequence + t + i, mask=_has(ends, i), other=n)
         r, s = sigmoid(to_float32(_compute_again(rs[i])), EXACT), sigmoid(to_float32(gs[i]), EXACT)
         a, y = decay(log_decay, r, EXACT, reset)
         multiplier = square_root(y, EXACT)
         # Differs: 1 / sqrt(y) is bounded at 2 * 1000, as in `BoundedSqrt`; the paper has no bound.
         inverse = tl.minimum(reciprocal(multiplier, EXACT), 2000.0)
         x, h_before, dh = to_float32(xs[i]), to_float32(hs[i]), to_float32(ds[i])
-        if KIND > 0:  # nothing comes over a reset: a is 0 there, and so is d_log_a where h_before is finite
-            is_first = _has(marks, i)
-            m, p_states = is_first & (reset == 0), p_initial_state if VARLEN else None
-            entering = _load_state(p_states, p_sequence, state, t + i, C, c, m, KIND)
-            h_before = tl.where(is_first | reset, entering, h_before)
+        if KIND > 0:  # a is 0 at a reset, and so is d_log_a where h_before is finite
+            before = entering
+            if KIND == SEVERAL and VARLEN and HAS_INITIAL:
+                before = tl.where(_has(last_first, 15 - i), entering, 0.0)
+                before = tl.load(p_initial_state + (n * C + c), mask=_has(others, 31 - i), other=before)
+            h_before = tl.where(_has(cuts, 15 - i) if VARLEN else reset, before, h_before)
         if HAS_INITIAL and not VARLEN and i == 0:
             h_before += tl.load(p_initial_state + i_b * C + c, mask=(c < C) & (t == 0), other=0.0)
         if KIND > 0 and VARLEN:  # what comes from behind a sequence's last row is another sequence's
-            is_last = _has(last, i)
-            k = tl.where(is_last, _load_state(p_d_last_state, p_sequence, d_last, t + i, C, c, is_last, KIND), k)
+            k = tl.where(_has(ends, i), d_last, k)
+            if KIND == SEVERAL and HAS_D_LAST:
+                k = tl.load(p_d_last_state + (n * C + c), mask=_has(other_ends, i), other=k)
         dh += k
         d_log_a = a * tl.fma(-a * inverse, s * x, h_before)  # times dh
         k = a * dh
         if KIND > 0 and VARLEN and HAS_INITIAL:
-            _store_state(p_d_initial_state, p_sequence, numbers & 0x7FFFFFFF, t + i, C, c, k, is_first, KIND)
+            tl.store(p_d_initial_state + (n * C + c), k, mask=_has(stored, 15 - i))
         d_x = dh * (multiplier * s)
         d_r = dh * d_log_a * r
         d_log_decay += d_r
@@ -389,6 +393,8 @@ def backward_kernel(
     first = (i_b * T + i_t * (SEGMENTS * ROWS)) * C
     offset = i_s * (ROWS * C) + c
     m_c = c < C
+    p_row = p_reset + i_b * T if HAS_RESET else None
+    kind, marks, ends, n, n_end = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
     rs, ds, gs, xs, hs = (), (), (), (), ()
     for i in tl.static_range(ROWS):
         m = m_c & (t + i < T)
@@ -400,19 +406,15 @@ def backward_kernel(
         hs = hs + (load(p_hidden + first + (i - 1) * C + offset, m & (t + i > 0), 0.0, MASKED or i == 0),)
     log_decay = load(p_log_decay + c, m_c, 0.0, MASKED)
     log_decay = tl.where(log_decay == 0.0, -1e-37, log_decay)  # of 0, 1 - a^2 would be -0, and 1 / sqrt of that -inf
-    p_row = p_reset + i_b * T if HAS_RESET else None
-    kind, marks, last, numbers = _load_marks(p_marks, p_row, n_steps, i_t, i_s, t, T, VARLEN, SEGMENTS, ROWS)
-    d_last = tl.zeros(log_decay.shape, tl.float32)
-    if VARLEN and HAS_D_LAST:
-        m = (kind == SINGLE) & (last != 0) & m_c
-        d_last = tl.load(p_d_last_state + (numbers >> 32) * C + c, mask=m, other=0.0)
-    ends = (log_decay, marks, last, d_last, p_d_last_state, p_sequence, t, C, c)
-    if not (VARLEN or HAS_RESET):
-        a_s, b_s = _backward_fold(rs, ds, *ends, 0, VARLEN, EXACT, ROWS)
-    elif kind <= SINGLE:
-        a_s, b_s = _backward_fold(rs, ds, *ends, SINGLE, VARLEN, EXACT, ROWS)
+    goes_on = (ends >> 16) & (marks & 0xFFFF) & -(marks & 0xFFFF)
+    entering = _state_of(p_initial_state, n, goes_on, C, c, VARLEN and HAS_INITIAL)
+    d_last = _state_of(p_d_last_state, n_end, ends & 0xFFFF, C, c, VARLEN and HAS_D_LAST)
+    folded = (log_decay, marks, ends, d_last)
+    LEAST: tl.constexpr = SINGLE if VARLEN else 0  # one path for tiles without a mark and with single ones
+    if (kind if VARLEN or HAS_RESET else 0) <= SINGLE:
+        a_s, b_s = _backward_fold(rs, ds, *folded, LEAST, VARLEN, EXACT, ROWS)
     else:
-        a_s, b_s = _backward_fold(rs, ds, *ends, SEVERAL, VARLEN, EXACT, ROWS)
+        a_s, b_s = _backward_fold(rs, ds, *folded, SEVERAL, VARLEN, EXACT, ROWS)
     a_end, b_end, a_start, b_start = _scan_segments(a_s, b_s, SEGMENTS)
 
     m_end = i_s == 0
@@ -431,17 +433,15 @@ def backward_kernel(
 
     k = tl.fma(a_start, carry, b_start)
     outputs = (p_d_x, p_d_recurrence_gate, p_d_input_gate, first, offset, i_b, t, T, C, c)
-    states = (marks, last, numbers, d_last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
+    states = (marks, ends, n, entering, d_last, p_initial_state, p_d_last_state, p_d_initial_state, p_sequence)
     rows = (rs, ds, gs, xs, hs, k, log_decay)
-    if not (VARLEN or HAS_RESET):
-        d_log_decay = _backward_rows(*rows, *states, *outputs, 0, HAS_INITIAL, VARLEN, MASKED, EXACT, ROWS)
-    elif kind <= SINGLE:
-        d_log_decay = _backward_rows(*rows, *states, *outputs, 1, HAS_INITIAL, VARLEN, MASKED, EXACT, ROWS)
+    if (kind if VARLEN or HAS_RESET else 0) <= SINGLE:
+        total = _backward_rows(*rows, *states, *outputs, LEAST, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
     else:
-        d_log_decay = _backward_rows(*rows, *states, *outputs, 2, HAS_INITIAL, VARLEN, MASKED, EXACT, ROWS)
+        total = _backward_rows(*rows, *states, *outputs, SEVERAL, HAS_INITIAL, HAS_D_LAST, VARLEN, MASKED, EXACT, ROWS)
 
     c_tile = (i_chain % n_blocks) * CHANNELS + i_c
-    tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(d_log_decay, 0), mask=c_tile < C)
+    tl.store(p_d_log_decay + (i_b * n_steps + i_t) * C + c_tile, tl.sum(total, 0), mask=c_tile < C)
     if HAS_INITIAL and not VARLEN:
         if i_t == 0:
             tl.store(p_d_initial_state + i_b * C + c, state, mask=m_end & m_c)

@@ -222,6 +222,13 @@ def test_kernels_with_tokens_behind(small_tiles):
 
 
 @needs_kernels
+def test_kernels_with_more_sequences_than_are_sampled(small_tiles):
+    """The kernel that lays them out looks at 512 ends first."""
+    lengths = [0, 2, 1] * 200 + [150] + [0] * 7 + [1, 3] * 8
+    check(make_inputs(lengths, 33, torch.float32, tail=3), "triton", torch.float32)
+
+
+@needs_kernels
 def test_kernels_do_not_read_the_state_of_a_start(small_tiles):
     inputs = make_inputs([9, 8, 3], 33, torch.float32)
     inputs["starts"][:] = torch.tensor([True, False, True])

@@ -27,8 +27,8 @@ def lay_out_sequences(
     """`count` cleared words, or None for 0, and the marks and sequence numbers of `lay_out_kernel`."""
     (_, length, channels), number = x.shape, layout.cu_seqlens.shape[0] - 1
     words = x.new_empty(count, dtype=torch.int64) if count else None
-    marks = x.new_empty(ceil_div(length, tile.steps) * (1 + 2 * tile.segments), dtype=torch.int64)
-    sequence = x.new_empty(length, dtype=torch.int32)
+    marks = x.new_empty(ceil_div(length, tile.steps) * (1 + 3 * tile.segments), dtype=torch.int64)
+    sequence = x.new_empty(length, dtype=torch.int32 if number * channels < 2**31 else torch.int64)
     segments, (block, channels_each, warps) = 256 // tile.rows, LAID_OUT
     programs = max(ceil_div(count, block), ceil_div(length, 256), min(number, 128))
     launch(
@@ -45,7 +45,6 @@ def lay_out_sequences(
         length,
         number,
         channels,
-        number.bit_length(),
         HAS_STARTS=layout.starts is not None,
         HAS_RESET=reset is not None,
         HAS_ENTERING=layout.entering is not None,
@@ -56,6 +55,7 @@ def lay_out_sequences(
         TILES=256 // tile.steps,
         ROWS=tile.rows,
         CHANNELS=channels_each,
+        SAMPLES=512,
         num_warps=warps,
     )
     return words, marks, sequence

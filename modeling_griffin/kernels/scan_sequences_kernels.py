@@ -26,22 +26,43 @@ def sequence_of(p_cu_seqlens, t, N, halvings):
     return low
 
 
-@triton.jit(do_not_specialize=["N_WORDS", "T", "N", "halvings"])
+@triton.jit
+def _sequence_of_neighbours(p_cu_seqlens, t, first, COUNT: tl.constexpr, N, SAMPLES: tl.constexpr):
+    """`sequence_of` for COUNT tokens from `first` on: one look at samples of all ends leaves few sequences."""
+    step = tl.cdiv(N, SAMPLES)
+    i = (tl.arange(0, SAMPLES) + 1) * step
+    end = tl.load(p_cu_seqlens + i, mask=i <= N, other=0x7FFFFFFF)
+    counts = tl.sum((end <= first).to(tl.int32) + ((end < first + COUNT).to(tl.int32) << 16), 0)
+    least, most = (counts & 0xFFFF) * step, tl.minimum((counts >> 16) * step + step - 1, N)
+    low, high = t * 0 + least, t * 0 + most
+    between = most - least
+    while between > 0:
+        middle = (low + high) >> 1
+        is_open = low < high
+        is_later = tl.load(p_cu_seqlens + 1 + middle, mask=is_open, other=0) <= t
+        low = tl.where(is_open & is_later, middle + 1, low)
+        high = tl.where(is_open & (is_later == 0), middle, high)
+        between >>= 1
+    return low
+
+
+@triton.jit(do_not_specialize=["N_WORDS", "T", "N"])
 def lay_out_kernel(
     p_cu_seqlens, p_starts, p_reset, p_entering,
     p_words, p_marks, p_sequence, p_leaving,
-    N_WORDS, T, N, C, halvings,
+    N_WORDS, T, N, C,
     HAS_STARTS: tl.constexpr, HAS_RESET: tl.constexpr, HAS_ENTERING: tl.constexpr, CHAINED: tl.constexpr,
     PDL: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, TILES: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """What the scan needs to know of sequences, and its words cleared as by `clear_kernel`.
 
     p_sequence (T,): the sequence of each token. p_marks: words of 64 bits.
     First the kind of each tile: 0 where no token is a first one, a last one or a reset; SINGLE where a segment of ROWS
     tokens has at most one first and one last one, and no reset but a first one; else SEVERAL.
-    Then of each segment: bit i says that token i is a sequence's first one, bit 16 + i a reset, bit 32 + i a last one.
-    Then of each segment that has one of each at most: the sequence of the first one, and above 32 bits of the last one.
+    Then of each segment: bit 15 - i says that token i is a sequence's first one, bit 31 - i a reset, bit 32 + i a last
+    one, bit 63 - i a first one and no reset. Then of each segment the sequence of its last first one, and then of each
+    that of its first last one.
     What leaves an empty sequence, (N, C), is what enters.
     """
     if PDL:
@@ -54,30 +75,33 @@ def lay_out_kernel(
     i_s, i_r = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, ROWS)[None, :]
     t = program * (SEGMENTS * ROWS) + i_s * ROWS + i_r
     m = t < T
-    n = sequence_of(p_cu_seqlens, t, N, halvings)
+    n = _sequence_of_neighbours(p_cu_seqlens, t, program * (SEGMENTS * ROWS), SEGMENTS * ROWS, N, SAMPLES)
     tl.store(p_sequence + t, n, mask=m)
     is_first = m & (tl.load(p_cu_seqlens + n) == t)
+    is_last = m & (n < N) & (tl.load(p_cu_seqlens + n + 1, mask=n < N, other=-1) == t + 1)
     is_reset = is_first
     if HAS_STARTS:
         is_reset = is_reset & ((n == N) | (tl.load(p_starts + n, mask=m & (n < N), other=0) != 0))
     if HAS_RESET:
         is_reset = is_reset | (tl.load(p_reset + t, mask=m, other=0) != 0)
     is_first = is_first & (n < N)
-    is_last = m & (n < N) & (tl.load(p_cu_seqlens + n + 1, mask=n < N, other=-1) == t + 1)
-    marks = (
-        (is_first.to(tl.int64) << i_r) | (is_reset.to(tl.int64) << (i_r + 16)) | (is_last.to(tl.int64) << (i_r + 32))
-    )
-    numbers = tl.where(is_first, n, 0).to(tl.int64) + (tl.where(is_last, n, 0).to(tl.int64) << 32)
-    most = tl.maximum(tl.sum(is_first.to(tl.int32), 1), tl.sum(is_last.to(tl.int32), 1))
-    others = tl.sum((m & is_reset & (is_first == 0)).to(tl.int32), 1)
-    kind = tl.where((most > 1) | (others > 0), SEVERAL, most)
+    goes_on = is_first & (is_reset == 0)
+    marks = (is_first.to(tl.int64) << (15 - i_r)) | (is_reset.to(tl.int64) << (31 - i_r))
+    marks |= (is_last.to(tl.int64) << (32 + i_r)) | (goes_on.to(tl.int64) << (63 - i_r))
+    marks = tl.sum(marks, 1)
+    firsts, resets, lasts = marks & 0xFFFF, (marks >> 16) & 0xFFFF, (marks >> 32) & 0xFFFF
+    several = ((firsts & (firsts - 1)) | (lasts & (lasts - 1)) | (resets & ~firsts)) != 0
+    kind = tl.where(several, SEVERAL, ((firsts | lasts) != 0).to(tl.int32))
     kind = tl.max(tl.reshape(kind, TILES, SEGMENTS // TILES), 1)
+    n_first = tl.max(tl.where(is_first, n, 0), 1)
+    n_last = tl.min(tl.where(is_last, n, 0x7FFFFFFF), 1)
     n_tiles = tl.cdiv(T, ROWS * (SEGMENTS // TILES))
     i_tile = program * TILES + tl.arange(0, TILES)
     tl.store(p_marks + i_tile, kind, mask=i_tile < n_tiles)
     segment, n_segments = program * SEGMENTS + tl.arange(0, SEGMENTS), n_tiles * (SEGMENTS // TILES)
-    tl.store(p_marks + n_tiles + segment, tl.sum(marks, 1), mask=segment < n_segments)
-    tl.store(p_marks + n_tiles + n_segments + segment, tl.sum(numbers, 1), mask=segment < n_segments)
+    tl.store(p_marks + n_tiles + segment, marks, mask=segment < n_segments)
+    tl.store(p_marks + n_tiles + n_segments + segment, n_first, mask=segment < n_segments)
+    tl.store(p_marks + n_tiles + 2 * n_segments + segment, n_last, mask=segment < n_segments)
 
     c = tl.arange(0, CHANNELS)
     i_n = program
