@@ -5,10 +5,10 @@
 
 The products of the 2.1-billion model, each in a CUDA graph of launches over copies of the weights that do not fit the
 cache, so that bytes come from memory. A setting is first compared with float64 over the numbers that the weights stand
-for. "now" is what the package takes; other tiles are, for 1 to 4 rows: of NF4 warps x tiles ahead [x blocks of outputs
-x programs a multiprocessor x whether all weights are first asked for], of 8 bits outputs x warps x tiles ahead; for
-more, outputs x inputs x stages x warps [x programs]. `library` is bitsandbytes' own kernel, where it is
-installed. A step is the sum over the model's layers. Writes OUTPUT.md and prints it.
+for. "now" is what the package takes; other tiles are, for 1 to 4 rows: of NF4 warps x tiles ahead [x programs a
+multiprocessor], of 8 bits outputs x warps x tiles ahead; for more, outputs x inputs x stages x warps [x programs].
+`library` is bitsandbytes' own kernel, where it is installed. A step is the sum over the model's layers.
+Writes OUTPUT.md and prints it.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SCHEMES = ("bfloat16", "nf4", "nf4, constants too", "int8", "float8", "library")
 BYTES = {"bfloat16": 2.0, "nf4": 0.5 + 4 / 64, "nf4, constants too": 0.5 + 1 / 64 + 4 / 64 / 256, "int8": 1.0,
          "float8": 1.0, "library": 0.5 + 4 / 64}  # fmt: skip
 TILES = {
-    "few nf4": ["4x5x1x0x0", "4x2x1x4", "8x3x1x3", "8x4x1x2", "16x2x1x2", "8x1x2x2"],
+    "few nf4": ["4x5", "4x5x3", "4x2x3", "4x2x4", "4x3x4", "8x2x3", "8x4x2"],
     "few bytes": ["4x2x3", "8x2x3", "4x2x5", "2x2x5"],
     "many": ["64x128x4x4", "128x128x3x8", "64x64x6x4", "64x128x3x8"],
 }
@@ -153,11 +153,11 @@ def _with_tile(tile: str, rows: int, scheme: str) -> Iterator[None]:
 
 
 def _numbers(tile: str, rows: int, scheme: str) -> tuple[int, ...]:
-    """What a tile leaves out is 1 block, no limit to registers, and asking first; 1 program of a GEMM."""
+    """What a tile leaves out: no limit to registers; 1 program of a GEMM."""
     numbers = tuple(map(int, tile.split("x")))
     few = rows in tables.MATVEC_ROWS if scheme.startswith("nf4") else rows == 1
     if few:
-        return (*numbers, *(1, 0, 1)[len(numbers) - 2 :]) if scheme.startswith("nf4") else numbers
+        return (*numbers, *(0,)[len(numbers) - 2 :]) if scheme.startswith("nf4") else numbers
     return (*numbers, *(1,)[len(numbers) - 4 :])
 
 

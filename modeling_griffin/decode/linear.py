@@ -195,7 +195,7 @@ class Gemms:
             **_nf4_roles(norm, matrices, residual),
             **self._matvec_nf4_options(MATVEC_NF4, x, sum(sizes), matrices[0]),
         }
-        programs = sum(triton.cdiv(size, NF4_OUTPUTS * options["BLOCKS"]) for size in sizes)
+        programs = sum(triton.cdiv(size, NF4_OUTPUTS) for size in sizes)
         eps, padded_sizes = 1.0 if norm is None else norm.eps, (*sizes, *[0] * (3 - len(sizes)))
         nf4_matvec_kernel[(programs,)](*_nf4_given(x, norm, matrices, residual), eps, *padded_sizes, **options)
 
@@ -252,7 +252,7 @@ class Gemms:
         if _is_matvec_of_nf4(x, norm, [first, second]):
             options = self._matvec_nf4_options(MATVEC_GATED_NF4, x, 2 * width, first)
             both = (tensor for each in (first, second) for tensor in (*each.nf4_tensors(), each.bias))
-            grid = (triton.cdiv(width, NF4_OUTPUTS * options["BLOCKS"]),)
+            grid = (triton.cdiv(width, NF4_OUTPUTS),)
             nf4_gated_matvec_kernel[grid](x, norm.weight, first.nf4.code, *both, y, norm.eps, width, **options)
             return y
         if type(first.packed) is NF4 and self._as_matrices(x, gate, up, together=True):

@@ -84,5 +84,6 @@ def _products(shape: Shape, dtype: torch.dtype, make: Callable, rows: int) -> No
     queries, keys = make(shape.width, shape.heads * shape.head_dim), make(shape.width, shape.head_dim)
     queries.bias = keys.bias = None
     ops.project(stream, norm, [queries, keys, keys])
+    ops.add_project(stream, new(rows, shape.lru, dtype=dtype), make(shape.lru, shape.width))
     inner = ops.gated_project(stream, norm, *(make(shape.width, shape.inner) for _ in range(2)))
     ops.add_project(stream, inner, make(shape.inner, shape.width))

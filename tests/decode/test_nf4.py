@@ -85,12 +85,13 @@ def test_values(kind, rows, inputs, outputs, monkeypatch):
     assert_values(kind, rows, inputs, outputs)
 
 
-def test_values_of_two_blocks_a_program(monkeypatch):
-    """Whose tiles are asked for as they are used, from one block to the next."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_values_of_tiles_asked_for_as_they_are_used(rows, monkeypatch):
+    """Weights of the tile behind the next, and of two rows the inputs of a second step."""
     for table in (tables.MATVEC_NF4, tables.MATVEC_GATED_NF4):
-        monkeypatch.setitem(table, 1, {(0, 0): (2, 1, 2, 0, 1)})
+        monkeypatch.setitem(table, rows, {(0, 0): (2, 1, 0)})
     poison_what_is_new(monkeypatch)
-    assert_values("nf4, constants too", 1, 1216, 33)
+    assert_values("nf4, constants too", rows, 832, 17)
 
 
 @torch.no_grad()

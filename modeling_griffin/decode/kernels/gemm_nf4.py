@@ -1,13 +1,11 @@
 """Triton GEMMs over weights of 4 bits (NF4), for many rows: as `gemm`, but a tile of weights becomes numbers first.
 
 What meets the rows is what bitsandbytes dequantises to: code times scale in float32, rounded to the rows' dtype.
-A byte holds an even input and the odd one behind it, so that a tile of bytes is two products.
+A byte holds an even input and the odd one behind it: a tile of bytes is two products, for which x is split, or one,
+for which they are joined. Of 64 rows gate and up are faster by two, the others by one.
 
 Names and PDL as in `gemv`. Legend: M rows, D inputs of a product, N outputs, G groups of 64 inputs in a tile.
 """
-
-import os
-
 
 try:
     import triton
@@ -20,7 +18,6 @@ from .gemm import _add_up, _prefetch_tile, _scaled
 from .gemv import PTX
 
 
-SPLIT_IN_TWO = tl.constexpr(os.environ.get("NF4_SPLIT_IN_TWO") == "1")  # to be compared, then one of both goes
 GROUP = tl.constexpr(64)  # weights that share a scale
 NESTED_BLOCK = tl.constexpr(256)  # scales that share theirs
 # Thread l of each 16 keeps number l of the code, and a shuffle fetches the one that the last four bits ask for.
@@ -85,8 +82,10 @@ def _all_sums(
     p_x, p_norm, p_code, p_w, p_s, p_nested_code, p_nested_scale, p_offset, p_part, p_squares, p_count, i_n, M, N,
     D: tl.constexpr, NORM: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    IN_TWO: tl.constexpr,
 ):  # fmt: skip
-    """As `_all_sums` of `gemm`. p_w (BLOCK_N, 1) of each output's matrix, and p_s to p_offset (BLOCK_N,).
+    """As `_all_sums` of `gemm`. p_w (BLOCK_N, 1) of each output's matrix, and p_s to p_offset (BLOCK_N,). IN_TWO:
+    whether a tile is two products.
 
     Scales are loaded one turn ahead, and with NESTED two, and one what they mean: asynchronous copies take no bytes.
     """
@@ -129,7 +128,7 @@ def _all_sums(
         each = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, G, GROUP // 2)), (BLOCK_N, HALF))
         even = (_look_up(p_code, own, packed >> 4) * each).to(x.dtype)
         odd = (_look_up(p_code, own, packed) * each).to(x.dtype)
-        if SPLIT_IN_TWO:
+        if IN_TWO:
             x_even, x_odd = tl.split(tl.reshape(x, (BLOCK_M, HALF, 2)))
             sums = tl.dot(even, tl.trans(x_even), sums, input_precision="ieee")
             sums = tl.dot(odd, tl.trans(x_odd), sums, input_precision="ieee")
@@ -175,7 +174,7 @@ def nf4_matmul_kernel(
     none = tl.zeros((BLOCK_N,), tl.int32)
     sums, squares, is_last = _all_sums(
         p_x, p_norm, p_code, p_w, p_s + none, p_c + none, p_n + none, p_o + none, p_part, p_squares, p_count, i_n, M, N,
-        D, NORM, NESTED, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES,
+        D, NORM, NESTED, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES, False,
     )  # fmt: skip
     if is_last:
         y = _scaled(sums, squares, eps, 1.0, p_x, p_b, i_n, N, D, NORM, False, BIAS)
@@ -210,7 +209,7 @@ def nf4_gated_matmul_kernel(
         _of_both(p_s_gate, p_s_up, is_up, SCALE), _of_both(p_c_gate, p_c_up, is_up, 4),
         _of_both(p_n_gate, p_n_up, is_up, 4), _of_both(p_o_gate, p_o_up, is_up, 4),
         p_part, p_squares, p_count, tl.program_id(0) * BLOCK_N + i_row % BLOCK_N, M, N,
-        D, True, NESTED, EVEN, PDL, BLOCK_M, 2 * BLOCK_N, BLOCK_D, SPLITS, STAGES,
+        D, True, NESTED, EVEN, PDL, BLOCK_M, 2 * BLOCK_N, BLOCK_D, SPLITS, STAGES, True,
     )  # fmt: skip
     if is_last:
         sums_gate, sums_up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))

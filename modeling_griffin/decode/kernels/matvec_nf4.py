@@ -12,8 +12,7 @@ a row of x, one of the two groups of 64 inputs that have a scale (for the other 
 what it makes of the weights of others is not taken.
 
 Between the end of the kernel in front and its own a kernel waits for x, for sums, and for one exchange between warps.
-All else is had before: weights, into the cache of all programs too where there is one instruction for that (compute
-capability 9), scales, norm, bias.
+All else is had before: weights of the first tiles, scales, norm, bias.
 
 Tensors here have one element a thread, so that `inline assembly` of a warp sees the elements that it is meant for.
 In Triton's interpreter, which has no assembly, the same is written out.
@@ -86,10 +85,6 @@ TILE_PRODUCT = tl.constexpr(_tile_ptx())
 TILE_OPERANDS = tl.constexpr("=&f,=&f,=&f,=&f" + ",r" * 25)
 SQUARES = tl.constexpr(_squares_ptx())
 SQUARES_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 16 + ",f" * 4)
-# Asks for bytes into the cache of all programs; nothing waits for them. Compute capability 9.
-PREFETCH_ROWS = tl.constexpr(
-    "{.reg .pred p; setp.ne.b32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3;} mov.b32 $0, 0;"
-)
 # No load is moved behind it: the compiler would rather save registers than ask for all at once.
 ASKED = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, 0;")
 TIMES_NORM = tl.constexpr("fma.rn.bf16x2 $0, $1, $2, $1;")
@@ -254,25 +249,9 @@ def _load_scales(
 
 
 @triton.jit
-def _prefetch(matrices, i_first, i_thread, N, D: tl.constexpr, MATRICES: tl.constexpr, BLOCKS: tl.constexpr,
-              WARPS: tl.constexpr):  # fmt: skip
-    """All of a program's weights, which lie side by side: of each warp some rows."""
-    if PTX:
-        ROWS: tl.constexpr = 16 * BLOCKS // WARPS
-        i_n = i_first + i_thread // 32 * ROWS
-        wanted = ((i_thread % 32 == 0) & (i_n + ROWS <= N)).to(tl.int32)
-        for i in tl.static_range(MATRICES):
-            p = (matrices[5 * i] + i_n.to(tl.int64) * (D // 2)).to(tl.int64)
-            tl.inline_asm_elementwise(
-                PREFETCH_ROWS, "=r,l,r,r", [p, wanted, ROWS * D // 2], dtype=tl.int32, is_pure=False, pack=1
-            )
-
-
-@triton.jit
 def _asked_for(
     p_norm, p_code, matrices, i_first, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
-    NORM: tl.constexpr, NESTED: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    NORM: tl.constexpr, NESTED: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What can be had before the kernel in front has ended: words of the first AHEAD tiles, all factors of sums, the
     norm's words, and the table."""
@@ -285,20 +264,14 @@ def _asked_for(
     i_lane = i_thread % 32
     i_row, i_quarter = i_lane // 4, i_lane % 4  # of weights
     i_tile = i_thread // 32 * EACH  # the warp's first
-    if PREFETCH:
-        _prefetch(matrices, i_first, i_thread, N, D, MATRICES, BLOCKS, WARPS)
     words = ()
-    for i in tl.static_range(BLOCKS * EACH):
+    for i in tl.static_range(EACH):
         if i < AHEAD:
-            words = words + _load_weights(
-                matrices, i_first + i // EACH * 16, i_tile + i % EACH, i_row, i_quarter, N, D, MATRICES
-            )
+            words = words + _load_weights(matrices, i_first, i_tile + i, i_row, i_quarter, N, D, MATRICES)
     stored = ()
-    for i in tl.static_range(BLOCKS * STEPS):
-        stored = stored + _load_scales(
-            matrices, i_first + i // STEPS * 16, i_tile + i % STEPS * SLOTS + i_quarter // ROWS, i_row, N, D, MATRICES,
-            NESTED,
-        )  # fmt: skip
+    for step in tl.static_range(STEPS):
+        i_tile_of_column = i_tile + step * SLOTS + i_quarter // ROWS
+        stored = stored + _load_scales(matrices, i_first, i_tile_of_column, i_row, N, D, MATRICES, NESTED)
     norms = ()
     if NORM:
         for step in tl.static_range(STEPS):
@@ -307,7 +280,7 @@ def _asked_for(
                 norms = norms + _load_row(p_norm + i_d, is_there)
     table = _table(p_code, i_lane, p_norm.dtype.element_ty)
     factors = ()
-    for step in tl.static_range(BLOCKS * STEPS):
+    for step in tl.static_range(STEPS):
         for i in tl.static_range(4 * MATRICES):
             factors = factors + (
                 _scale(
@@ -339,9 +312,9 @@ def _inputs_of_columns(
 @triton.jit
 def _products(
     p_x, p_norm, p_code, matrices, asked, i_first, eps, N, D: tl.constexpr, ROWS: tl.constexpr, MATRICES: tl.constexpr,
-    NORM: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
+    NORM: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """norm(x) w^T for outputs from i_first on: of each block of 16 and each matrix two (8, ROWS), float32.
+    """norm(x) w^T for 16 outputs from i_first on: of each matrix two (8, ROWS), float32.
 
     matrices: as in `nf4_matvec_kernel`: weights, scales, and three of the scales' own, of each.
     """
@@ -375,42 +348,35 @@ def _products(
                     scaled = scaled + (_times_norm(xs[16 * step + i], norms[16 * step + i], dtype),)
         xs = scaled
     totals = ()
-    of_block = ()
+    for _ in tl.static_range(2 * MATRICES):
+        totals = totals + (zero,)
     sums = ()
-    for i in tl.static_range(BLOCKS * EACH):  # tile i % EACH of block i // EACH
-        if i % EACH == 0:
-            of_block = ()
-            for _ in tl.static_range(2 * MATRICES):
-                of_block = of_block + (zero,)
-        if i % EACH % SLOTS == 0:
+    for i in tl.static_range(EACH):
+        if i % SLOTS == 0:
             sums = ()
             for _ in tl.static_range(4 * MATRICES):
                 sums = sums + (zero,)
         new = ()
         for matrix in tl.static_range(MATRICES):
             found = _tile_product(
-                p_code, table, words, xs, 8 * (MATRICES * i + matrix), 16 * (i % EACH // SLOTS), dtype, WARPS
+                p_code, table, words, xs, 8 * (MATRICES * i + matrix), 16 * (i // SLOTS), dtype, WARPS
             )
             for c in tl.static_range(4):  # columns of other slots have met weights that are not theirs
-                is_own = i_quarter // ROWS == i % EACH % SLOTS
+                is_own = i_quarter // ROWS == i % SLOTS
                 new = new + (tl.where(is_own, found[c], sums[4 * matrix + c]),)
         sums = new
-        if i + AHEAD < BLOCKS * EACH:
-            words = words + _load_weights(
-                matrices, i_first + (i + AHEAD) // EACH * 16, i_tile + (i + AHEAD) % EACH, i_row, i_quarter,
-                N, D, MATRICES,
-            )  # fmt: skip
-        if i % EACH % SLOTS == SLOTS - 1 or i % EACH == EACH - 1:
+        if i + AHEAD < EACH:
+            words = words + _load_weights(matrices, i_first, i_tile + i + AHEAD, i_row, i_quarter, N, D, MATRICES)
+        if i % SLOTS == SLOTS - 1 or i == EACH - 1:
             new = ()
             for part in tl.static_range(2 * MATRICES):
                 new = new + (
-                    of_block[part]
-                    + sums[2 * part] * factors[4 * MATRICES * (STEPS * (i // EACH) + i % EACH // SLOTS) + 2 * part]
-                    + sums[2 * part + 1]
-                    * factors[4 * MATRICES * (STEPS * (i // EACH) + i % EACH // SLOTS) + 2 * part + 1],
+                    totals[part]
+                    + sums[2 * part] * factors[4 * MATRICES * (i // SLOTS) + 2 * part]
+                    + sums[2 * part + 1] * factors[4 * MATRICES * (i // SLOTS) + 2 * part + 1],
                 )
-            of_block = new
-            if i < EACH and i // SLOTS + STEPS_AHEAD < STEPS:
+            totals = new
+            if i // SLOTS + STEPS_AHEAD < STEPS:
                 i_d, is_there = _inputs_of_columns(i_lane, i_tile, i // SLOTS + STEPS_AHEAD, D, EACH, SLOTS, ROWS)
                 x = _load_row(p_row + i_d, is_there)
                 if NORM:
@@ -420,18 +386,16 @@ def _products(
                         xs = xs + (_times_norm(x[word], norm[word], dtype),)
                 else:
                     xs = xs + x
-        if i % EACH == EACH - 1:
-            totals = totals + of_block
     if NORM:  # of products of columns those with themselves
         own = tl.where(i_row == 2 * i_quarter, squares[0], 0.0) + tl.where(i_row == 2 * i_quarter + 1, squares[1], 0.0)
         totals = totals + (own,)
     results = _added_up(totals, WARPS, SLOTS, ROWS)
     if NORM:
-        of_columns = tl.sum(results[2 * MATRICES * BLOCKS], 1)
+        of_columns = tl.sum(results[2 * MATRICES], 1)
         of_rows = tl.sum(tl.sum(tl.reshape(of_columns, (SLOTS, ROWS, 2)), 2), 0)
         scale = tl.rsqrt(of_rows / D + eps)[None, :]
         scaled = ()
-        for i in tl.static_range(2 * MATRICES * BLOCKS):
+        for i in tl.static_range(2 * MATRICES):
             scaled = scaled + (results[i] * scale,)
         results = scaled
     return results
@@ -465,10 +429,10 @@ def _added_up(parts, WARPS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def _load_bias(p_b, i_first, N, BIAS: tl.constexpr, BLOCKS: tl.constexpr):
+def _load_bias(p_b, i_first, N, BIAS: tl.constexpr):
     """Of each 8 outputs (8, 1), or zeros."""
     biases = ()
-    for i in tl.static_range(2 * BLOCKS):
+    for i in tl.static_range(2):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
         if BIAS:
             biases = biases + (tl.load(p_b + i_n, mask=i_n < N, other=0.0).to(tl.float32),)
@@ -482,39 +446,36 @@ def nf4_matvec_kernel(
     p_x, p_norm, p_code, p_w0, p_s0, p_c0, p_n0, p_o0, p_b0, p_y0, p_w1, p_s1, p_c1, p_n1, p_o1, p_b1, p_y1,
     p_w2, p_s2, p_c2, p_n2, p_o2, p_b2, p_y2, p_residual, eps, N0, N1, N2, D: tl.constexpr, ROWS: tl.constexpr,
     MATRICES: tl.constexpr, NORM: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). Program: BLOCKS of 16 outputs.
+    """y = norm(x) w^T + b (+ residual) for one to three matrices w (N, D); x (ROWS, D). Program: 16 outputs.
 
     Of each matrix: weights, their scales, and what these mean: a code of 256, scales and an offset.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    HEIGHT: tl.constexpr = 16 * BLOCKS
     i_block = tl.program_id(0)
     p_w, p_s, p_c, p_n, p_o, p_b, p_y, N = p_w0, p_s0, p_c0, p_n0, p_o0, p_b0, p_y0, N0
     if MATRICES > 1:
-        end0 = tl.cdiv(N0, HEIGHT)
-        end1 = end0 + tl.cdiv(N1, HEIGHT)
+        end0 = tl.cdiv(N0, 16)
+        end1 = end0 + tl.cdiv(N1, 16)
         if i_block >= end1:
             p_w, p_s, p_c, p_n, p_o, p_b, p_y, N, i_block = p_w2, p_s2, p_c2, p_n2, p_o2, p_b2, p_y2, N2, i_block - end1
         elif i_block >= end0:
             p_w, p_s, p_c, p_n, p_o, p_b, p_y, N, i_block = p_w1, p_s1, p_c1, p_n1, p_o1, p_b1, p_y1, N1, i_block - end0
-    i_first = i_block * HEIGHT
+    i_first = i_block * 16
     matrix = (p_w, p_s, p_c, p_n, p_o)
-    biases = _load_bias(p_b, i_first, N, BIAS, BLOCKS)
-    asked = _asked_for(
-        p_norm, p_code, matrix, i_first, N, D, ROWS, 1, NORM, NESTED, WARPS, AHEAD, BLOCKS, PREFETCH
-    )  # fmt: skip
+    biases = _load_bias(p_b, i_first, N, BIAS)
+    asked = _asked_for(p_norm, p_code, matrix, i_first, N, D, ROWS, 1, NORM, NESTED, WARPS, AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
     i_m = tl.arange(0, ROWS)[None, :]
     residuals = ()
-    for i in tl.static_range(2 * BLOCKS if RESIDUAL else 0):
+    for i in tl.static_range(2 if RESIDUAL else 0):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
         residuals = residuals + (tl.load(p_residual + i_m * N + i_n, mask=i_n < N, other=0.0).to(tl.float32),)
-    ys = _products(p_x, p_norm, p_code, matrix, asked, i_first, eps, N, D, ROWS, 1, NORM, WARPS, AHEAD, BLOCKS)
-    for i in tl.static_range(2 * BLOCKS):
+    ys = _products(p_x, p_norm, p_code, matrix, asked, i_first, eps, N, D, ROWS, 1, NORM, WARPS, AHEAD)
+    for i in tl.static_range(2):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
         y = ys[i] + biases[i]
         if RESIDUAL:
@@ -526,25 +487,21 @@ def nf4_matvec_kernel(
 def nf4_gated_matvec_kernel(
     p_x, p_norm, p_code, p_w_gate, p_s_gate, p_c_gate, p_n_gate, p_o_gate, p_b_gate,
     p_w_up, p_s_up, p_c_up, p_n_up, p_o_up, p_b_up, p_y, eps, N, D: tl.constexpr, ROWS: tl.constexpr,
-    NESTED: tl.constexpr, PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    NESTED: tl.constexpr, PDL: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (ROWS, D) -> (ROWS, N). Program: BLOCKS of 16."""
+    """y = gelu(norm(x) w_gate^T + b_gate) * (norm(x) w_up^T + b_up); (ROWS, D) -> (ROWS, N). Program: 16 outputs."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    i_first = tl.program_id(0) * (16 * BLOCKS)
+    i_first = tl.program_id(0) * 16
     both = (p_w_gate, p_s_gate, p_c_gate, p_n_gate, p_o_gate, p_w_up, p_s_up, p_c_up, p_n_up, p_o_up)
-    b_gate = _load_bias(p_b_gate, i_first, N, True, BLOCKS)
-    b_up = _load_bias(p_b_up, i_first, N, True, BLOCKS)
-    asked = _asked_for(
-        p_norm, p_code, both, i_first, N, D, ROWS, 2, True, NESTED, WARPS, AHEAD, BLOCKS, PREFETCH
-    )  # fmt: skip
+    b_gate = _load_bias(p_b_gate, i_first, N, True)
+    b_up = _load_bias(p_b_up, i_first, N, True)
+    asked = _asked_for(p_norm, p_code, both, i_first, N, D, ROWS, 2, True, NESTED, WARPS, AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    ys = _products(p_x, p_norm, p_code, both, asked, i_first, eps, N, D, ROWS, 2, True, WARPS, AHEAD, BLOCKS)
+    ys = _products(p_x, p_norm, p_code, both, asked, i_first, eps, N, D, ROWS, 2, True, WARPS, AHEAD)
     i_m = tl.arange(0, ROWS)[None, :]
-    for i in tl.static_range(2 * BLOCKS):
+    for i in tl.static_range(2):
         i_n = (i_first + 8 * i + tl.arange(0, 8))[:, None]
-        # of a block two of the gate, then two of the other
-        y = gelu(ys[i // 2 * 4 + i % 2] + b_gate[i]) * (ys[i // 2 * 4 + i % 2 + 2] + b_up[i])
+        y = gelu(ys[i] + b_gate[i]) * (ys[i + 2] + b_up[i])
         tl.store(p_y + i_m * N + i_n, y.to(p_y.dtype.element_ty), mask=i_n < N)

@@ -35,16 +35,15 @@ GATED_BYTES = {(0, 0): (4, 2, 3)}
 # compute capability 9.0, more outputs or tiles spill.
 PROJECT_NF4 = {(0, 0): (2, 2, 3)}
 GATED_NF4 = {(0, 0): (1, 2, 3)}
-# The same by matrix units. MATVEC_ROWS: (warps that share the inputs of outputs, tiles of 128 inputs that each asks for
-# ahead, blocks of 16 outputs of a program, programs that a multiprocessor has registers for, whether a program first
-# asks for all of its weights into the GPU's cache). Compiled for compute capability 9.0; not timed.
+# The same by matrix units. MATVEC_ROWS: (warps that share the inputs of 16 outputs, tiles of 128 inputs that each asks
+# for ahead, programs that a multiprocessor has registers for; 0: no limit). One row: the fastest of some on one H200;
+# others were not timed.
 MATVEC_NF4 = {
-    1: {(0, 5120): (8, 2, 1, 3, 1), (0, 0): (8, 2, 1, 3, 1)},
-    2: {(0, 0): (8, 3, 1, 2, 1)},
-    4: {(0, 0): (8, 3, 1, 0, 1)},
+    1: {(0, 5120): (8, 4, 2), (4096, 0): (4, 5, 0), (2561, 0): (8, 4, 2), (0, 0): (4, 5, 0)},
+    2: {(0, 0): (8, 3, 2)},
+    4: {(0, 0): (8, 3, 0)},
 }
-MATVEC_GATED_NF4 = {1: {(0, 0): (4, 1, 1, 4, 1)}, 2: {(0, 0): (8, 2, 1, 2, 1)}, 4: {(0, 0): (8, 2, 1, 0, 1)}}
-OLDEST_FOR_PREFETCH = (9, 0)
+MATVEC_GATED_NF4 = {1: {(0, 0): (4, 2, 4)}, 2: {(0, 0): (8, 2, 2)}, 4: {(0, 0): (8, 2, 0)}}
 REGISTERS = 65536  # of a multiprocessor
 MATVEC_NF4_DTYPES = (torch.bfloat16,)
 NF4_OUTPUTS = 16  # of a program
@@ -77,9 +76,9 @@ MATMUL_GATED = {
     32: {(0, 0): (64, 128, 4, 8, 1)},
     64: {(0, 0): (64, 128, 4, 8, 1)},
 }
-# Of weights in 4 bits. Compiled for compute capability 9.0 without spills; others were not timed.
+# Of weights in 4 bits: of 64 rows the fastest of some on one H200; fewer rows were not timed.
 _NF4 = {
-    (0, 5120): (64, 128, 5, 4, 1),
+    (0, 5120): (64, 128, 3, 4, 2),
     (4096, 0): (128, 128, 3, 8, 1),
     (0, 0): (64, 128, 4, 4, 1),
 }
@@ -116,9 +115,8 @@ def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str,
 
 def nf4_matvec_tile(table: dict, outputs: int, inputs: int, rows: int, gpu: GPU) -> dict[str, int]:
     """Of NF4 weights by matrix units."""
-    warps, ahead, blocks, programs, prefetch = _first_fit(table[rows], outputs, inputs)
-    prefetch = prefetch if gpu.vendor == "nvidia" and gpu.capability >= OLDEST_FOR_PREFETCH else 0
-    tile = {"WARPS": warps, "AHEAD": ahead, "BLOCKS": blocks, "PREFETCH": prefetch, "num_warps": warps}
+    warps, ahead, programs = _first_fit(table[rows], outputs, inputs)
+    tile = {"WARPS": warps, "AHEAD": ahead, "num_warps": warps}
     if programs and gpu.vendor == "nvidia":
         tile["maxnreg"] = REGISTERS // (32 * warps * programs) // 8 * 8
     return tile
