@@ -151,7 +151,7 @@ def _backward(
     outputs = (d_x, d_recurrence_gate, d_input_gate, partial, d_initial_state)
     layout = _Layout(*_contiguous(cu_seqlens, starts), inputs[8], d_initial_state)
     _launch(backward_kernel, tile, exact, inputs, outputs, layout, HAS_D_LAST=d_last_state is not None)
-    _sum_rows(partial, d_log_decay)
+    sum_rows(partial, d_log_decay)
     return d_x, d_recurrence_gate, d_input_gate, d_log_decay, d_initial_state
 
 
@@ -194,7 +194,7 @@ def overlap_options(x: torch.Tensor) -> dict[str, bool]:
     return {"PDL": overlap, **({"launch_pdl": True} if overlap else {})}
 
 
-def _sum_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
+def sum_rows(rows: torch.Tensor, total: torch.Tensor) -> None:
     grid, options = (ceil_div(rows.shape[1], 16),), overlap_options(rows)
     launch(sum_rows_kernel, grid, rows, total, *rows.shape, ROWS=256, CHANNELS=16, num_warps=8, **options)
 

@@ -146,9 +146,7 @@ def _step(config: GriffinConfig, rows: int) -> DecodeStep:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = GriffinForCausalLM(config).to(torch.bfloat16).eval()
-    step = DecodeStep(model.model, model.lm_head, rows)
-    step.model = model  # which owns the weights
-    return step
+    return DecodeStep(model.model, model.lm_head, rows)
 
 
 @torch.no_grad()
