@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 from ...kernels.arithmetic import gelu
-from .gemm import _add_up, _prefetch_tile, _scaled
+from .gemm import _add_up, _load_bias, _prefetch_tile, _scaled
 from .gemv import PTX
 
 
@@ -171,13 +171,14 @@ def nf4_matmul_kernel(
         elif i_tile >= end0:
             p_w, p_s, p_c, p_n, p_o, p_b, p_y, N, i_tile = p_w1, p_s1, p_c1, p_n1, p_o1, p_b1, p_y1, N1, i_tile - end0
     i_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias = _load_bias(p_b, i_n, N, BIAS)
     none = tl.zeros((BLOCK_N,), tl.int32)
     sums, squares, is_last = _all_sums(
         p_x, p_norm, p_code, p_w, p_s + none, p_c + none, p_n + none, p_o + none, p_part, p_squares, p_count, i_n, M, N,
         D, NORM, NESTED, EVEN, PDL, BLOCK_M, BLOCK_N, BLOCK_D, SPLITS, STAGES, False,
     )  # fmt: skip
     if is_last:
-        y = _scaled(sums, squares, eps, 1.0, p_x, p_b, i_n, N, D, NORM, False, BIAS)
+        y = _scaled(sums, squares, eps, 1.0, bias, D, NORM, False)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         i_y = i_m * N + i_n[None, :]
         mask = (i_m < M) & (i_n < N)[None, :]
@@ -204,6 +205,8 @@ def nf4_gated_matmul_kernel(
     i_row = tl.arange(0, 2 * BLOCK_N)
     is_up = tl.where(i_row < BLOCK_N, 0, 1)
     SCALE: tl.constexpr = p_s_gate.dtype.element_ty.primitive_bitwidth // 8
+    i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_gate, b_up = _load_bias(p_b_gate, i_n, N, True), _load_bias(p_b_up, i_n, N, True)
     sums, squares, is_last = _all_sums(
         p_x, p_norm, p_code, _of_both(p_w_gate, p_w_up, is_up[:, None], 16),
         _of_both(p_s_gate, p_s_up, is_up, SCALE), _of_both(p_c_gate, p_c_up, is_up, 4),
@@ -213,8 +216,7 @@ def nf4_gated_matmul_kernel(
     )  # fmt: skip
     if is_last:
         sums_gate, sums_up = tl.split(tl.permute(tl.reshape(sums, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
-        i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        gate = _scaled(sums_gate, squares, eps, 1.0, p_x, p_b_gate, i_n, N, D, True, False, True)
-        y = gelu(gate) * _scaled(sums_up, squares, eps, 1.0, p_x, p_b_up, i_n, N, D, True, False, True)
+        gate = _scaled(sums_gate, squares, eps, 1.0, b_gate, D, True, False)
+        y = gelu(gate) * _scaled(sums_up, squares, eps, 1.0, b_up, D, True, False)
         i_m = tl.arange(0, BLOCK_M)[:, None]
         tl.store(p_y + i_m * N + i_n[None, :], y.to(p_y.dtype.element_ty), mask=(i_m < M) & (i_n < N)[None, :])
