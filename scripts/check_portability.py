@@ -23,13 +23,11 @@ from command_line import Parser
 
 
 SECONDS, SPILLS = 20.0, {"bfloat16": 128, "float32": 256}  # float32 is multiplied without tensor cores
-# Kernels that spill more, and are slow: of decoding steps in float32, at the largest with heads of 256, and of NF4 by
-# sums, which only weights that begin off 16 bytes get.
+# Kernels that spill more, and are slow: of decoding steps in float32, at the largest with heads of 256.
 SPILLS_OF = {
     ("float32", "attention_kernel"): 1024,
     ("float32", "draft_attention_kernel"): 2560,
     ("float32", "draft_recurrent_kernel"): 1280,
-    ("bfloat16", "nf4_gated_project_kernel"): 768,
 }
 WITHOUT_ASKING = 48 << 10  # bytes of shared memory that a block gets on any NVIDIA GPU; Triton asks for more by its own
 SEQUENCES_SPILLS = {"gfx1100": 320}  # of sequences end to end: 296 backward with states

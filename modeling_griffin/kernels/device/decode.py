@@ -34,7 +34,7 @@ GATED_BYTES = {(0, 0): (4, 2, 3)}
 # Of weights in 4 bits, which take eight times the registers once they are numbers. Not measured: compiled for
 # compute capability 9.0, more outputs or tiles spill.
 PROJECT_NF4 = {(0, 0): (2, 2, 3)}
-GATED_NF4 = {(0, 0): (1, 2, 3)}
+GATED_NF4 = {(0, 0): (1, 4, 2)}
 # The same by matrix units. MATVEC_ROWS: (warps that share the inputs of 16 outputs, tiles of 128 inputs that each asks
 # for ahead, programs that a multiprocessor has registers for; 0: no limit). One row: the fastest of some on one H200;
 # others were not timed.
