@@ -113,7 +113,9 @@ def mistaken(assistant: GriffinForCausalLM, share: float) -> GriffinForCausalLM:
     return copied
 
 
-def generations(way: Way, model, assistant, arguments: argparse.Namespace) -> tuple[list[float], float | None]:
+def generations(
+    way: Way, model: GriffinForCausalLM, assistant: GriffinForCausalLM, arguments: argparse.Namespace
+) -> tuple[list[float], float | None]:
     """Seconds a token of each prompt, and tokens a pass with drafts."""
     fields, sizes, seconds = {}, [], []
     if way.drafts:
