@@ -1,6 +1,8 @@
 """First calls, each in a process of its own: one with no kernels on disk, one with what it left."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import time_first_call
@@ -19,9 +21,10 @@ def test_the_page(tmp_path, capsys):
     assert "commit abc" in page and "| tiny | 2 | on disk |" in page and page in capsys.readouterr().out
 
 
-def test_a_process_that_ends_early_is_said(tmp_path):
-    with time_first_call.started("no-such-size:1", "cpu", str(tmp_path)) as process:
-        with pytest.raises(RuntimeError, match="ended before it was timed"):
+def test_a_process_that_ends_early_is_said():
+    command = [sys.executable, "-c", "print('what a library says'); raise SystemExit(3)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with pytest.raises(RuntimeError, match="ended before it was timed, with exit status 3"):
             time_first_call.answer(process, time_first_call.READY)
 
 
