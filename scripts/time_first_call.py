@@ -33,6 +33,7 @@ from modeling_griffin import GriffinForCausalLM
 CASES = ["2b:1", "2b:64", "recurrentgemma-2b:1"]
 PROMPT, NEW = 128, 32
 READY = "ready"
+KERNELS = ("compiled", "on disk")  # of a first call's two processes
 CALLS = 3  # in one process
 
 
@@ -77,9 +78,6 @@ def measure(cases: list[str], device: str) -> Iterator[dict]:
             process.stdin.flush()
             size, rows = each.split(":")
             yield {"model": size, "rows": int(rows), "kernels": kernels, "seconds": json.loads(answer(process, "["))}
-
-
-KERNELS = ("compiled", "on disk")
 
 
 @contextmanager
