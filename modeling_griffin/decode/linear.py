@@ -21,8 +21,10 @@ from ..kernels.device import (
     GATED_BYTES,
     GATED_NF4,
     MATMUL,
+    MATMUL_BYTES,
     MATMUL_DTYPES,
     MATMUL_GATED,
+    MATMUL_GATED_BYTES,
     MATMUL_GATED_NF4,
     MATMUL_NF4,
     MATMUL_ROWS,
@@ -168,7 +170,8 @@ class Gemms:
             options |= {"ROWS": x.shape[0], "EVEN": even, **tile}
             project_kernel[(programs,)](*tensors, eps, matrices[0].unit, *padded_sizes, **options)
         else:
-            tile = matmul_tile(MATMUL, sizes, x.shape[1], x.shape[0], properties(x.device))
+            table = MATMUL_BYTES if matrices[0].weight.itemsize == 1 else MATMUL
+            tile = matmul_tile(table, sizes, x.shape[1], x.shape[0], properties(x.device))
             grid, scratch = self._shared(tile, sizes, 1, x)
             options |= {"EVEN": _is_even(tile, sizes, x.shape[1]), **tile}
             matmul_kernel[grid](*tensors, *scratch, eps, matrices[0].unit, x.shape[0], *padded_sizes, **options)
@@ -279,7 +282,8 @@ class Gemms:
             grid = (triton.cdiv(width, tile["BLOCK_N"]),)
             gated_project_kernel[grid](*tensors, norm.eps, first.unit, width, **options)
         else:
-            tile = matmul_tile(MATMUL_GATED, [width], x.shape[1], x.shape[0], properties(x.device))
+            table = MATMUL_GATED_BYTES if first.weight.itemsize == 1 else MATMUL_GATED
+            tile = matmul_tile(table, [width], x.shape[1], x.shape[0], properties(x.device))
             grid, scratch = self._shared(tile, [width], 2, x)
             options |= {"EVEN": _is_even(tile, [width], x.shape[1]), **tile}
             gated_matmul_kernel[grid](*tensors, *scratch, norm.eps, first.unit, x.shape[0], width, **options)

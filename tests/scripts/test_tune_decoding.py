@@ -10,7 +10,7 @@ from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.kernels.device import decode as tables
 
 
-def make_step(config, rows):
+def make_step(config, rows, weights="bfloat16"):
     model = GriffinForCausalLM(config).eval()
     return DecodeStep(model.model, model.lm_head, rows)
 
@@ -70,5 +70,28 @@ def test_what_is_compiled_ahead_launches_every_kind_of_layer(monkeypatch):
     monkeypatch.setattr(tune_decoding, "_step", lambda *given: steps.append(make_step(*given)) or steps[0])
     monkeypatch.setattr(tune_decoding, "_logits", lambda step: ran.append(tables.PROJECT[0, 5120]))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    tune_decoding._compile(_griffin_config("tiny"), 1, [("down", "4x2x2"), ("down", "2x4x3")])
+    tune_decoding._compile(_griffin_config("tiny"), 1, "bfloat16", [("down", "4x2x2"), ("down", "2x4x3")])
     assert ran == [(4, 2, 2), (2, 4, 3)] and sorted(map(len, steps[0].layers)) == [2, 3]
+
+
+def test_packed_weights_have_tables_of_their_own():
+    gpu = tables.GPU(multiprocessors=132)
+
+    def of_one_row(outputs, inputs):
+        tile = tables.product_tile(tables.PROJECT_BYTES, outputs, inputs, 1)
+        return tile["BLOCK_N"], tile["num_warps"], tile["AHEAD"]
+
+    before = {each: of_one_row(*each) for each in ((5120, 2560), (2560, 2560), (2816, 2560), (2560, 7680))}
+    with tune_decoding.taking({"linear_x, linear_y": "16x2x2", "linear_out, o_proj": "4x4x2"}, 1, "torchao int8"):
+        assert of_one_row(5120, 2560) == (16, 2, 2) and of_one_row(2560, 2560) == (4, 4, 2)
+        for others in ((2816, 2560), (2560, 7680)):
+            assert of_one_row(*others) == before[others]
+    with tune_decoding.taking({"gate, up": "4x2x3"}, 1, "nf4, constants too"):
+        assert tables.nf4_matvec_tile(tables.MATVEC_GATED_NF4, 15360, 2560, 1, gpu)["WARPS"] == 4
+    with tune_decoding.taking({"q, k, v": "64x64x5x4x2"}, 64, "nf4"):
+        assert tables.matmul_tile(tables.MATMUL_NF4, [2816], 2560, 64, gpu)["STAGES"] == 5
+        assert tables.matmul_tile(tables.MATMUL_NF4, [2560], 2560, 64, gpu)["STAGES"] == 4
+    with tune_decoding.taking({"gate, up": "64x128x6x8x1"}, 64, "torchao float8"):
+        assert tables.matmul_tile(tables.MATMUL_GATED_BYTES, [7680], 2560, 64, gpu)["STAGES"] == 6
+        assert tables.matmul_tile(tables.MATMUL_GATED, [7680], 2560, 64, gpu)["STAGES"] == 4
+    assert before == {each: of_one_row(*each) for each in before}

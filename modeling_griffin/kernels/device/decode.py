@@ -76,6 +76,9 @@ MATMUL_GATED = {
     32: {(0, 0): (64, 128, 4, 8, 1)},
     64: {(0, 0): (64, 128, 4, 8, 1)},
 }
+# Of weights in 8 bits.
+MATMUL_BYTES = {rows: dict(lines) for rows, lines in MATMUL.items()}
+MATMUL_GATED_BYTES = {rows: dict(lines) for rows, lines in MATMUL_GATED.items()}
 # Of weights in 4 bits: of 64 rows the fastest of some on one H200; fewer rows were not timed.
 _NF4 = {
     (0, 5120): (64, 128, 3, 4, 2),
@@ -126,8 +129,9 @@ def matmul_tile(table: dict, sizes: list[int], inputs: int, rows: int, gpu: GPU)
     """Of a GEMM. sizes: outputs of each matrix, whose tiles are shared by as many programs as there is room for."""
     block_m = next(size for size in table if rows <= size)
     block_n, block_d, stages, warps, programs = _first_fit(table[block_m], sum(sizes), inputs)
-    matrices = 2 if table is MATMUL_GATED or table is MATMUL_GATED_NF4 else 1
-    block_d, stages = _made_to_fit(matrices * block_n, block_m, block_d, stages, gpu.shared_memory)
+    matrices = 2 if any(table is gated for gated in (MATMUL_GATED, MATMUL_GATED_BYTES, MATMUL_GATED_NF4)) else 1
+    size = 1 if table is MATMUL_BYTES or table is MATMUL_GATED_BYTES else 2
+    block_d, stages = _made_to_fit(matrices * block_n, size, block_m, block_d, stages, gpu.shared_memory)
     tiles = sum(-(-size // block_n) for size in sizes)
     return {
         "BLOCK_M": block_m,
@@ -148,17 +152,17 @@ def _first_fit(table: dict, outputs: int, inputs: int) -> tuple[int, ...]:
     return next(tile for least, tile in table.items() if outputs >= least[0] and inputs >= least[1])
 
 
-def gemm_shared_memory(height: int, block_m: int, block_d: int, stages: int) -> int:
-    """Bytes of a program: stages of weights and rows, and the rows times the norm once more."""
-    return (stages * (height + block_m) + block_m) * block_d * 2
+def gemm_shared_memory(height: int, size: int, block_m: int, block_d: int, stages: int) -> int:
+    """Bytes of a program: stages of weights of `size` bytes and of rows, and the rows times the norm once more."""
+    return (stages * (height * size + block_m * 2) + block_m * 2) * block_d
 
 
-def _made_to_fit(height: int, block_m: int, block_d: int, stages: int, limit: int) -> tuple[int, int]:
+def _made_to_fit(height: int, size: int, block_m: int, block_d: int, stages: int, limit: int) -> tuple[int, int]:
     """BLOCK_D and STAGES for `limit` bytes (0: no limit): fewer stages while enough are left, then half the inputs."""
     fewest = min(stages, LEAST_STAGES)
-    while limit and gemm_shared_memory(height, block_m, block_d, fewest) > limit:
+    while limit and gemm_shared_memory(height, size, block_m, block_d, fewest) > limit:
         block_d //= 2
-    while limit and gemm_shared_memory(height, block_m, block_d, stages) > limit:
+    while limit and gemm_shared_memory(height, size, block_m, block_d, stages) > limit:
         stages -= 1
     return block_d, stages
 
