@@ -95,7 +95,7 @@ def _sums(
     if RESIDUAL:
         mask = (i_m < M)[:, None] & (i_n < N)[None, :]
         residual = tl.load(p_residual + i_m[:, None] * N + i_n[None, :], mask=mask, other=0.0)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_D // 8), tl.float32)  # eight of a thread at once, those of threads at the end
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(0, TURNS, num_stages=STAGES):
         wanted = first + turn < end
@@ -108,10 +108,10 @@ def _sums(
         if NORM:
             norm = tl.load(p_norm + i_d, mask=i_d < D, other=0.0)
             x32 = x.to(tl.float32)
-            squares += tl.sum(x32 * x32, 1)
+            squares += tl.sum(tl.reshape(x32 * x32, (BLOCK_M, BLOCK_D // 8, 8)), 2)
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
         sums = tl.dot(_in_dtype(w, x.dtype), tl.trans(x), sums, input_precision="ieee")
-    return sums, squares, residual
+    return sums, tl.sum(squares, 1), residual
 
 
 @triton.jit

@@ -109,8 +109,9 @@ def _all_sums(
         stored = _load_stored(p_scales, i_n, first + 1, N, D, G)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    SWAP: tl.constexpr = BLOCK_M >= 64 and not NORM  # the rows as left operand: as numbers, weights are there for both
+    squares = tl.zeros((BLOCK_M, BLOCK_D // 8), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_N) if SWAP else (BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(0, TURNS, num_stages=STAGES):
         i = first + turn
         wanted = i < end
@@ -123,7 +124,7 @@ def _all_sums(
         if NORM:
             norm = tl.load(p_norm + i_d, mask=i_d < D, other=0.0)
             x32 = x.to(tl.float32)
-            squares += tl.sum(x32 * x32, 1)
+            squares += tl.sum(tl.reshape(x32 * x32, (BLOCK_M, BLOCK_D // 8, 8)), 2)
             x = (x32 * (1.0 + norm.to(tl.float32))[None, :]).to(x.dtype)
         each = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, G, GROUP // 2)), (BLOCK_N, HALF))
         even = (_look_up(p_code, own, packed >> 4) * each).to(x.dtype)
@@ -134,12 +135,18 @@ def _all_sums(
             sums = tl.dot(odd, tl.trans(x_odd), sums, input_precision="ieee")
         else:
             w = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_D))
-            sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
+            if SWAP:
+                sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+            else:
+                sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
         if NESTED:
             scale = _finish(stored, p_nested_code, p_nested_scale, p_offset, i_n, i + 1, N, D, NESTED)
             stored = _load_stored(p_scales, i_n, i + 2, N, D, G)
         else:
             scale = _load_stored(p_scales, i_n, i + 1, N, D, G)
+    squares = tl.sum(squares, 1)
+    if SWAP:
+        sums = tl.trans(sums)
     is_last = True
     if SPLITS > 1:
         i_tile = tl.program_id(0)
