@@ -114,7 +114,10 @@ def test_gates_of_different_kinds():
 
 
 def test_what_a_kernel_is_launched_for():
-    gemms, x = KernelOps().gemms, torch.empty(5, 64, dtype=torch.bfloat16)
-    rows, nf4 = make_packed("int8", 64, 32, torch.bfloat16), make_packed("nf4", 64, 32, torch.bfloat16)
-    assert gemms.takes(x[:1], nf4) and gemms.takes(x[:4], nf4) and not gemms.takes(x, nf4)
-    assert not gemms.takes(x[:1], rows, nf4, together=True)
+    dtype = decode_linear.MATMUL_DTYPES[-1]
+    x = torch.empty(5, 64, dtype=dtype)
+    rows, nf4 = make_packed("int8", 64, 32, dtype), make_packed("nf4", 64, 32, dtype)
+    for matmul in (True, False):
+        gemms = KernelOps(matmul=matmul).gemms
+        assert gemms.takes(x[:1], nf4) and gemms.takes(x[:4], nf4) and gemms.takes(x, nf4) is matmul
+        assert not gemms.takes(x[:1], rows, nf4, together=True)
