@@ -103,6 +103,7 @@ def decode(arguments: argparse.Namespace, output: Path) -> Iterator[dict]:
         before = _allocated(arguments.device)
         try:
             model = quantise(_make(OWN, arguments.size, arguments.device, torch.bfloat16).eval(), scheme)
+            model.generation_config.eos_token_id = None  # so that nothing has to keep it away
         except Exception as error:
             yield {"scheme": scheme, "failed": f"{type(error).__name__}: {error}"}
             continue

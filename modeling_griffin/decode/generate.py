@@ -177,7 +177,15 @@ class _Choice:
             pad = getattr(generation_config, "_pad_token_tensor", None)
             self.pad = self.eos[0] if pad is None else pad.to(prompt.device)
         self.drawing: Drawing | None = None
-        self.start = self.length
+        self.start, self.step_ends = self.length, False
+
+    def let_end(self, step: DecodeStep) -> None:
+        """Where nothing but the step chooses, it also looks for ends: behind the first token, before the next."""
+        if self.eos is None or self.do_sample or self.processors or step.ends is None:
+            return
+        self.step_ends = step.end_at(self.eos, self.pad, self.going_on)
+        if self.step_ends:
+            self.going_on = step.ends.going_on
 
     def use_recording(self, step: DecodeStep) -> None:
         """Draws behind this step by one replay from here on, where that can be."""
@@ -213,7 +221,7 @@ class _Choice:
             token = scores.argmax(-1)
         else:
             token = best
-        if self.eos is not None:
+        if self.eos is not None and not (self.step_ends and token is best):
             token = torch.where(self.going_on, token, self.pad)
             self.going_on = self.going_on & ~torch.isin(token, self.eos)
         return token
@@ -229,8 +237,10 @@ def _decode(step: DecodeStep, logits: torch.Tensor, choice: _Choice, max_length:
         end = next(reports.received(ahead), None)
         if end is not None or max_length is not None and choice.length >= max_length:
             break
-        if token is not step.token:
+        if token is not step.token:  # the first one, or where not the step chooses
             step.token.copy_(token)
+            if best is None:
+                choice.let_end(step)
         logits, best = step.step(), step.token
         choice.use_recording(step)
     if end is None:
@@ -252,7 +262,7 @@ class _Reports:
         report = self.free.pop() if self.free else self._new(token)
         going_on, tokens, event = report
         if self.choice.eos is not None:
-            going_on.copy_(self.choice.going_on.any(), non_blocking=True)
+            going_on.copy_(self.choice.going_on, non_blocking=True)
         if self.streamer is not None:
             tokens.copy_(token, non_blocking=True)
         if event is not None:
@@ -268,12 +278,12 @@ class _Reports:
                 event.synchronize()
             if self.streamer is not None:
                 self.streamer.put(tokens.clone())
-            if not going_on:
+            if not going_on.any():
                 yield length
                 return
             self.free.append(report)
 
     def _new(self, token: torch.Tensor) -> tuple:
-        going_on = torch.ones((), dtype=torch.bool, pin_memory=self.on_gpu)
+        going_on = torch.ones(token.shape, dtype=torch.bool, pin_memory=self.on_gpu)
         tokens = torch.empty(token.shape, dtype=token.dtype, pin_memory=self.on_gpu)
         return going_on, tokens, torch.cuda.Event() if self.on_gpu else None

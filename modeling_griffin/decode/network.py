@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..kernels.capture import capture
-from .ops import Clock, PlainOps, Stream
+from .ops import Clock, Ends, PlainOps, Stream
 
 
 ONE_RECORDS = threading.Lock()  # at a time, whatever the model: what a thread captures is not another's
@@ -22,10 +22,12 @@ class Recording:
     """What can be computed over fixed buffers, and recorded. A kind of it has `_compute`.
 
     token (B,): what a step reads, logits (B, V): what it leaves. drawings: recordings of what is sampled behind it.
+    ends: what a step looks for itself, where it does.
     """
 
     token: torch.Tensor
     logits: torch.Tensor | None = None
+    ends: Ends | None = None
     _compute: Callable[[], None]
 
     def __init__(self, device: torch.device):

@@ -65,6 +65,16 @@ class Clock:
     sin: torch.Tensor | None = None
 
 
+@dataclass
+class Ends:
+    """Where rows end. going_on (B,) bool: those that have not; tokens (MOST_ENDS,): what ends one, -1 for nothing;
+    pad (1,): the token of those that have ended."""
+
+    going_on: torch.Tensor
+    tokens: torch.Tensor
+    pad: torch.Tensor
+
+
 class PlainOps:
     """As the layers compute, for one token a row.
 
@@ -102,9 +112,13 @@ class PlainOps:
             normed.copy_(self._normed(stream, norm))
         logits.copy_(self.project(stream, norm, [linear])[0])
 
-    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
-        """The argmax of logits (B, V) into token (B,); then the next token's time begins."""
-        token.copy_(logits.argmax(-1))
+    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock, ends: Ends | None = None) -> None:
+        """The argmax of logits (B, V) into token (B,), padding where a row has ended; then the next time begins."""
+        best = logits.argmax(-1)
+        if ends is not None:
+            best = torch.where(ends.going_on, best, ends.pad)
+            ends.going_on.logical_and_((best[:, None] != ends.tokens).all(-1))
+        token.copy_(best)
         clock.time.add_(1)
 
     def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:
@@ -237,10 +251,15 @@ class KernelOps(PlainOps):
         else:
             torch.mm(self._normed(stream, norm, normed), linear.weight.T, out=logits)
 
-    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock) -> None:
-        block = largest_logits_block(logits.shape[1])
+    def end(self, logits: torch.Tensor, token: torch.Tensor, clock: Clock, ends: Ends | None = None) -> None:
+        given = (token, token, token) if ends is None else (ends.going_on, ends.tokens, ends.pad)
         end_kernel[(logits.shape[0],)](
-            *(logits, token, clock.time), V=logits.shape[1], BLOCK=block, num_warps=END_WARPS, **self.launch
+            *(logits, token, clock.time, *given),
+            V=logits.shape[1],
+            ENDS=0 if ends is None else len(ends.tokens),
+            BLOCK=largest_logits_block(logits.shape[1]),
+            num_warps=END_WARPS,
+            **self.launch,
         )
 
     def project(self, stream: Stream, norm: nn.Module, linears: Sequence[nn.Linear]) -> list[torch.Tensor]:

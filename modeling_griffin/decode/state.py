@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..kernels.device import can_overlap, decode_gemm_fits, properties
+from ..kernels.device import MOST_ENDS, can_overlap, decode_gemm_fits, properties
 from .lease import Lease
 from .network import RecordedStep, in_order
-from .ops import Clock, KernelOps, PlainOps
+from .ops import Clock, Ends, KernelOps, PlainOps
 from .upload import upload
 
 
@@ -26,7 +26,8 @@ class DecodeStep(RecordedStep, Lease):
     rings: keys and values (L, B, H_kv, S, K) of the L layers that attend, S <= W slots; memories: past inputs
     (L, B, taps, C) and states (L, B, C) float32 of those that recur. layers: for each layer its part of these.
     token (B,) int64: what the next `step` reads; it leaves the argmax of its own logits there, so that a host that
-    chooses no other has nothing to write. logits (B, V): what a step leaves, in the model's dtype.
+    chooses no other has nothing to write, and behind `end_at` padding for rows that have ended. logits (B, V): what a
+    step leaves, in the model's dtype.
     slots: S; None for W. With fewer, no row may hold more tokens. hidden: whether `hidden_states` are left too.
     """
 
@@ -49,6 +50,8 @@ class DecodeStep(RecordedStep, Lease):
         self.token = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.logits = torch.zeros(batch, self.head.weight.shape[0], **new)
         self.clock = Clock(torch.zeros(1, dtype=torch.long, device=self.device), torch.zeros_like(self.token))
+        going_on, pad = torch.ones_like(self.token, dtype=torch.bool), torch.zeros_like(self.clock.time)
+        self.ends = Ends(going_on, torch.full((MOST_ENDS,), -1, device=self.device), pad)
         attending = config.layer_types.count("sliding_attention")
         ring = (attending, batch, config.num_key_value_heads, self.slots, config.head_dim)
         self.rings = torch.zeros(ring, **new), torch.zeros(ring, **new)
@@ -64,6 +67,15 @@ class DecodeStep(RecordedStep, Lease):
         if self.on_gpu:
             self.record()
 
+    def end_at(self, tokens: torch.Tensor, pad: torch.Tensor, going_on: torch.Tensor) -> bool:
+        """From here on rows end at these tokens (E,), and have ended but for those going_on (B,); False: too many."""
+        if len(tokens) > MOST_ENDS:
+            return False
+        self.ends.going_on.copy_(going_on)
+        self.ends.tokens[: len(tokens)] = tokens
+        self.ends.pad.copy_(pad)
+        return True
+
     def load(self, cache: Cache, length: int, padding: torch.Tensor | None) -> None:
         """Copies what a cache knows of `length` tokens a row, of which the first `padding` (B,) are none."""
         self.start(length)
@@ -71,8 +83,10 @@ class DecodeStep(RecordedStep, Lease):
 
     @torch.no_grad()
     def start(self, time: int) -> None:
-        """Makes `time` the time of the next token; what the rows hold is to be loaded afterwards."""
+        """Makes `time` the time of the next token; what the rows hold is to be loaded afterwards. No token ends one."""
         self.clock.time.fill_(time)
+        self.ends.going_on.fill_(True)
+        self.ends.tokens.fill_(-1)
         for buffers, block in zip(self.layers, self.base.layers):
             if len(buffers) == 3:
                 buffers[2].copy_(block.temporal_block.rg_lru.decay())
@@ -164,7 +178,7 @@ class DecodeStep(RecordedStep, Lease):
         embedding, embedded = self.base.embed_tokens, self._places()[0]
         stream, clock = self.ops.begin(self.token, embedding, self.scale, self.clock, self.frequencies, embedded)
         self._read(stream, clock)
-        self.ops.end(self.logits, self.token, clock)
+        self.ops.end(self.logits, self.token, clock, self.ends)
 
 
 def put_ring(cache: DynamicCache, index: int, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:

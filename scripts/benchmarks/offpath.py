@@ -98,9 +98,11 @@ def with_an_activation(model: nn.Module) -> torch.nn.Module:
     return model
 
 
+NEVER = 2**30  # no token of any model: one that could end a row, and does not
 # name, rows, what is done to the model, options, the step
 REQUESTS: list[tuple[str, int, Callable | None, Callable, str]] = [
     ("greedy", 1, None, lambda: {}, "fused"),
+    ("greedy, an end token", 1, None, lambda: {"eos_token_id": NEVER, "min_new_tokens": None}, "fused"),
     ("sampling, top-p", 1, None, lambda: {"do_sample": True, "temperature": 0.8, "top_p": 0.9}, "fused"),
     ("greedy", 64, None, lambda: {}, "fused"),
     ("own logits processor", 1, None, lambda: {"logits_processor": [OnTheHost()]}, "fused"),

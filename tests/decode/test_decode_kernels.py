@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 import modeling_griffin.decode.ops as decode_ops
 from modeling_griffin.decode.forward import ForwardStep
-from modeling_griffin.decode.ops import Clock, KernelOps, PlainOps
+from modeling_griffin.decode.ops import Clock, Ends, KernelOps, PlainOps
 from modeling_griffin.decode.state import DecodeStep
 from modeling_griffin.kernels import dispatch
 from modeling_griffin.kernels.device import decode as tiles
@@ -71,6 +71,28 @@ def test_the_end_of_a_step(dtype, rows, vocabulary, monkeypatch):
             ops.end(logits, token, clock)
             assert torch.equal(token, logits.float().argmax(-1))
             assert clock.time.tolist() == [time + 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_STEPS)
+@torch.no_grad()
+def test_rows_that_end(dtype):
+    """Rows whose token ends them, that have ended before, and that go on; nothing ends at -1, which stands for none."""
+    logits = torch.zeros(5, 70, device=DEVICE, dtype=dtype)
+    logits[range(5), [3, 69, 8, 7, 3]] = 1.0
+    for ops in (PlainOps(), KernelOps()):
+        new = {"device": DEVICE}
+        going_on = torch.tensor([True, True, True, True, False], **new)
+        tokens = torch.tensor([69, 3, -1, -1, -1, -1, -1, -1], **new)
+        token = torch.full((5,), -2, **new)
+        clock = Clock(torch.tensor([1], **new), torch.zeros_like(token))
+        ends = Ends(going_on, tokens, torch.tensor([5], **new))
+        ops.end(logits, token, clock, ends)
+        assert token.tolist() == [3, 69, 8, 7, 5] and clock.time.tolist() == [2]
+        assert going_on.tolist() == [False, False, True, True, False]
+        logits_of_next = logits.roll(1, 0)
+        ops.end(logits_of_next, token, clock, ends)
+        assert token.tolist() == [5, 5, 69, 8, 5] and going_on.tolist() == [False, False, False, True, False]
+        assert tokens.tolist() == [69, 3] + 6 * [-1] and ends.pad.tolist() == [5]
 
 
 @pytest.mark.gpu

@@ -136,6 +136,18 @@ def test_rows_end_at_their_own_token(kind, eos, do_sample, both, small_model):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_step_looks_for_ends_itself_and_forgets_them(rows, both, small_model, monkeypatch):
+    """Behind a call with end tokens one without them, with others, and with more than the step takes."""
+    model, ids, taken, real = small_model(), random_ids(rows, 9), [], DecodeStep.end_at
+    monkeypatch.setattr(DecodeStep, "end_at", lambda *given: taken.append(real(*given)) or taken[-1])
+    common = run(model, ids)[:, 12:].flatten().mode().values.item()
+    for eos in ([common], None, [common, 1, 2], list(range(9)), [28]):
+        expected, found = both(model, ids, eos_token_id=eos, do_sample=False)
+        assert torch.equal(found, expected)
+    assert {True, False} <= set(taken)
+
+
 def test_ends_are_reached_on_the_way(both, small_model):
     """Of which the test above is about: with 24 of 29 tokens as ends, all rows end long before the last step."""
     expected, _ = both(small_model(), random_ids(5, 9), eos_token_id=list(range(5, 29)), do_sample=True)

@@ -303,14 +303,23 @@ def _in_order(x):
 
 
 @triton.jit
-def end_kernel(p_logits, p_token, p_time, V: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):
+def end_kernel(
+    p_logits, p_token, p_time, p_going_on, p_ends, p_pad,
+    V: tl.constexpr, ENDS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """token (B,): argmax of logits (B, V), the first of several; time (1,) += 1. One program: one row.
+
+    With ENDS > 0 rows end: token is pad (1,) for those that do not go on, and going_on (B,) turns false with a token
+    that is one of ends (ENDS,).
 
     No kernel in front reads the time any more once the last of them has ended. A block is asked for before the one in
     front of it is looked at; each thread keeps the best of its places, and only these are compared between threads.
     """
     i_b, i = tl.program_id(0), tl.arange(0, BLOCK)
     p_row = p_logits + i_b.to(tl.int64) * V
+    if ENDS > 0:
+        going_on = tl.load(p_going_on + i_b).to(tl.int1)
+        ends, pad = tl.load(p_ends + tl.arange(0, ENDS)), tl.load(p_pad)
     wait_for_the_kernel_before(PDL)
     best = tl.full((BLOCK,), -0x80000000, tl.int32)  # below all that there is
     i_best = tl.zeros((BLOCK,), tl.int32)
@@ -323,6 +332,11 @@ def end_kernel(p_logits, p_token, p_time, V: tl.constexpr, PDL: tl.constexpr, BL
         best = tl.maximum(best, order)
         x = next_x
     first = tl.min(tl.where(best == tl.max(best, 0), i_best, V), 0)  # places beyond the row come behind those in it
-    tl.store(p_token + i_b, first.to(tl.int64))
+    token = first.to(tl.int64)
+    if ENDS > 0:
+        token = tl.where(going_on, token, pad)
+        is_end = tl.max((ends == token).to(tl.int32), 0) > 0
+        tl.store(p_going_on + i_b, going_on & (is_end == 0))
+    tl.store(p_token + i_b, token)
     if i_b == 0:
         tl.store(p_time, tl.load(p_time) + 1)

@@ -89,7 +89,7 @@ _NF4 = {
     (0, 0): (64, 256, 3, 8, 1),
 }
 MATMUL_NF4 = {16: _NF4, 32: _NF4, 64: _NF4}
-MATMUL_GATED_NF4 = {rows: {(0, 0): (128, 128, 4, 8, 1)} for rows in (16, 32, 64)}
+MATMUL_GATED_NF4 = {rows: {(0, 0): (128, 64, 4, 8, 1)} for rows in (16, 32, 64)}
 RECURRENT = {"BLOCK_B": 16, "BLOCK_C": 32, "num_warps": 4}
 OLDEST_FOR_FLOAT8 = (8, 9)  # before, there is no conversion from float8 e4m3, which weights may be packed in
 LEAST_STAGES = 3  # below, a program waits for each tile
@@ -105,6 +105,7 @@ PARTS_AHEAD, MOST_AHEAD = 3072, 8  # numbers a warp, and splits, that the last s
 BEGIN_WARPS, NORM_WARPS, END_WARPS, BOOKKEEPING_WARPS = 8, 8, 16, 1
 KEPT_CHANNELS = 256  # a program that keeps the states of accepted drafts
 LOGITS_BLOCK = 16384  # that argmax compares at a time: 64 bytes of bfloat16 a thread
+MOST_ENDS = 8  # tokens that end a row, which a step looks for itself; a power of two
 
 
 def product_tile(table: dict, outputs: int, inputs: int, rows: int) -> dict[str, int]:
@@ -132,9 +133,10 @@ def matmul_tile(table: dict, sizes: list[int], inputs: int, rows: int, gpu: GPU)
     """Of a GEMM. sizes: outputs of each matrix, whose tiles are shared by as many programs as there is room for."""
     block_m = next(size for size in table if rows <= size)
     block_n, block_d, stages, warps, programs = _first_fit(table[block_m], sum(sizes), inputs)
-    matrices = 2 if any(table is gated for gated in (MATMUL_GATED, MATMUL_GATED_BYTES, MATMUL_GATED_NF4)) else 1
-    size = 1 if table is MATMUL_BYTES or table is MATMUL_GATED_BYTES else 2
-    block_d, stages = _made_to_fit(matrices * block_n, size, block_m, block_d, stages, gpu.shared_memory)
+    matrices = 2 if _is_one_of(table, MATMUL_GATED, MATMUL_GATED_BYTES, MATMUL_GATED_NF4) else 1
+    bits = 8 if _is_one_of(table, MATMUL_BYTES, MATMUL_GATED_BYTES) else 16
+    bits = 4 if _is_one_of(table, MATMUL_NF4, MATMUL_GATED_NF4) else bits
+    block_d, stages = _made_to_fit(matrices * block_n, bits, block_m, block_d, stages, gpu.shared_memory)
     tiles = sum(-(-size // block_n) for size in sizes)
     return {
         "BLOCK_M": block_m,
@@ -155,17 +157,24 @@ def _first_fit(table: dict, outputs: int, inputs: int) -> tuple[int, ...]:
     return next(tile for least, tile in table.items() if outputs >= least[0] and inputs >= least[1])
 
 
-def gemm_shared_memory(height: int, size: int, block_m: int, block_d: int, stages: int) -> int:
-    """Bytes of a program: stages of weights of `size` bytes and of rows, and the rows times the norm once more."""
-    return (stages * (height * size + block_m * 2) + block_m * 2) * block_d
+def _is_one_of(table: dict, *tables: dict) -> bool:
+    """Not another one with the same tiles."""
+    return any(table is each for each in tables)
 
 
-def _made_to_fit(height: int, size: int, block_m: int, block_d: int, stages: int, limit: int) -> tuple[int, int]:
+def gemm_shared_memory(height: int, bits: int, block_m: int, block_d: int, stages: int) -> int:
+    """Bytes of a program at most: stages of weights of so many bits and of rows, and once more the rows times the norm
+    and, of 4 bits, the numbers that a tile becomes."""
+    as_numbers = height * 2 if bits == 4 else 0
+    return (stages * (height * bits // 8 + block_m * 2) + block_m * 2 + as_numbers) * block_d
+
+
+def _made_to_fit(height: int, bits: int, block_m: int, block_d: int, stages: int, limit: int) -> tuple[int, int]:
     """BLOCK_D and STAGES for `limit` bytes (0: no limit): fewer stages while enough are left, then half the inputs."""
     fewest = min(stages, LEAST_STAGES)
-    while limit and gemm_shared_memory(height, size, block_m, block_d, fewest) > limit:
+    while limit and gemm_shared_memory(height, bits, block_m, block_d, fewest) > limit:
         block_d //= 2
-    while limit and gemm_shared_memory(height, size, block_m, block_d, stages) > limit:
+    while limit and gemm_shared_memory(height, bits, block_m, block_d, stages) > limit:
         stages -= 1
     return block_d, stages
 
