@@ -166,7 +166,9 @@ def _tables(rows: int, scheme: str) -> tuple[dict, dict]:
     if scheme.startswith("nf4"):
         few = rows in tables.MATVEC_ROWS
         return (tables.MATVEC_NF4, tables.MATVEC_GATED_NF4) if few else (tables.MATMUL_NF4, tables.MATMUL_GATED_NF4)
-    return (tables.PROJECT_BYTES, tables.GATED_BYTES) if rows == 1 else (tables.MATMUL, tables.MATMUL_GATED)
+    if rows == 1:
+        return tables.PROJECT_BYTES, tables.GATED_BYTES
+    return tables.MATMUL_BYTES, tables.MATMUL_GATED_BYTES
 
 
 @torch.no_grad()

@@ -20,8 +20,7 @@ from tolerances import assert_close
 import modeling_griffin.decode.linear as decode_linear
 import modeling_griffin.kernels.device.decode as decode_tiles
 from modeling_griffin.decode.ops import KernelOps, PlainOps, Stream
-from modeling_griffin.kernels.device import matmul_tile, product_tile
-from modeling_griffin.kernels.device.known import KNOWN
+from modeling_griffin.kernels.device import product_tile
 
 
 ROWS = [1, 2, 3, 4, 17, 65]  # one, two and four row by row, 65 by cuBLAS, the others as GEMMs
@@ -116,26 +115,6 @@ def test_who_multiplies_matrices(monkeypatch):
         each.weight.data = weights[start : start + 8].view(1, 8)
     assert gemms.takes(x, first, same, together=True)
     assert not gemms.takes(x, first, other, together=True)  # not 16 bytes apart
-
-
-@pytest.mark.parametrize("table", ["MATMUL", "MATMUL_GATED"])
-@pytest.mark.parametrize("sizes", [(1,), (2560,), (2560, 128, 128), (2560, 2560), (7680,), (32000,), (256000,)])
-@pytest.mark.parametrize("inputs", [1, 2560, 7680])
-@pytest.mark.parametrize("rows", [2, 16, 17, 64])
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
-def test_a_tile_of_many_rows(gpu, rows, inputs, sizes, table):
-    tile = matmul_tile(getattr(decode_tiles, table), list(sizes), inputs, rows, KNOWN[gpu])
-    assert tile["BLOCK_M"] >= max(rows, 16) and tile["STAGES"] > 2 and tile["BLOCK_D"] >= 64
-    assert all(size & (size - 1) == 0 for size in (tile["BLOCK_N"], tile["BLOCK_D"], tile["num_warps"]))
-    tiles, matrices = sum(-(-size // tile["BLOCK_N"]) for size in sizes), 2 if table == "MATMUL_GATED" else 1
-    assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
-    assert tile["SPLITS"] == 1 or tiles <= decode_linear.COUNTERS
-    rows_of_a_stage = matrices * tile["BLOCK_N"] + tile["BLOCK_M"]
-    shared = (tile["STAGES"] * rows_of_a_stage + tile["BLOCK_M"]) * tile["BLOCK_D"] * 2  # normalised rows once more
-    assert shared <= KNOWN[gpu].shared_memory
-    if gpu == "sm_90":  # where tiles were measured, they stay as they were
-        chosen = getattr(decode_tiles, table)[tile["BLOCK_M"]].values()
-        assert (tile["BLOCK_N"], tile["BLOCK_D"], tile["STAGES"], tile["num_warps"]) in [each[:4] for each in chosen]
 
 
 @pytest.mark.parametrize("tile", [(4, 1, 1), (2, 1, 2), (8, 2, 3), (1, 4, 4)])

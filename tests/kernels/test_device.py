@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeling_griffin import gpu
+from modeling_griffin.decode.linear import COUNTERS
 from modeling_griffin.kernels.device import __main__ as report
 from modeling_griffin.kernels.device import attention_refusal, decode, gates_refusal, training
 from modeling_griffin.kernels.device.known import KNOWN, known_gpu, pretending
@@ -163,3 +164,28 @@ def test_the_report_of_a_cpu():
 def test_an_unknown_gpu():
     with pytest.raises(ValueError, match="gpu = 'sm_91': allowed are sm_75"):
         known_gpu("sm_91")
+
+
+BITS = {"MATMUL": 16, "MATMUL_BYTES": 8, "MATMUL_NF4": 4}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("table", BITS)
+@pytest.mark.parametrize("sizes", [(1,), (2560,), (2560, 128, 128), (2560, 2560), (7680,), (256000,)])
+@pytest.mark.parametrize("inputs", [64, 2560, 7680])
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("name", FROM_AMPERE_ON)
+def test_tiles_of_many_rows_fit(name, rows, inputs, sizes, table, gated):
+    """At least the 64 inputs that share a scale in 4 bits; where tiles were measured, they are what is listed."""
+    listed = getattr(decode, table.replace("MATMUL", "MATMUL_GATED") if gated else table)
+    sizes = sizes[:1] if gated else sizes
+    tile = decode.matmul_tile(listed, list(sizes), inputs, rows, KNOWN[name])
+    assert tile["BLOCK_M"] >= max(rows, 16) and tile["STAGES"] >= 3 and tile["BLOCK_D"] >= 64
+    assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
+    assert tile["SPLITS"] == 1 or sum(-(-size // tile["BLOCK_N"]) for size in sizes) <= COUNTERS
+    weights, of_rows = (1 + gated) * tile["BLOCK_N"] * BITS[table] // 8, 2 * tile["BLOCK_M"]
+    numbers = (1 + gated) * tile["BLOCK_N"] * 2 if table == "MATMUL_NF4" else 0
+    assert (tile["STAGES"] * (weights + of_rows) + of_rows + numbers) * tile["BLOCK_D"] <= KNOWN[name].shared_memory
+    if name == "sm_90":
+        chosen = [each[:4] for each in listed[tile["BLOCK_M"]].values()]
+        assert (tile["BLOCK_N"], tile["BLOCK_D"], tile["STAGES"], tile["num_warps"]) in chosen

@@ -20,7 +20,8 @@ from .gemv import PTX, load_scale
 
 
 # Four weights in float8 e4m3, in one register, as bfloat16 in two, exactly: their bits are a bfloat16's but for the
-# exponent's bias, which 2^120 makes up for. GPUs convert from float16 a quarter as fast as they multiply.
+# exponent's bias, which 2^120 makes up for. GPUs convert from float16 a quarter as fast as they multiply. What is no
+# number becomes 480: the scale of its row is no number then either.
 FLOAT8_TO_BFLOAT16 = tl.constexpr(
     "{.reg .b32 a, b, m, z; mov.b32 m, 0x7B807B80; mov.b32 z, 0x80008000;"
     + "".join(
