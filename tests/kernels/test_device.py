@@ -1,6 +1,7 @@
 """Who runs what on which GPU: the choice by properties, and that it stands in one place."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -171,21 +172,20 @@ BITS = {"MATMUL": 16, "MATMUL_BYTES": 8, "MATMUL_NF4": 4}
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("table", BITS)
-@pytest.mark.parametrize("sizes", [(1,), (2560,), (2560, 128, 128), (2560, 2560), (7680,), (256000,)])
-@pytest.mark.parametrize("inputs", [64, 2560, 7680])
-@pytest.mark.parametrize("rows", [2, 17, 64])
 @pytest.mark.parametrize("name", FROM_AMPERE_ON)
-def test_tiles_of_many_rows_fit(name, rows, inputs, sizes, table, gated):
+def test_tiles_of_many_rows_fit(name, table, gated):
     """At least the 64 inputs that share a scale in 4 bits; where tiles were measured, they are what is listed."""
     listed = getattr(decode, table.replace("MATMUL", "MATMUL_GATED") if gated else table)
-    sizes = sizes[:1] if gated else sizes
-    tile = decode.matmul_tile(listed, list(sizes), inputs, rows, KNOWN[name])
-    assert tile["BLOCK_M"] >= max(rows, 16) and tile["STAGES"] >= 3 and tile["BLOCK_D"] >= 64
-    assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
-    assert tile["SPLITS"] == 1 or sum(-(-size // tile["BLOCK_N"]) for size in sizes) <= COUNTERS
-    weights, of_rows = (1 + gated) * tile["BLOCK_N"] * BITS[table] // 8, 2 * tile["BLOCK_M"]
-    numbers = (1 + gated) * tile["BLOCK_N"] * 2 if table == "MATMUL_NF4" else 0
-    assert (tile["STAGES"] * (weights + of_rows) + of_rows + numbers) * tile["BLOCK_D"] <= KNOWN[name].shared_memory
-    if name == "sm_90":
-        chosen = [each[:4] for each in listed[tile["BLOCK_M"]].values()]
-        assert (tile["BLOCK_N"], tile["BLOCK_D"], tile["STAGES"], tile["num_warps"]) in chosen
+    matrices = [(1,), (2560,), (7680,), (256000,)] + ([] if gated else [(2560, 128, 128), (2560, 2560)])
+    for sizes, inputs, rows in itertools.product(matrices, (64, 2560, 7680), (2, 17, 64)):
+        tile = decode.matmul_tile(listed, list(sizes), inputs, rows, KNOWN[name])
+        assert tile["BLOCK_M"] >= max(rows, 16) and tile["STAGES"] >= 3 and tile["BLOCK_D"] >= 64
+        assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
+        assert tile["SPLITS"] == 1 or sum(-(-size // tile["BLOCK_N"]) for size in sizes) <= COUNTERS
+        weights, of_rows = (1 + gated) * tile["BLOCK_N"] * BITS[table] // 8, 2 * tile["BLOCK_M"]
+        numbers = (1 + gated) * tile["BLOCK_N"] * 2 if table == "MATMUL_NF4" else 0
+        shared = (tile["STAGES"] * (weights + of_rows) + of_rows + numbers) * tile["BLOCK_D"]
+        assert shared <= KNOWN[name].shared_memory, (sizes, inputs, rows)
+        if name == "sm_90":
+            chosen = [each[:4] for each in listed[tile["BLOCK_M"]].values()]
+            assert (tile["BLOCK_N"], tile["BLOCK_D"], tile["STAGES"], tile["num_warps"]) in chosen
