@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1, help="of a step, up to 64")
     parser.add_argument("--weights", choices=SCHEMES, default=BFLOAT16, help="of all products but the head's")
     products = [*PRODUCTS, RECURRENCE]
-    parser.add_argument("--products", nargs="+", choices=products, default=products, help="which, in this order")
+    parser.add_argument(
+        "--products", nargs="+", choices=products, default=None, help="which, in this order; unset: all"
+    )
     parser.add_argument("--tiles", nargs="+", default=None, help="instead of those listed, outputs x warps x ...")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile ahead")
     parser.add_argument("--part", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
@@ -88,7 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     left_out = {RECURRENCE} if rows > 1 else set()
     if weights != BFLOAT16:
         left_out |= {RECURRENCE, "head"}  # which are as of bfloat16
-    arguments.products = [name for name in arguments.products if name not in left_out]
+    if refused := left_out & set(arguments.products or ()):
+        allowed = ", ".join(name for name in products if name not in left_out)
+        parser.error(f"--products {', '.join(sorted(refused))}: of {rows} rows over {weights} allowed are {allowed}")
+    arguments.products = arguments.products or [name for name in products if name not in left_out]
     settings = [(name, tile) for name in arguments.products for tile in tiles_of(name, rows, weights, arguments.tiles)]
     if arguments.part is not None:
         index, count = arguments.part
@@ -147,7 +152,7 @@ def taking(chosen: dict[str, str], rows: int, weights: str = BFLOAT16) -> Iterat
 
 def _with_line(table: dict, line: tuple[int, int], numbers: tuple[int, ...]) -> dict:
     """Each product has a line of its own, in the order in which the launch code looks at them."""
-    own = {each: tables._first_fit(table, *each) for each in dict.fromkeys(LINES) if table.keys() & {each, (0, 0)}}
+    own = {each: tables._first_fit(table, *each) for each in LINES if table.keys() & {each, (0, 0)}}
     return {**{each: tile for each, tile in table.items() if each not in own}, **own, line: numbers}
 
 

@@ -176,10 +176,11 @@ BITS = {"MATMUL": 16, "MATMUL_BYTES": 8, "MATMUL_NF4": 4}
 def test_tiles_of_many_rows_fit(name, table, gated):
     """At least the 64 inputs that share a scale in 4 bits; where tiles were measured, they are what is listed."""
     listed = getattr(decode, table.replace("MATMUL", "MATMUL_GATED") if gated else table)
-    matrices = [(1,), (2560,), (7680,), (256000,)] + ([] if gated else [(2560, 128, 128), (2560, 2560)])
-    for sizes, inputs, rows in itertools.product(matrices, (64, 2560, 7680), (2, 17, 64)):
+    matrices = [(1,), (2560,), (7680,), (32000,), (256000,)] + ([] if gated else [(2560, 128, 128), (2560, 2560)])
+    for sizes, inputs, rows in itertools.product(matrices, (1, 64, 2560, 7680), (2, 16, 17, 64)):
         tile = decode.matmul_tile(listed, list(sizes), inputs, rows, KNOWN[name])
         assert tile["BLOCK_M"] >= max(rows, 16) and tile["STAGES"] >= 3 and tile["BLOCK_D"] >= 64
+        assert all(size & (size - 1) == 0 for size in (tile["BLOCK_N"], tile["BLOCK_D"], tile["num_warps"]))
         assert 1 <= tile["SPLITS"] <= -(-inputs // tile["BLOCK_D"])  # each has some of the inputs
         assert tile["SPLITS"] == 1 or sum(-(-size // tile["BLOCK_N"]) for size in sizes) <= COUNTERS
         weights, of_rows = (1 + gated) * tile["BLOCK_N"] * BITS[table] // 8, 2 * tile["BLOCK_M"]

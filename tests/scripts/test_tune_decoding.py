@@ -95,3 +95,12 @@ def test_packed_weights_have_tables_of_their_own():
         assert tables.matmul_tile(tables.MATMUL_GATED_BYTES, [7680], 2560, 64, gpu)["STAGES"] == 6
         assert tables.matmul_tile(tables.MATMUL_GATED, [7680], 2560, 64, gpu)["STAGES"] == 4
     assert before == {each: of_one_row(*each) for each in before}
+
+
+@pytest.mark.parametrize(
+    "words", [["--weights", "nf4", "--products", "head"], ["--rows", "64", "--products", "recurrence"]]
+)
+def test_products_without_tiles_of_their_own_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        tune_decoding.main(words)
+    assert f"--products {words[-1]}: of " in capsys.readouterr().err
